@@ -1,0 +1,1 @@
+"""The paper, on plain local tensors. Nothing here knows that there are ranks, engines or models."""

@@ -1,0 +1,253 @@
+"""RoseAdamW: AdamW that updates only what a plan lets it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rose_ds.config import RoseConfig
+from rose_ds.core.mask import mask_values
+from rose_ds.core.update import adamw_, masked_adamw_
+
+#: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
+_REFUSED = {
+    "amsgrad": "ROSE's update (Algorithm 1) has no maximum over second moments",
+    "maximize": "negate the loss instead",
+    "capturable": "a step reads its thresholds on the host and cannot be captured in a CUDA graph",
+    "differentiable": "the masks are not differentiable",
+    "fused": "use foreach=True; masked parameters cannot go through the fused kernel",
+}
+_BATCH = 1 << 24  # masked elements updated at a time: bounds the fp32 scratch memory
+
+
+class Slice(NamedTuple):
+    """A contiguous piece of a named tensor, and where it lies in a tensor that the optimizer holds."""
+
+    name: str
+    tensor_index: int
+    """Number of the named tensor among the model's eligible tensors."""
+    param: Tensor
+    """The tensor in ``param_groups``: the parameter itself, or a flat partition of many."""
+    offset: int
+    numel: int
+
+    def view(self, like_param: Tensor) -> Tensor:
+        """This slice of a tensor shaped like ``param`` (its gradient, exp_avg, ...), 1-D."""
+        return like_param.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next step does: ``codes`` are masks aligned with the attached slices (None: no mask)."""
+
+    codes: list[Tensor] | list[int] | None = None
+    skip: bool = False
+
+
+class RoseAdamW(torch.optim.Optimizer):
+    """AdamW with ROSE's masks (Algorithm 1). Train through ``rose_ds.prepare``, which computes them each step.
+
+    Args:
+        params: ``model.named_parameters()``, or parameter groups whose ``params`` are (name, parameter) pairs, each
+            group with its own lr, betas, eps, weight_decay if it likes. Unnamed parameters are accepted where an engine
+            names them later (DeepSpeed).
+        lr, betas, eps, weight_decay: as torch.optim.AdamW's.
+        foreach: as torch's, for parameters that are not masked.
+        rose: the fields of RoseConfig as flat keywords, so that a DeepSpeed JSON can carry them.
+
+    Raises:
+        ValueError/TypeError: a bad value, an unknown keyword, or an option of torch's AdamW that ROSE cannot honour.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        foreach: bool | None = None,
+        **rose: Any,
+    ) -> None:
+        for option, reason in _REFUSED.items():
+            if rose.pop(option, None):
+                raise ValueError(f"RoseAdamW does not support {option}: {reason}")
+        self.config = RoseConfig.from_mapping(rose)
+        betas = tuple(betas)  # type: ignore[assignment]  # JSON has lists
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check_hyperparameters(group)
+        self.plan: Plan | None = None
+        self._slices: list[Slice] = []
+        self._slices_of: dict[Tensor, list[int]] = {}
+        register_with_deepspeed()
+
+    # --- what an engine tells it ---
+
+    def attach(self, slices: list[Slice]) -> None:
+        """Say which pieces of which eligible tensors lie in this process's ``param_groups``."""
+        self._slices = slices
+        self._slices_of = {}
+        for i in sorted(range(len(slices)), key=lambda i: slices[i].offset):
+            self._slices_of.setdefault(slices[i].param, []).append(i)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("foreach", None)
+
+    # --- what the step needs to know ---
+
+    def init_state(self, param: Tensor) -> dict[str, Any]:
+        """This parameter's state, created as zeros where it is not there yet."""
+        state = self.state[param]
+        if "exp_avg" not in state:
+            # DeepSpeed's and torch's checkpoint tools know these three names
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(param, requires_grad=False, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False, memory_format=torch.preserve_format)
+        return state
+
+    def steps_taken(self) -> int:
+        """Optimizer steps so far, from the state: survives a checkpoint."""
+        return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+
+    # --- the step ---
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient, by the plan where there is one.
+
+        Without a plan: plain AdamW for strategy="none", or with every lr at 0 (checkpoint libraries take such a step to
+        create the state); anything else would silently train without masks and raises RuntimeError.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self.plan
+        if plan is None:
+            if self.config.strategy != "none" and any(group["lr"] != 0 for group in self.param_groups):
+                raise RuntimeError(
+                    f"RoseAdamW(strategy={self.config.strategy!r}).step() has no masks for this step: train through "
+                    "stepper = rose_ds.prepare(...); stepper.backward(forward, loss); stepper.step()"
+                )
+            plan = Plan()
+        if not plan.skip:
+            for group in self.param_groups:
+                self._step_group(group, plan)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
+        batches: dict[int, _Batch] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError("RoseAdamW does not support sparse gradients: use Embedding(sparse=False)")
+            state = self.init_state(param)
+            # not in place: DeepSpeed's checkpoint loader shares one step tensor between partitions
+            state["step"] = state["step"] + 1
+            step = int(state["step"])
+            batch = batches.setdefault(step, _Batch(group, step, mask_values(self.config)))
+            for code, views in self._segments(param, state, plan):
+                batch.add(code, views)
+        for batch in batches.values():
+            batch.flush()
+
+    def _segments(
+        self, param: Tensor, state: dict[str, Any], plan: Plan
+    ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...]]]:
+        """Cut a parameter into (mask code, views of it, its gradient and moments); code 3 is a mask of ones."""
+        assert param.grad is not None
+        whole = (param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"])
+        indices = self._slices_of.get(param, []) if plan.codes is not None else []
+        if not indices:
+            yield 3, whole
+            return
+        flat = tuple(t.view(-1) for t in whole)
+        end = 0
+        for i in indices:
+            offset, numel = self._slices[i].offset, self._slices[i].numel
+            if offset > end:
+                yield 3, tuple(t[end:offset] for t in flat)
+            yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat)  # type: ignore[index]
+            end = offset + numel
+        if end < param.numel():
+            yield 3, tuple(t[end:] for t in flat)
+
+
+class _Batch:
+    """Collects views and updates them together: one foreach call for many tensors, bounded scratch memory."""
+
+    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...]) -> None:
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        self.scalars = dict(
+            step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
+        )
+        self.foreach, self.values = group["foreach"], values
+        self.free: list[tuple[Tensor, ...]] = []
+        self.masked: list[tuple[Tensor, ...]] = []
+        self.pending = 0
+
+    def add(self, code: Tensor | int, views: tuple[Tensor, ...]) -> None:
+        if isinstance(code, Tensor):
+            for start in range(0, code.numel(), _BATCH):
+                part = slice(start, start + _BATCH)
+                self._add_masked(code[part], tuple(v[part] for v in views))
+        elif self.values[code] == 1.0:
+            self.free.append(views)
+        else:
+            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views)
+
+    def _add_masked(self, code: Tensor, views: tuple[Tensor, ...]) -> None:
+        if self.pending + views[0].numel() > _BATCH:
+            self._flush_masked()
+        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device)
+        self.masked.append((*views, table[code.int()]))
+        self.pending += views[0].numel()
+
+    def _flush_masked(self) -> None:
+        if self.masked:
+            params, grads, exp_avgs, exp_avg_sqs, masks = (list(column) for column in zip(*self.masked, strict=True))
+            masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
+        self.masked, self.pending = [], 0
+
+    def flush(self) -> None:
+        self._flush_masked()
+        if self.free:
+            params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
+            self.free = []
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if float(lr) < 0:
+        raise ValueError(f"{lr=} must be >= 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{betas=} must be two numbers in [0, 1)")
+    if eps < 0:
+        raise ValueError(f"{eps=} must be >= 0")
+    if weight_decay < 0:
+        raise ValueError(f"{weight_decay=} must be >= 0")
+
+
+def register_with_deepspeed() -> None:
+    """Make ``"optimizer": {"type": "RoseAdamW"}`` resolve in a DeepSpeed config.
+
+    DeepSpeed looks other names up in torch.optim, and asks its ZeRO optimizers for an exact match in a list. Called on
+    import and again whenever a RoseAdamW is built, since deepspeed may be imported after rose_ds.
+    """
+    torch.optim.RoseAdamW = RoseAdamW  # type: ignore[attr-defined]
+    zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
+    if zero_utils is not None and RoseAdamW not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(RoseAdamW)
