@@ -1,0 +1,72 @@
+"""Stage 1 with bf16 parameters and fp32 accumulation: DeepSpeed's BF16_Optimizer.
+
+Every rank accumulates the whole fp32 gradient and owns a flat partition of masters and moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from rose_ds.engines.zero.adapter import Adapter, finite_norm, stash_grads
+from rose_ds.optimizer import RoseAdamW, Slice
+
+
+class Bf16Adapter(Adapter):
+    """BF16_Optimizer."""
+
+    def __init__(self, engine: Any, base: RoseAdamW) -> None:
+        super().__init__(engine, base)
+        base.register_step_pre_hook(self._before_step)
+        for flat in self.outer.fp32_groups_flat_partition:
+            base.init_state(flat)
+        self.outer._hp_optimizer_states_linked = False
+        self.outer._lazy_init_hp_params_optimizer_state()
+
+    def group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup | None = self.outer.dp_process_group
+        return group
+
+    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
+        mapping = getattr(param, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        flat = self.outer.fp32_groups_flat_partition[mapping.param_group_index]
+        address = mapping.hp_fragment_address
+        return Slice(name, tensor_index, flat, address.start, address.numel)
+
+    def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
+        z = self.outer
+        # clones: these buffers are what the backward pass accumulates into
+        saved = [flat.clone() for flat in z.fp32_groups_gradients_flat]
+        has_gradients = [list(flags) for flags in z.fp32_groups_has_gradients]
+        z.clear_hp_grads()
+        restore = stash_grads(p for group in z.bf16_groups for p in group)
+        try:
+            run()
+            return [self._reduced(p).clone() for p in self.params]
+        finally:
+            restore()
+            for flat, grads in zip(z.fp32_groups_gradients_flat, saved, strict=True):
+                flat.copy_(grads)
+            z.fp32_groups_has_gradients[:] = has_gradients
+
+    def _reduced(self, param: nn.Parameter) -> Tensor:
+        mapping = param._hp_mapping  # type: ignore[attr-defined]
+        whole: Tensor = mapping.get_lp_grad_fragment(param._index_in_param_group)  # type: ignore[attr-defined]
+        address = mapping.lp_fragment_address
+        return whole.detach().view(-1).narrow(0, address.start, address.numel)
+
+    def _before_step(self, *_: Any) -> None:
+        """Gradients are reduced and clipped, nothing is updated yet; called once a step."""
+        if self.on_plan is not None:
+            grads = [s.view(s.param.grad) for s in self.slices]  # type: ignore[arg-type]
+            self.on_plan(grads, finite_norm(self.outer._global_grad_norm))
+
+    def full_parameter(self, param: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(param)
+        return param.detach().float().clone() if full is None else full.detach()

@@ -1,0 +1,123 @@
+"""A DeepSpeedEngine, behind the stepper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from rose_ds.core.threshold import Exchange, local_only
+from rose_ds.engines.base import Divergence, Engine, Forward, Loss, Losses, Outcome, Planner
+from rose_ds.engines.base import same_pass_again, two_passes
+from rose_ds.engines.rng import RngState
+from rose_ds.engines.zero.adapter import Adapter
+from rose_ds.engines.zero.bf16 import Bf16Adapter
+from rose_ds.engines.zero.partitioned import PartitionedAdapter
+from rose_ds.engines.zero.refuse import base_optimizer, check_engine
+from rose_ds.engines.zero.replicated import ReplicatedAdapter
+from rose_ds.engines.zero.stage3 import Stage3Adapter
+from rose_ds.exchange import group_exchange
+from rose_ds.optimizer import Slice
+
+
+class ZeroEngine(Engine):
+    """ZeRO 0 to 3. Optimizer, accumulation and clipping are the DeepSpeed config's."""
+
+    def __init__(self, engine: Any) -> None:
+        base = base_optimizer(engine)
+        check_engine(engine)
+        self.engine = engine
+        self.name = f"zero{int(engine.zero_optimization_stage())}"
+        super().__init__(engine.module, base, int(engine.gradient_accumulation_steps()))
+        self.adapter = _adapter_class(engine)(engine, base)
+        self._locate()
+
+    def _find_slices(self, index: dict[str, int]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
+        slices = self.adapter.find_slices(index)
+        replicated = isinstance(self.adapter, ReplicatedAdapter)
+        exchange = local_only if replicated else group_exchange(self.adapter.group())
+        return slices, [exchange] * len(slices), [exchange]
+
+    def numel(self, param: nn.Parameter) -> int:
+        return int(getattr(param, "ds_numel", param.numel()))
+
+    def beta1_of(self) -> dict[Tensor, float]:
+        # between steps stage 3 keeps its partitions out of the groups
+        z = self.engine.optimizer
+        if isinstance(self.adapter, Stage3Adapter):
+            groups = self.optimizer.param_groups
+            return {
+                flat: groups[z.sub_group_to_group_id[i]]["betas"][0]
+                for i, flat in enumerate(z.fp32_partitioned_groups_flat)
+            }
+        if isinstance(self.adapter, PartitionedAdapter):
+            # while a group is stepped, param_groups holds that group alone
+            return {flat: self._all_groups[i]["betas"][0] for flat, i in self.adapter._group_of_flat.items()}
+        return super().beta1_of()
+
+    def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
+        kl = None
+        if divergence is None:
+            logits = forward()
+        else:
+            start = RngState.now()
+            first, kl = two_passes(forward, divergence)
+            self._kl_backward(kl, retain_graph=self.adapter.shares_graph)
+            logits = first if self.adapter.shares_graph else same_pass_again(forward, start, first)
+        value = loss(logits)
+        self.engine.backward(value)
+        return Losses(value.detach(), None if kl is None else kl.detach())
+
+    def _kl_backward(self, kl: Tensor, retain_graph: bool) -> None:
+        boundary = self.engine._is_gradient_accumulation_boundary
+        # every micro-batch's KL gradient is reduced at once, so that only this rank's slice of the sum is kept
+        self.engine.set_gradient_accumulation_boundary(True)
+        try:
+            grads = self.adapter.kl_backward(lambda: self.engine.backward(kl, retain_graph=retain_graph))
+        finally:
+            self.engine._is_gradient_accumulation_boundary = boundary
+            if hasattr(self.engine.optimizer, "set_gradient_accumulation_boundary"):
+                self.engine.optimizer.set_gradient_accumulation_boundary(
+                    self.engine.is_gradient_accumulation_boundary()
+                )
+        self.add_kl_grads(grads)
+
+    def step(self, plan: Planner) -> Outcome | None:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        norm: float | None = None
+        planned = False
+
+        def on_plan(grads: Sequence[Tensor], grad_norm: float | None) -> None:
+            nonlocal norm, planned
+            norm, planned = grad_norm, True
+            plan(grads, grad_norm)
+
+        if boundary:
+            self._all_groups = list(self.optimizer.param_groups)
+            self.adapter.on_plan = on_plan
+            if isinstance(self.adapter, ReplicatedAdapter):
+                self.adapter.measure_norm()
+        try:
+            self.engine.step()
+        finally:
+            self.adapter.on_plan = None
+        if not boundary:
+            return None
+        # DeepSpeed returns before the plan when the task gradient is not finite
+        by_plan = planned and self.optimizer.plan is not None and self.optimizer.plan.skip
+        self.adapter.after_engine_step(by_plan)
+        return Outcome(norm, skipped=by_plan or not planned)
+
+    def gather_parameters(self) -> dict[str, Tensor]:
+        return {name: self.adapter.full_parameter(p) for name, p in self.named_parameters()}
+
+
+def _adapter_class(engine: Any) -> type[Adapter]:
+    stage = int(engine.zero_optimization_stage())
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        return Bf16Adapter
+    if stage == 3:
+        return Stage3Adapter
+    return PartitionedAdapter if stage in (1, 2) else ReplicatedAdapter
