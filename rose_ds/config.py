@@ -18,7 +18,7 @@ DEFAULT_INCLUDE = (r"layer.*weight",)
 
 @dataclass(frozen=True, kw_only=True)
 class RoseConfig:
-    """Settings of Robust Selective Fine-tuning (Jiang et al., EMNLP 2022). Raises ValueError/TypeError on bad values."""
+    """Settings of Robust Selective Fine-tuning (Jiang et al., EMNLP 2022); bad values raise ValueError or TypeError."""
 
     strategy: Strategy = "ensemble"
     """Which parameters a step updates: ``first`` (small KL gradient, Eq. 2), ``second`` (gradient agrees with momentum,
@@ -49,7 +49,7 @@ class RoseConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if not self.include:
             raise ValueError(
-                'include=() leaves nothing to mask; use strategy="none" for plain AdamW, or include=(".*",) for everything'
+                'include=() leaves nothing to mask: use strategy="none" for plain AdamW, or include=(".*",) for all'
             )
         steps = self.mask_warmup_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -111,7 +111,7 @@ def _in_range(name: str, value: object, *, low_open: bool) -> None:
     interval = "(0, 1]" if low_open else "[0, 1]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number in {interval}")
-    if not ((0 < value if low_open else 0 <= value) and value <= 1):
+    if not (value >= 0 and value <= 1) or (low_open and value == 0):
         raise ValueError(f"{name}={value!r} must be in {interval}")
 
 

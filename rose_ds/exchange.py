@@ -15,7 +15,7 @@ from rose_ds.core import threshold
 Method = Literal["auto", "all_gather", "all_reduce"]
 METHODS = ("auto", "all_gather", "all_reduce")
 
-#: Up to this many ranks the histograms are gathered, which also tells how the kept parameters are spread over the ranks;
+#: Up to this many ranks the histograms are gathered, which also tells how the kept parameters are spread over them;
 #: beyond it a gathered histogram (32 KiB a rank) costs more than the sum.
 GATHER_UP_TO = 16
 

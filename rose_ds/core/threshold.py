@@ -54,7 +54,8 @@ def kth_smallest(parts: Sequence[Part], k: int) -> Threshold:
     Raises:
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
-    prefix, below, kept_rows, infinite = 0, 0, None, 0
+    prefix, below, infinite = 0, 0, 0
+    kept_rows = torch.zeros((), dtype=torch.int64)
     for depth, (shift, width) in enumerate(_ROUNDS):
         per_part = [exchange(_histogram(chunks, prefix, shift, width)) for chunks, exchange in parts]
         counts = torch.stack([rows.sum(0) for rows in per_part]).sum(0)
@@ -66,8 +67,7 @@ def kth_smallest(parts: Sequence[Part], k: int) -> Threshold:
                 return Threshold(float("nan"), 0, None, infinite, nan)
         cumulative = counts.cumsum(0)
         digit = int(torch.searchsorted(cumulative, k - below))
-        rows_before = per_part[0][:, :digit].sum(1)
-        kept_rows = rows_before if kept_rows is None else kept_rows + rows_before
+        kept_rows = kept_rows.to(counts.device) + per_part[0][:, :digit].sum(1)
         below += int(cumulative[digit - 1]) if digit else 0
         prefix = (prefix << width) | digit
     kept = below + int(counts[digit])

@@ -17,7 +17,7 @@ from rose_ds.optimizer import RoseAdamW, Slice
 Forward = Callable[[], Tensor]
 Loss = Callable[[Tensor], Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
-#: Given each eligible slice's clipped task gradient (1-D) and the global norm before clipping, sets the optimizer's plan.
+#: Sets the optimizer's plan from each eligible slice's clipped task gradient (1-D) and the global norm before clipping.
 Planner = Callable[[Sequence[Tensor], float | None], None]
 
 

@@ -49,7 +49,10 @@ class Adapter(ABC):
         """Run a backward pass whose gradients end up nowhere but in the result, one 1-D tensor a slice."""
 
     def after_engine_step(self, skipped_by_plan: bool) -> None:
-        """Called when the engine's step is over."""
+        """The engine's step is over. Where the KL gradient overflowed and the task gradient did not, DeepSpeed saw a
+        good step: lower its dynamic loss scale here, or the next step overflows again."""
+        if skipped_by_plan and getattr(self.outer, "dynamic_loss_scale", False):
+            self.outer.loss_scaler.update_scale(True)
 
     @abstractmethod
     def full_parameter(self, param: nn.Parameter) -> Tensor:

@@ -9,8 +9,17 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from rose_ds.core.threshold import Exchange, local_only
-from rose_ds.engines.base import Divergence, Engine, Forward, Loss, Losses, Outcome, Planner
-from rose_ds.engines.base import same_pass_again, two_passes
+from rose_ds.engines.base import (
+    Divergence,
+    Engine,
+    Forward,
+    Loss,
+    Losses,
+    Outcome,
+    Planner,
+    same_pass_again,
+    two_passes,
+)
 from rose_ds.engines.rng import RngState
 from rose_ds.engines.zero.adapter import Adapter
 from rose_ds.engines.zero.bf16 import Bf16Adapter

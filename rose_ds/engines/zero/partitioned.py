@@ -102,11 +102,6 @@ class PartitionedAdapter(Adapter):
 
         plan(LazyGrads(len(self.slices), grad), norm)
 
-    def after_engine_step(self, skipped_by_plan: bool) -> None:
-        if skipped_by_plan and self.outer.dynamic_loss_scale:
-            # the KL gradient overflowed where the task gradient did not: DeepSpeed saw a good step
-            self.outer.loss_scaler.update_scale(True)
-
     def full_parameter(self, param: nn.Parameter) -> Tensor:
         full = safe_get_full_fp32_param(param)
         return param.detach().float().clone() if full is None else full.detach()

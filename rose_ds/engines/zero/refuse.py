@@ -55,7 +55,7 @@ def _findings(engine: Any) -> list[tuple[bool, str]]:
     return [
         (
             stage in (1, 2) and engine.zero_round_robin_gradients(),
-            'zero_optimization.round_robin_gradients reorders the partitions, so slices would get the wrong names: set '
+            "zero_optimization.round_robin_gradients reorders the partitions, so slices would get the wrong names: set "
             "it to false",
         ),
         (

@@ -84,17 +84,13 @@ class Stage3Adapter(Adapter):
         def grad(i: int) -> Tensor:
             piece = self.slices[i]
             if piece.param is clipped:
-                return piece.view(clipped.grad)
+                return piece.view(clipped.grad)  # type: ignore[arg-type]
             if self.outer.offload_optimizer:
                 return piece.view(piece.param.grad).mul(scale)  # type: ignore[arg-type]
             reduced = buffers[self.params[i].ds_id].narrow(0, 0, piece.numel)  # type: ignore[attr-defined]
             return reduced.to(piece.param.dtype).mul(scale)
 
         plan(LazyGrads(len(self.slices), grad), norm)
-
-    def after_engine_step(self, skipped_by_plan: bool) -> None:
-        if skipped_by_plan and self.outer.dynamic_loss_scale:
-            self.outer.loss_scaler.update_scale(True)
 
     def full_parameter(self, param: nn.Parameter) -> Tensor:
         if param.requires_grad:
