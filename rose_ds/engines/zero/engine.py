@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
             self._kl_backward(kl, retain_graph=self.adapter.shares_graph)
             logits = first if self.adapter.shares_graph else same_pass_again(forward, start, first)
         value = loss(logits)
-        self.engine.backward(value)
+        self.engine.backward(value / self.accumulation_steps, scale_wrt_gas=False)
         return Losses(value.detach(), None if kl is None else kl.detach())
 
     def _kl_backward(self, kl: Tensor, retain_graph: bool) -> None:
@@ -84,7 +84,11 @@ class ZeroEngine(Engine):
         # every micro-batch's KL gradient is reduced at once, so that only this rank's slice of the sum is kept
         self.engine.set_gradient_accumulation_boundary(True)
         try:
-            grads = self.adapter.kl_backward(lambda: self.engine.backward(kl, retain_graph=retain_graph))
+            grads = self.adapter.kl_backward(
+                lambda: self.engine.backward(
+                    kl / self.accumulation_steps, retain_graph=retain_graph, scale_wrt_gas=False
+                )
+            )
         finally:
             self.engine._is_gradient_accumulation_boundary = boundary
             if hasattr(self.engine.optimizer, "set_gradient_accumulation_boundary"):

@@ -22,8 +22,19 @@ class ReplicatedAdapter(Adapter):
         if self.outer is not base:
             for low, high in zip(self.outer.fp16_groups, self.outer.fp32_groups, strict=True):
                 self._masters.update(zip(low, high, strict=True))
+            self._undo_first_step()
         self._norm: float | None = None
         base.register_step_pre_hook(self._before_step)
+
+    def _undo_first_step(self) -> None:
+        """DeepSpeed's unfused optimizer creates the state with a step on zero gradients, which counts, and decays the
+        weights: after it, bias correction would be one step ahead of every other engine's."""
+        state = self.base.state
+        if self.base.steps_taken() != 1 or any(state[m]["exp_avg_sq"].count_nonzero() for m in self._masters.values()):
+            return
+        for low, high in self._masters.items():
+            state[high]["step"] = torch.zeros_like(state[high]["step"])
+            high.data.copy_(low.data)
 
     def group(self) -> None:
         return None

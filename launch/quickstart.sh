@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains a small BERT on movie-review sentences twice, with plain AdamW and with ROSE-Ensemble, both through the deepspeed
+# launcher at ZeRO-2, and compares them on clean and perturbed text. Asks nothing; the results are in runs/quickstart.
+# STEPS (default 120) sets the budget of each run, SEED the seed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/launch/venv.sh" demo
+cd "$root"
+
+out=runs/quickstart
+ranks=2
+if python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
+else
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+# DeepSpeed compiles a small extension on first use; a folder of our own is not blocked by a lock that a killed job left.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
+export TOKENIZERS_PARALLELISM=false
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+for method in vanilla rose-ensemble; do
+    rm -rf "${out:?}/$method"
+    mkdir -p "$out/$method"
+    echo "training $method (log: $out/$method/train.log)"
+    deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launch/train.py --deepspeed ds_configs/zero2.json \
+        --task snippets --model minilm --method "$method" --output_dir "$out/$method" --seed "${SEED:-0}" \
+        --max_steps "${STEPS:-120}" --per_device_train_batch_size 16 --learning_rate 1e-4 --save_strategy no \
+        2>&1 | tee "$out/$method/train.log" | tr '\r' '\n' | grep --line-buffered -E "[0-9]+0/[0-9]+ |error|Error|clean" || {
+        status=${PIPESTATUS[0]}
+        [ "$status" -eq 0 ] || { tail -n 40 "$out/$method/train.log" >&2; exit "$status"; }
+    }
+    [ -f "$out/$method/metrics.json" ] || { tail -n 40 "$out/$method/train.log" >&2; exit 1; }
+done
+rose-ds report "$out/vanilla" "$out/rose-ensemble" --output_dir "$out"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes .venv at the repository's root with pinned requirements and rose_ds itself; does nothing where it is up to date.
+# Sourced with the extra to install:  source launch/venv.sh demo
+# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the torch requirement.
+set -euo pipefail
+extra=$1
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
+        [ -n "$candidate" ] || continue
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "no Python 3.10 to 3.12 found: install one, or set PYTHON=/path/to/python" >&2
+    return 1
+}
+
+install_torch() {
+    local pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    if [ -n "${TORCH:-}" ]; then
+        "${pip[@]}" "$TORCH"
+    elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        "${pip[@]}" torch==2.13.0
+    else
+        # The local version picks a CPU-only build where pip is configured to find one; the default build runs on CPUs too.
+        "${pip[@]}" torch==2.13.0+cpu 2>/dev/null || "${pip[@]}" torch==2.13.0
+    fi
+}
+
+stamp="$root/.venv/.rose_ds-$extra"
+wanted=$(cat "$root/pyproject.toml" "$root/launch/requirements.txt" | cksum)
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    python=$(find_python)
+    echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+    "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$root/launch/requirements.txt" --editable "$root[$extra]"
+    echo "$wanted" >"$stamp"
+fi
+export PATH="$root/.venv/bin:$PATH"

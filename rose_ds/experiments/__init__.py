@@ -1,0 +1,1 @@
+"""Runs: one model trained or evaluated on one task, what it measured, and runs side by side."""

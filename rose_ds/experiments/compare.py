@@ -1,0 +1,77 @@
+"""Runs side by side: a table, a JSON file and a bar chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rose_ds.experiments.metrics import Metrics
+
+_COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
+    ("clean", lambda m: m.glue_accuracy, "{:.2%}"),
+    ("AdvGLUE", lambda m: m.advglue_accuracy, "{:.2%}"),
+    ("perturbed", lambda m: m.perturbed_accuracy, "{:.2%}"),
+    ("drop", lambda m: drop(m), "{:.2%}"),
+    ("step (s)", lambda m: m.step_seconds, "{:.3f}"),
+    ("kept", lambda m: m.kept_fraction, "{:.0%}"),
+)
+
+
+def drop(metrics: Metrics) -> float | None:
+    """Relative loss of accuracy from clean to attacked text (AdvGLUE where there is one, else the perturbed set)."""
+    attacked = metrics.advglue_accuracy if metrics.advglue_accuracy is not None else metrics.perturbed_accuracy
+    if not metrics.glue_accuracy or attacked is None:
+        return None
+    return (metrics.glue_accuracy - attacked) / metrics.glue_accuracy
+
+
+def table(runs: Sequence[Metrics]) -> str:
+    """A Markdown table of the runs; columns that no run has a value for are left out."""
+    columns = [c for c in _COLUMNS if any(c[1](m) is not None for m in runs)]
+    rows = [["task", "method", "engine", "steps", *(name for name, _, _ in columns)]]
+    for m in runs:
+        values = [(value(m), form) for _, value, form in columns]
+        cells = ["-" if value is None else form.format(value) for value, form in values]
+        rows.append([m.task, m.method or "?", f"{m.engine} x{m.world_size}", str(m.steps), *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def write(runs: Sequence[Metrics], folder: Path) -> tuple[Path, Path | None]:
+    """Write comparison.json and, where matplotlib is installed, comparison.png; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "comparison.json"
+    rows = [{**asdict(m), "drop": drop(m)} for m in runs]
+    record.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return record, _chart(runs, folder / "comparison.png")
+
+
+def _chart(runs: Sequence[Metrics], path: Path) -> Path | None:
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = [c for c in _COLUMNS[:3] if any(c[1](m) is not None for m in runs)]
+    figure, axes = pyplot.subplots(figsize=(1.6 * len(sets) * max(2, len(runs)) * 0.6 + 2, 4))
+    width = 0.8 / len(runs)
+    for i, m in enumerate(runs):
+        positions = [j + (i - (len(runs) - 1) / 2) * width for j in range(len(sets))]
+        heights = [100 * (value(m) or 0.0) for _, value, _ in sets]
+        bars = axes.bar(positions, heights, width * 0.95, label=f"{m.task} {m.method}")
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+    axes.set_xticks(range(len(sets)), [name for name, _, _ in sets])
+    axes.set_ylabel("accuracy (%)")
+    axes.set_ylim(0, 110)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper center", ncols=len(runs))
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

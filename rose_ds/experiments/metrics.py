@@ -1,0 +1,63 @@
+"""metrics.json: what a run measured, in one record that every command reads and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.json"
+
+
+@dataclass
+class Metrics:
+    """One run. Accuracies are fractions in [0, 1]; None where there is no such set or the run did not train."""
+
+    task: str
+    model: str
+    method: str | None = None
+    seed: int | None = None
+    engine: str | None = None
+    world_size: int | None = None
+    precision: str | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+    step_seconds: float | None = None
+    """Median wall-clock seconds of an optimizer step, the first two left out."""
+    kept_fraction: float | None = None
+    """Mean over steps of the fraction of eligible parameters kept; None without masks."""
+    skipped_steps: int | None = None
+    glue_accuracy: float | None = None
+    """Accuracy on the task's clean dev set."""
+    advglue_accuracy: float | None = None
+    perturbed_accuracy: float | None = None
+    """Accuracy on the perturbed copy of the clean dev set."""
+    perturbed_by_family: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    """The settings used."""
+
+    def write(self, folder: Path) -> Path:
+        """Write folder/metrics.json whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path) -> Metrics:
+        """Read folder/metrics.json. Raises FileNotFoundError, or ValueError naming the file when it is not one."""
+        path = folder / FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a metrics file: {error}") from error
+
+    def summary(self) -> str:
+        """The accuracies on one line."""
+        named = {"clean": self.glue_accuracy, "AdvGLUE": self.advglue_accuracy, "perturbed": self.perturbed_accuracy}
+        shown = [f"{name} {value:.2%}" for name, value in named.items() if value is not None]
+        return f"{self.task} {self.method or self.model}: " + ", ".join(shown)

@@ -1,0 +1,242 @@
+"""Train or evaluate one model on one task."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from rose_ds.data import TaskData, assign_families, load_task, padding_collator, perturb, tokenize
+from rose_ds.data.loading import SPLITS
+from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.models import load_model, load_tokenizer
+from rose_ds.experiments.settings import METHODS, MethodSettings, RunSettings
+from rose_ds.trainer import RoseTrainer, StepMeter
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> Metrics:
+    """Train, evaluate, save the model and metrics.json in ``args.output_dir``. Every rank calls it.
+
+    Raises:
+        DataError, ModelError, RefusedConfiguration: before any training.
+    """
+    checkpoint = _checkpoint(method, args)
+    _refuse_unsavable(args)
+    set_seed(args.seed)
+    data = _load(run)
+    assert data.train is not None
+    tokenizer = load_tokenizer(run.model)
+    if args.deepspeed:
+        # on CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
+    model = load_model(run.model, data.spec)
+    rose = method.rose()
+    if rose.strategy != "none":
+        rose.eligible(name for name, p in model.named_parameters() if p.requires_grad)
+    trainer = RoseTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length),
+        eval_dataset=None
+        if data.validation is None
+        else tokenize(data.validation, data.spec, tokenizer, run.max_length),
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=_accuracy_of,
+        rose=rose,
+    )
+    _check_engine(run.engine, trainer)
+    meter = StepMeter(trainer)
+    trainer.add_callback(meter)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = Metrics(
+        task=data.spec.name,
+        model=run.model,
+        method=method.method,
+        seed=args.seed,
+        engine=engine_name(trainer),
+        world_size=args.world_size,
+        precision=_precision(args),
+        steps=trainer.state.global_step,
+        train_seconds=result.metrics["train_runtime"],
+        step_seconds=statistics.median(meter.seconds[2:] or meter.seconds) if meter.seconds else None,
+        kept_fraction=statistics.fmean(meter.kept) if meter.kept else None,
+        skipped_steps=meter.skipped,
+        config=_config(run, method, args),
+        **accuracies(trainer, data, tokenizer, run),
+    )
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        metrics.write(Path(args.output_dir))
+    return metrics
+
+
+def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
+    """Evaluate a trained classifier, and write metrics.json in ``args.output_dir``.
+
+    Raises:
+        DataError, ModelError: the data or model cannot be loaded or do not fit each other.
+    """
+    data = _load(run, splits=("validation", "adversarial"))
+    tokenizer = load_tokenizer(run.model)
+    trainer = RoseTrainer(
+        model=load_model(run.model, data.spec, trained=True),
+        args=args,
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
+        rose=MethodSettings(method="vanilla").rose(),
+    )
+    metrics = Metrics(
+        task=data.spec.name,
+        model=run.model,
+        engine="plain" if args.world_size == 1 else None,
+        world_size=args.world_size,
+        precision=_precision(args),
+        config=asdict(run),
+        **accuracies(trainer, data, tokenizer, run),
+    )
+    if (Path(run.model) / "metrics.json").is_file():  # what it was trained with
+        trained = Metrics.read(Path(run.model))
+        for name in (
+            "method",
+            "seed",
+            "engine",
+            "world_size",
+            "steps",
+            "train_seconds",
+            "step_seconds",
+            "kept_fraction",
+        ):
+            setattr(metrics, name, getattr(trained, name))
+    if trainer.is_world_process_zero():
+        metrics.write(Path(args.output_dir))
+    return metrics
+
+
+def _load(run: RunSettings, splits: Sequence[str] = SPLITS) -> TaskData:
+    """The task's splits, cut to the first rows where a run asks for fewer."""
+    data = load_task(run.task, run.data, splits=splits)
+
+    def first(dataset: Any, count: int | None) -> Any:
+        return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))
+
+    return replace(
+        data,
+        train=first(data.train, run.max_train_samples),
+        validation=first(data.validation, run.max_eval_samples),
+        adversarial=first(data.adversarial, run.max_eval_samples),
+    )
+
+
+def accuracies(trainer: RoseTrainer, data: TaskData, tokenizer: Any, run: RunSettings) -> dict[str, Any]:
+    """Accuracy on the clean, adversarial and perturbed dev sets, by metrics.json's names."""
+    spec = data.spec
+    found: dict[str, Any] = {}
+
+    def correct(dataset: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        prediction = trainer.predict(tokenize(dataset, spec, tokenizer, run.max_length))
+        return _correct(prediction.predictions, prediction.label_ids)
+
+    if data.validation is not None:
+        found["glue_accuracy"] = float(correct(data.validation).mean())
+        hit = correct(perturb(data.validation, spec.fields, seed=run.perturb_seed))
+        found["perturbed_accuracy"] = float(hit.mean())
+        families = np.array(assign_families(len(hit), run.perturb_seed))
+        found["perturbed_by_family"] = {str(f): float(hit[families == f].mean()) for f in np.unique(families)}
+    if data.adversarial is not None:
+        found["advglue_accuracy"] = float(correct(data.adversarial).mean())
+    return found
+
+
+def engine_name(trainer: RoseTrainer) -> str:
+    """The engine a trainer runs on; before training, the one it is going to run on."""
+    if trainer.stepper is not None:
+        return trainer.stepper.engine.name
+    if trainer.is_deepspeed_enabled:
+        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    if trainer.is_fsdp_enabled:
+        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    return "plain" if trainer.args.world_size == 1 else "ddp"
+
+
+def _check_engine(wanted: str, trainer: RoseTrainer) -> None:
+    actual = engine_name(trainer)
+    if wanted not in ("auto", actual):
+        how = {"ze": f"deepspeed launch/train.py --deepspeed ds_configs/{wanted}.json", "fs": "accelerate launch"}
+        raise RefusedConfiguration(
+            f"--engine {wanted} was asked for, but this run is on {actual}: start it with "
+            f"{how.get(wanted[:2], 'one process' if wanted == 'plain' else 'torchrun')}, or use --engine auto"
+        )
+
+
+def _checkpoint(method: MethodSettings, args: TrainingArguments) -> str | None:
+    newest: str | None = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if args.resume_from_checkpoint:
+        if not Path(args.resume_from_checkpoint).is_dir():
+            raise RefusedConfiguration(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a folder")
+        return args.resume_from_checkpoint
+    if method.resume == "auto":
+        logger.info("resuming from %s", newest or "nothing: no checkpoint yet")
+        return newest
+    if newest is not None:
+        raise RefusedConfiguration(
+            f"{args.output_dir} holds an earlier run's checkpoints (newest {Path(newest).name}): go on with --resume "
+            "auto, or choose another --output_dir"
+        )
+    return None
+
+
+def _refuse_unsavable(args: TrainingArguments) -> None:
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(key):
+        raise RefusedConfiguration(f"at ZeRO-3 the trained model cannot be saved whole without {key}: set it to true")
+
+
+#: TrainingArguments that metrics.json records.
+_RECORDED = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "warmup_steps",
+)
+
+
+def _precision(args: TrainingArguments) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def _config(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> dict[str, Any]:
+    training = {name: getattr(args, name) for name in _RECORDED}
+    training["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    rose = {} if METHODS[method.method] == "none" else asdict(method.rose())
+    return {**asdict(run), **training, "rose": rose, "deepspeed": args.deepspeed}
+
+
+def _correct(predictions: Any, labels: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return np.asarray(np.argmax(logits, axis=-1) == labels)
+
+
+def _accuracy_of(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float(_correct(prediction.predictions, prediction.label_ids).mean())}

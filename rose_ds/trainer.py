@@ -1,0 +1,270 @@
+"""RoseTrainer: a transformers.Trainer whose steps are ROSE's."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+
+from rose_ds.config import RoseConfig
+from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.optimizer import RoseAdamW
+from rose_ds.stepper import Stepper, prepare
+
+
+class RoseTrainer(Trainer):
+    """A Trainer that updates only robust parameters.
+
+    Args:
+        rose: ROSE's settings; default RoseConfig(). strategy="none" trains exactly as Trainer with AdamW does. With an
+            ``optimizer`` block of type RoseAdamW in the DeepSpeed config, the block's settings are used and must agree.
+        Everything else: as transformers.Trainer. The optimizer is RoseAdamW with the learning rate, betas, epsilon and
+            weight decay of TrainingArguments.
+
+    Raises:
+        RefusedConfiguration: before training, where a gradient would silently be wrong.
+    """
+
+    optimizer: Any
+
+    def __init__(self, *args: Any, rose: RoseConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rose = RoseConfig() if rose is None else rose
+        self.stepper: Stepper | None = None
+        self._stepper_model: nn.Module | None = None
+        if type(self.model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+            # These take num_items_in_batch as a keyword and ignore it: their loss is the micro-batch's mean. Trainer,
+            # believing them, would multiply it by the world size and not divide it by the accumulation steps.
+            self.model_accepts_loss_kwargs = False
+        self._refuse()
+        self._refuse_without_dropout()
+        if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RoseProgressCallback(self))
+
+    def _refuse(self) -> None:
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise RefusedConfiguration(
+                "RoseTrainer makes its own RoseAdamW: remove optimizers= and optimizer_cls_and_kwargs=, and pass "
+                "rose=RoseConfig(...)"
+            )
+        if self.args.fp16 and not self.is_deepspeed_enabled:
+            raise RefusedConfiguration(
+                "fp16=True without DeepSpeed scales the loss outside the engine: use bf16=True, or a DeepSpeed config "
+                'with "fp16"'
+            )
+        if self.args.n_gpu > 1:
+            raise RefusedConfiguration(
+                "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
+                "deepspeed, torchrun or accelerate launch"
+            )
+        block = self._deepspeed_optimizer_block()
+        if block is not None and block.get("type") != "RoseAdamW":
+            raise RefusedConfiguration(
+                f"the DeepSpeed config's optimizer is {block.get('type')!r}: remove the block (RoseTrainer brings "
+                'RoseAdamW), or set its "type" to "RoseAdamW"'
+            )
+
+    def _deepspeed_optimizer_block(self) -> dict[str, Any] | None:
+        if not self.is_deepspeed_enabled:
+            return None
+        block: dict[str, Any] | None = self.accelerator.state.deepspeed_plugin.hf_ds_config.config.get("optimizer")
+        return block
+
+    def _refuse_without_dropout(self) -> None:
+        if self.rose.uses_first and not any(_dropout_probability(m) > 0 for m in self.model.modules()):
+            raise RefusedConfiguration(
+                f'strategy="{self.rose.strategy}" compares two dropout passes, but every dropout probability of this '
+                'model is 0: set e.g. hidden_dropout_prob=0.1 in its config, or choose strategy="second"'
+            )
+
+    # --- optimizer ---
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """RoseAdamW over named parameters, with Trainer's own split into decayed and not decayed."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [x for x in named if x[0] in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [x for x in named if x[0] not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = RoseAdamW(
+                [group for group in groups if group["params"]],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                **{name: getattr(self.rose, name) for name in RoseConfig.field_names()},
+            )
+        return self.optimizer
+
+    def _rose_optimizer(self) -> RoseAdamW | None:
+        optimizer: Any = self.optimizer
+        while optimizer is not None and not isinstance(optimizer, RoseAdamW):
+            optimizer = getattr(optimizer, "optimizer", None)
+        return optimizer
+
+    # --- the step ---
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Both gradients of one micro-batch; under DeepSpeed also the engine's step, as in Trainer."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        stepper = self._stepper_for(model)
+        engine, accumulation = stepper.engine, self.current_gradient_accumulation_steps
+        engine.accumulation_steps = accumulation
+        # The loss of each forward pass, kept beside its logits: engines decide which pass the task gradient is of.
+        passes: list[tuple[Tensor, Tensor]] = []
+
+        def forward() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(
+                    model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+            passes.append((logits, loss))
+            return logits
+
+        # A loss that is already a mean over the whole accumulated batch must not be divided again.
+        whole = accumulation if self._loss_is_whole(num_items_in_batch) else 1
+
+        def loss_of(logits: Tensor) -> Tensor:
+            return next(loss for seen, loss in passes if seen is logits) * whole
+
+        if self.is_deepspeed_enabled:
+            model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+            micro = stepper.backward(forward, loss_of)
+            stepper.step()
+        else:
+            micro = stepper.backward(forward, loss_of)
+            stepper.leave_step_to_optimizer(last=self.accelerator.sync_gradients)
+        return micro["loss"] / accumulation
+
+    def _loss_is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _stepper_for(self, model: nn.Module) -> Stepper:
+        if self.stepper is None or self._stepper_model is not model:
+            self.stepper = prepare(model) if self.is_deepspeed_enabled else prepare(model, self._rose_optimizer())
+            self._stepper_model = model
+            self._check_agreement(self.stepper.config)
+        return self.stepper
+
+    def _check_agreement(self, used: RoseConfig) -> None:
+        if used != self.rose:
+            if self.rose != RoseConfig():
+                raise RefusedConfiguration(
+                    f"the DeepSpeed config's RoseAdamW block says {used}, rose= says {self.rose}: keep one of them"
+                )
+            self.rose = used
+
+    # --- reports ---
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the last step's thresholds and kept fractions beside the training loss."""
+        report = self.stepper.last_report if self.stepper is not None else None
+        if report is not None and "loss" in logs:
+            logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
+        super().log(logs, *args, **kwargs)
+
+
+class RoseProgressCallback(ProgressCallback):
+    """Trainer's bar, with the loss, the kept fraction and the thresholds at its end."""
+
+    def __init__(self, trainer: RoseTrainer, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
+        if state.is_world_process_zero:
+            self.training_bar.set_postfix(self._numbers(state), refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def _numbers(self, state: TrainerState) -> dict[str, str]:
+        numbers = {}
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if losses:
+            numbers["loss"] = f"{losses[-1]:.3f}"
+        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
+        if report is not None and report.kept_fraction is not None:
+            numbers["kept"] = f"{report.kept_fraction:.0%}"
+            for name, tau in (("tau1", report.tau_first), ("tau2", report.tau_second)):
+                if tau is not None:
+                    numbers[name] = f"{tau:.2g}" if math.isfinite(tau) else str(tau)
+        return numbers
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing for training steps, whose numbers are on the bar; evaluations are printed as Trainer prints them."""
+        if logs is None or "loss" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Only where a length is known, as Trainer."""
+        if eval_dataloader is not None and has_length(eval_dataloader):
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+
+class StepMeter(TrainerCallback):
+    """Wall-clock seconds of each optimizer step, and what its masks kept."""
+
+    def __init__(self, trainer: RoseTrainer) -> None:
+        self.trainer = trainer
+        self.seconds: list[float] = []
+        self.kept: list[float] = []
+        self.skipped = 0
+        self._start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._start = _now()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(_now() - self._start)
+        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
+        if report is not None:
+            self.skipped += report.skipped
+            if report.kept_fraction is not None:
+                self.kept.append(report.kept_fraction)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _dropout_probability(module: nn.Module) -> float:
+    """Dropout of a module: nn.Dropout's p, or the attribute under which attention modules keep theirs."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return float(module.p)
+    values = [getattr(module, name, 0) for name in ("dropout_prob", "attention_dropout", "dropout")]
+    return max((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), default=0.0)
