@@ -25,6 +25,12 @@ _REFUSED = {
 _BATCH = 1 << 24  # masked elements updated at a time: bounds the fp32 scratch memory
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank: a DTensor's shard, sharing its memory; any other tensor itself."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor.to_local() without its autograd
+    return shard
+
+
 class Slice(NamedTuple):
     """A contiguous piece of a named tensor, and where it lies in a tensor that the optimizer holds."""
 
@@ -37,8 +43,8 @@ class Slice(NamedTuple):
     numel: int
 
     def view(self, like_param: Tensor) -> Tensor:
-        """This slice of a tensor shaped like ``param`` (its gradient, exp_avg, ...), 1-D."""
-        return like_param.detach().view(-1).narrow(0, self.offset, self.numel)
+        """This slice of a tensor that is shaped and sharded like ``param`` (its gradient, exp_avg, ...), 1-D."""
+        return local(like_param).detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,15 @@ class RoseAdamW(torch.optim.Optimizer):
         for i in sorted(range(len(slices)), key=lambda i: slices[i].offset):
             self._slices_of.setdefault(slices[i].param, []).append(i)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps what it knows; a copy has no engine yet, so it is attached to nothing and has no plan
+        return {**super().__getstate__(), "config": self.config}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("plan", None)
+        self.__dict__.setdefault("_slices", [])
+        self.__dict__.setdefault("_slices_of", {})
         for group in self.param_groups:
             group.setdefault("foreach", None)
 
@@ -125,8 +138,9 @@ class RoseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient, by the plan where there is one.
 
-        Without a plan: plain AdamW for strategy="none", or with every lr at 0 (checkpoint libraries take such a step to
-        create the state); anything else would silently train without masks and raises RuntimeError.
+        Without a plan, strategy="none" is plain AdamW. For the others, a step whose gradients are all zero only creates
+        the state (checkpoint libraries and DeepSpeed take such steps at the start); any other would silently train
+        without masks and raises RuntimeError.
         """
         loss = None
         if closure is not None:
@@ -134,7 +148,9 @@ class RoseAdamW(torch.optim.Optimizer):
                 loss = closure()
         plan = self.plan
         if plan is None:
-            if self.config.strategy != "none" and any(group["lr"] != 0 for group in self.param_groups):
+            if self.config.strategy != "none":
+                if self._create_state_if_all_zero():
+                    return loss
                 raise RuntimeError(
                     f"RoseAdamW(strategy={self.config.strategy!r}).step() has no masks for this step: train through "
                     "stepper = rose_ds.prepare(...); stepper.backward(forward, loss); stepper.step()"
@@ -144,6 +160,14 @@ class RoseAdamW(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._step_group(group, plan)
         return loss
+
+    def _create_state_if_all_zero(self) -> bool:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(local(p.grad).count_nonzero() for p in params if p.grad is not None):
+            return False
+        for param in params:
+            self.init_state(param)
+        return True
 
     def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
         batches: dict[int, _Batch] = {}
@@ -167,7 +191,7 @@ class RoseAdamW(torch.optim.Optimizer):
     ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...]]]:
         """Cut a parameter into (mask code, views of it, its gradient and moments); code 3 is a mask of ones."""
         assert param.grad is not None
-        whole = (param.detach(), param.grad, state["exp_avg"], state["exp_avg_sq"])
+        whole = tuple(local(t).detach() for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         indices = self._slices_of.get(param, []) if plan.codes is not None else []
         if not indices:
             yield 3, whole
@@ -180,7 +204,7 @@ class RoseAdamW(torch.optim.Optimizer):
                 yield 3, tuple(t[end:offset] for t in flat)
             yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat)  # type: ignore[index]
             end = offset + numel
-        if end < param.numel():
+        if end < whole[0].numel():
             yield 3, tuple(t[end:] for t in flat)
 
 

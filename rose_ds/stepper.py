@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from rose_ds.core.select import SecondOrderInputs, Selection, select
-from rose_ds.engines.base import Engine, Forward, Loss
+from rose_ds.engines.base import Engine, Forward, Loss, RefusedConfiguration
 from rose_ds.engines.plain import PlainEngine
 from rose_ds.objectives.divergence import symmetric_kl
 from rose_ds.optimizer import Plan, RoseAdamW
@@ -36,8 +36,10 @@ def prepare(
     """Make a training step out of a model and its RoseAdamW, whatever runs the model.
 
     Args:
-        model: an nn.Module on this process, or a DeepSpeedEngine (ZeRO 0 to 3).
-        optimizer: the RoseAdamW over ``model.named_parameters()``; none for a DeepSpeedEngine, which has its own.
+        model: an nn.Module on this process; what DistributedDataParallel, FullyShardedDataParallel or fully_shard made
+            of one (also through accelerate or torch.compile); or a DeepSpeedEngine (ZeRO 0 to 3).
+        optimizer: the RoseAdamW over ``model.named_parameters()``, built after sharding; none for a DeepSpeedEngine,
+            which has its own.
         accumulation_steps: micro-batches to an optimizer step; a DeepSpeedEngine has its own.
         max_grad_norm: clip the task gradient's global L2 norm to this; None or 0: no clipping. A DeepSpeedEngine has
             its own.
@@ -67,28 +69,79 @@ def _engine_for(
         return ZeroEngine(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a DeepSpeedEngine, got {type(model).__name__}")
-    if not isinstance(optimizer, RoseAdamW):
+    engine_class = _engine_class(_uncompiled(model))
+    return engine_class(_uncompiled(model), _rose_optimizer(optimizer), accumulation_steps, max_grad_norm)
+
+
+def _engine_class(model: nn.Module) -> Callable[[Any, RoseAdamW, int, float | None], Engine]:
+    wrapper = _wrapper_of(model)
+    for name, part in model.named_modules():
+        inner = _wrapper_of(part)
+        if inner is not None and inner != wrapper:
+            raise TypeError(
+                f"{name!r} is wrapped in {inner}, but the model given to prepare() is "
+                f"{'a plain ' + type(model).__name__ if wrapper is None else wrapper}: wrap the whole model in one of "
+                "DistributedDataParallel, FullyShardedDataParallel or fully_shard, and give prepare() the result"
+            )
+    # each is imported only where it is used
+    if wrapper == "DistributedDataParallel":
+        from rose_ds.engines.ddp import DdpEngine
+
+        return DdpEngine
+    if wrapper == "FullyShardedDataParallel":
+        from rose_ds.engines.fsdp1 import Fsdp1Engine
+
+        return Fsdp1Engine
+    if wrapper == "FSDPModule":
+        from rose_ds.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine
+    if wrapper is not None:
+        raise TypeError(
+            f"{wrapper} is not supported by prepare(): start one process for each device and use "
+            "DistributedDataParallel, fully_shard or DeepSpeed"
+        )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise TypeError(
+            f"a plain module ({type(model).__name__}) in a job of several processes would train a separate model on "
+            "each: pass what DistributedDataParallel, FullyShardedDataParallel or fully_shard made of it, or the "
+            "DeepSpeedEngine that deepspeed.initialize() returned"
+        )
+    return PlainEngine
+
+
+#: Classes of torch that run or are another module. Looked up by name: importing FSDP takes a second.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "ReplicateModule", "FSDPModule")
+
+
+def _wrapper_of(module: nn.Module) -> str | None:
+    return next((name for name in _WRAPPERS if _is_a(module, "torch.", name)), None)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    while _is_a(model, "torch.", "OptimizedModule"):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def _rose_optimizer(optimizer: Any) -> RoseAdamW:
+    """The RoseAdamW itself, also from inside accelerate's AcceleratedOptimizer."""
+    inner = optimizer
+    while not isinstance(inner, RoseAdamW) and hasattr(inner, "optimizer"):
+        if getattr(inner, "scaler", None) is not None:
+            raise RefusedConfiguration(
+                'mixed_precision="fp16" scales the loss outside rose_ds: use "bf16", or fp16 through DeepSpeed'
+            )
+        inner = inner.optimizer
+    if not isinstance(inner, RoseAdamW):
         raise TypeError(
             f"prepare(model, optimizer) needs RoseAdamW(model.named_parameters(), ...), got {type(optimizer).__name__}"
         )
-    for module, cls in (
-        ("torch.nn.parallel.distributed", "DistributedDataParallel"),
-        ("torch.nn.parallel.data_parallel", "DataParallel"),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
-        ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule"),
-    ):
-        if any(_is_a(m, module, cls) for m in model.modules()):
-            raise TypeError(f"{cls} is not supported by prepare(): use one process, or DeepSpeed for several")
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise TypeError(
-            "a plain module in a job of several processes would train a separate model on each: pass the "
-            "DeepSpeedEngine that deepspeed.initialize() returned"
-        )
-    return PlainEngine(model, optimizer, accumulation_steps, max_grad_norm)
+    return inner
 
 
-def _is_a(model: object, module: str, cls: str) -> bool:
-    return any(base.__module__ == module and base.__name__ == cls for base in type(model).__mro__)
+def _is_a(model: object, package: str, cls: str) -> bool:
+    return any(base.__module__.startswith(package) and base.__name__ == cls for base in type(model).__mro__)
 
 
 class Stepper:
@@ -96,6 +149,8 @@ class Stepper:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
+        self.last_report: StepReport | None = None
+        """The last optimizer step's report."""
         self._awaiting_step = False
         self._selection: Selection | None = None
 
@@ -120,7 +175,7 @@ class Stepper:
 
         Args:
             forward: runs the model on this rank's micro-batch and returns the logits, (batch, ..., classes). Called
-                twice by first-order strategies, once more by ZeRO-3 with the first pass's random numbers.
+                twice by first-order strategies, once more by ZeRO-3 and FSDP1 with the first pass's random numbers.
             loss: scalar mean loss of the first pass's logits; its gradient is what updates the weights.
 
         Returns:
@@ -154,10 +209,29 @@ class Stepper:
         if outcome is None:
             return None
         self.engine.take_kl_grads()
-        report = self._report(outcome.grad_norm, outcome.skipped)
-        if report.skipped:
-            logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
-        return report
+        return self._report(outcome.grad_norm, outcome.skipped)
+
+    def leave_step_to_optimizer(self, *, last: bool) -> None:
+        """Instead of ``step()``, in loops that clip and call ``optimizer.step()`` themselves (transformers.Trainer).
+
+        Call after every ``backward()``. After the ``last`` micro-batch, the masks are made when the optimizer steps,
+        from the gradients it then holds; ``last_report`` tells of it.
+        """
+        if not self._awaiting_step:
+            raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
+        self._awaiting_step = False
+        if last:
+            before = self.optimizer.register_step_pre_hook(lambda *_: self._plan(self.engine.slice_grads(), None))
+
+            def finish(*_: object) -> None:
+                before.remove()
+                after.remove()
+                skipped = self.optimizer.plan is not None and self.optimizer.plan.skip
+                self.optimizer.plan = None
+                self.engine.take_kl_grads()
+                self._report(None, skipped)
+
+            after = self.optimizer.register_step_post_hook(finish)
 
     def gather_parameters(self) -> dict[str, Tensor]:
         """Full fp32 parameters by their unwrapped names, on every rank: a collective, for models that fit."""
@@ -168,6 +242,7 @@ class Stepper:
 
     def _plan(self, grads: Sequence[Tensor], grad_norm: float | None) -> None:
         """Called by the engine once a step, when gradients are reduced and clipped and nothing is updated yet."""
+        self._selection = None
         kl_grads = self.engine.take_kl_grads()
         if grad_norm is not None and not torch.isfinite(torch.tensor(grad_norm)):
             self.optimizer.plan = Plan(skip=True)
@@ -200,13 +275,16 @@ class Stepper:
                     masks[f"tau_{which}"] = threshold.value
                     masks[f"kept_{which}"] = threshold.kept
                     masks[f"kept_{which}_per_rank"] = threshold.kept_per_rank if per_element else None
-        return StepReport(
+        report = self.last_report = StepReport(
             step=self.optimizer.steps_taken(),
             eligible=shards.element_count if per_element else shards.tensor_count,
             grad_norm=grad_norm,
             skipped=skipped,
             **masks,
         )
+        if skipped:
+            logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
+        return report
 
 
 def _checked(forward: Forward) -> Forward:

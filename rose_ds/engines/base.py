@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ Loss = Callable[[Tensor], Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
 #: Sets the optimizer's plan from each eligible slice's clipped task gradient (1-D) and the global norm before clipping.
 Planner = Callable[[Sequence[Tensor], float | None], None]
+
+
+#: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.
+_WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 class RefusedConfiguration(ValueError):
@@ -51,6 +56,8 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int) -> None:
         self.module, self.optimizer, self.accumulation_steps = module, optimizer, accumulation_steps
         self._kl_grads: list[Tensor] | None = None
+        if optimizer.config.uses_first:
+            _refuse_checkpoints_without_rng(module)
         trainable = [name for name, param in self.named_parameters() if param.requires_grad]
         self.eligible = optimizer.config.eligible(trainable) if optimizer.config.strategy != "none" else []
 
@@ -76,7 +83,7 @@ class Engine(ABC):
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The model's parameters by their unwrapped names, in the model's order."""
-        return list(self.module.named_parameters())
+        return [(unwrapped_name(name), param) for name, param in self.module.named_parameters()]
 
     def numel(self, param: nn.Parameter) -> int:
         """Number of elements of the whole parameter, sharded or not."""
@@ -103,18 +110,45 @@ class Engine(ABC):
         self.shards = Shards([s.tensor_index for s in self.slices], exchange_of, exchanges, len(index), expected)
         self.optimizer.attach(self.slices)
 
+    def slice_grads(self) -> list[Tensor]:
+        """Each slice's task gradient as it lies in the optimizer, 1-D; zeros for a parameter without one."""
+        return [
+            torch.zeros(s.numel, device=s.param.device) if s.param.grad is None else s.view(s.param.grad)
+            for s in self.slices
+        ]
+
     def add_kl_grads(self, grads: Sequence[Tensor]) -> None:
         """Add one micro-batch's KL gradient: 1-D tensors aligned with ``slices``; fp32 ones may be kept as they are."""
         if self._kl_grads is None:
             self._kl_grads = [g.detach().float() for g in grads]
         else:
-            for total, grad in zip(self._kl_grads, grads, strict=True):
-                total.add_(grad)
+            # not in place: autograd may hand out one tensor as the gradient of two parameters
+            for i, grad in enumerate(grads):
+                self._kl_grads[i] = self._kl_grads[i] + grad
 
     def take_kl_grads(self) -> list[Tensor] | None:
         """The KL gradient summed over the accumulated micro-batches; forgets it."""
         grads, self._kl_grads = self._kl_grads, None
         return grads
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name in the model that was wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED_AS)
+
+
+def _refuse_checkpoints_without_rng(module: nn.Module) -> None:
+    """Activation checkpointing that draws other dropout masks when it recomputes differentiates another function."""
+    for name, part in module.named_modules():
+        for attribute in ("checkpoint_fn", "_gradient_checkpointing_func"):  # torch's wrapper, Hugging Face's layers
+            function = getattr(part, attribute, None)
+            if isinstance(function, partial) and function.keywords.get("preserve_rng_state") is False:
+                raise RefusedConfiguration(
+                    f"{unwrapped_name(name)!r} is checkpointed with preserve_rng_state=False: its dropout masks in the "
+                    "backward pass are not those of the forward pass, so the gradients are wrong. Checkpoint with "
+                    "preserve_rng_state=True; under accelerate's FSDP2 turn fsdp_activation_checkpointing off and use "
+                    "gradient_checkpointing=True"
+                )
 
 
 def two_passes(forward: Forward, divergence: Divergence) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rose_ds.core.threshold import Exchange, local_only
-from rose_ds.engines.base import Divergence, Engine, Forward, Loss, Losses, Outcome, Planner, two_passes
-from rose_ds.optimizer import RoseAdamW, Slice
+from rose_ds.engines.base import (
+    Divergence,
+    Engine,
+    Forward,
+    Loss,
+    Losses,
+    Outcome,
+    Planner,
+    RefusedConfiguration,
+    two_passes,
+)
+from rose_ds.optimizer import RoseAdamW, Slice, local
 
 
 class PlainEngine(Engine):
@@ -25,6 +35,12 @@ class PlainEngine(Engine):
         self._locate()
 
     def _find_slices(self, index: dict[str, int]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
+        parts = [name for name, p in self.named_parameters() if local(p) is not p]
+        if parts:
+            raise RefusedConfiguration(
+                f"{parts[0]!r} is a DTensor, but the model is not sharded by fully_shard: tensor parallelism alone, or "
+                "under DistributedDataParallel, is not supported; call fully_shard(model, mesh=...) too"
+            )
         held = {p for group in self.optimizer.param_groups for p in group["params"]}
         slices = [
             Slice(name, index[name], p, 0, p.numel())
@@ -53,18 +69,18 @@ class PlainEngine(Engine):
         if self._micro_batches < self.accumulation_steps:
             return None
         self._micro_batches = 0
-        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in params])
-        if self.max_grad_norm:
-            clip_grads_with_norm_(params, self.max_grad_norm, norm)
-        grads = [
-            s.view(s.param.grad) if s.param.grad is not None else torch.zeros(s.numel, device=s.param.device)
-            for s in self.slices
-        ]
-        plan(grads, norm.item())
+        norm = self._clip([p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None])
+        plan(self.slice_grads(), norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(norm.item(), skipped=self.optimizer.plan is not None and self.optimizer.plan.skip)
+        return Outcome(norm, skipped=self.optimizer.plan is not None and self.optimizer.plan.skip)
+
+    def _clip(self, params: list[Tensor]) -> float:
+        """Clip these parameters' gradients; their global L2 norm before."""
+        norm = get_total_norm([p.grad for p in params if p.grad is not None])
+        if self.max_grad_norm:
+            clip_grads_with_norm_(params, self.max_grad_norm, norm)
+        return norm.item()
 
     def gather_parameters(self) -> dict[str, Tensor]:
         return {name: p.detach().float().clone() for name, p in self.named_parameters()}

@@ -129,17 +129,19 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
 
 
 def _load(run: RunSettings, splits: Sequence[str] = SPLITS) -> TaskData:
-    """The task's splits, cut to the first rows where a run asks for fewer."""
+    """The task's splits, thinned out where a run asks for fewer rows; files may be sorted by label."""
     data = load_task(run.task, run.data, splits=splits)
 
-    def first(dataset: Any, count: int | None) -> Any:
-        return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))
+    def thinned(dataset: Any, count: int | None) -> Any:
+        if dataset is None or count is None or count >= len(dataset):
+            return dataset
+        return dataset.select([i * len(dataset) // count for i in range(count)])
 
     return replace(
         data,
-        train=first(data.train, run.max_train_samples),
-        validation=first(data.validation, run.max_eval_samples),
-        adversarial=first(data.adversarial, run.max_eval_samples),
+        train=thinned(data.train, run.max_train_samples),
+        validation=thinned(data.validation, run.max_eval_samples),
+        adversarial=thinned(data.adversarial, run.max_eval_samples),
     )
 
 

@@ -36,8 +36,8 @@ class RunSettings:
             "--deepspeed decide which engine it is."
         ),
     )
-    max_train_samples: int | None = field(default=None, metadata=_help("Train on the first so many rows only."))
-    max_eval_samples: int | None = field(default=None, metadata=_help("Measure on the first so many rows only."))
+    max_train_samples: int | None = field(default=None, metadata=_help("Train on so many rows only, evenly spaced."))
+    max_eval_samples: int | None = field(default=None, metadata=_help("Measure on so many rows only, evenly spaced."))
     perturb_seed: int = field(default=0, metadata=_help("Seed of the perturbed dev set."))
 
     def __post_init__(self) -> None:

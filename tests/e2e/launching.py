@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,27 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(command: list[str], timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command from the repository's root; its output is shown where it fails."""
+    """Run a command from the repository's root; its output is shown where it fails.
+
+    Past ``timeout`` seconds the command and all that it started are killed.
+    """
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=ROOT,
         env={**os.environ, "PATH": path, "TOKENIZERS_PARALLELISM": "false", **env},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
-    if done.returncode:
-        print(done.stdout[-4000:], done.stderr[-6000:], sep="\n")
-    return done
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        print(out[-4000:], err[-6000:], sep="\n")
+        raise
+    if process.returncode:
+        print(out[-4000:], err[-6000:], sep="\n")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

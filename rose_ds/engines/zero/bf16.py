@@ -45,12 +45,16 @@ class Bf16Adapter(Adapter):
         saved = [flat.clone() for flat in z.fp32_groups_gradients_flat]
         has_gradients = [list(flags) for flags in z.fp32_groups_has_gradients]
         z.clear_hp_grads()
-        restore = stash_grads(p for group in z.bf16_groups for p in group)
+        params = [p for group in z.bf16_groups for p in group]
+        stash_grads(params)
         try:
             run()
             return [self._reduced(p).clone() for p in self.params]
         finally:
-            restore()
+            # not put back: the low-precision gradients are in the fp32 buffers already, and are cleared only once a
+            # forward pass, so the task's backward pass would add them again
+            for param in params:
+                param.grad = None
             for flat, grads in zip(z.fp32_groups_gradients_flat, saved, strict=True):
                 flat.copy_(grads)
             z.fp32_groups_has_gradients[:] = has_gradients

@@ -64,6 +64,12 @@ def _findings(engine: Any) -> list[tuple[bool, str]]:
             "fragment index: remove it",
         ),
         (
+            stage == 3
+            and (zero.zero_hpz_partition_size > 1 or zero.zero_quantized_gradients or zero.zero_quantized_weights),
+            "ZeRO++ (zero_hpz_partition_size, zero_quantized_gradients, zero_quantized_weights) is not known to keep "
+            "the two gradients of a step exact: leave these settings out",
+        ),
+        (
             any(str(getattr(o.device, "value", o.device)) == "nvme" for o in offload),
             'zero_optimization.offload_*.device "nvme" swaps gradients and states out behind the optimizer: use "cpu"',
         ),

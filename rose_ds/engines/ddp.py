@@ -1,0 +1,123 @@
+"""DistributedDataParallel: every rank holds every parameter, gradient and state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rose_ds.engines.base import Divergence, Forward, Loss, Losses, Outcome, Planner, RefusedConfiguration
+from rose_ds.engines.plain import PlainEngine
+from rose_ds.optimizer import RoseAdamW
+
+_BUCKET = 25 * 2**20  # bytes of KL gradient to an all-reduce: DDP's own default
+
+
+class DdpEngine(PlainEngine):
+    """The KL gradient is taken past DDP, whose hooks see one backward pass a graph, and reduced once a step."""
+
+    name = "ddp"
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        optimizer: RoseAdamW,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        _check(ddp)
+        self.ddp = ddp
+        # A loop that counts micro-batches itself calls no step() of ours, and enters no_sync() itself.
+        self._counted_steps = accumulation_steps
+        self._synced = True
+        super().__init__(ddp.module, optimizer, accumulation_steps, max_grad_norm)
+        strangers = {p for g in optimizer.param_groups for p in g["params"]} - set(ddp.module.parameters())
+        if strangers:
+            raise RefusedConfiguration(
+                f"the optimizer holds {len(strangers)} tensors that are not parameters of the DDP module, so nothing "
+                "reduces their gradients: build RoseAdamW from the wrapped model's named_parameters()"
+            )
+
+    def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
+        ddp, passes = self.ddp, 0
+        if ddp._join_config.enable:
+            raise RefusedConfiguration(
+                "DDP's join() lets a rank stop early, and the others would wait for its KL gradient and its counts: "
+                "give every rank the same number of batches"
+            )
+
+        def run() -> Tensor:
+            nonlocal passes
+            passes += 1
+            if passes == 1:
+                return forward()
+            # The task loss is of the first pass: it alone tells DDP's reducer which parameters are unused.
+            with ddp.no_sync():
+                return forward()
+
+        last = self._micro_batches + 1 >= self._counted_steps
+        with nullcontext() if last else ddp.no_sync():
+            self._synced = ddp.require_backward_grad_sync
+            return super().backward(run, loss, divergence)
+
+    def step(self, plan: Planner) -> Outcome | None:
+        if self._micro_batches + 1 >= self.accumulation_steps and not self._synced:
+            raise RefusedConfiguration(
+                "the last micro-batch of a step ran inside DDP's no_sync(), so its gradients were not reduced: leave "
+                "no_sync() to rose_ds, and tell prepare() the accumulation_steps"
+            )
+        return super().step(plan)
+
+    def take_kl_grads(self) -> list[Tensor] | None:
+        grads = super().take_kl_grads()
+        return None if grads is None else _mean_over_ranks(grads, self.ddp.process_group)
+
+
+def _mean_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Means over the ranks of 1-D tensors, which are not changed: some may share memory."""
+    means: list[Tensor] = []
+    for bucket in _buckets(tensors):
+        flat = torch.cat(bucket)
+        dist.all_reduce(flat, group=group)
+        means += flat.div_(dist.get_world_size(group)).split([t.numel() for t in bucket])
+    return means
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > _BUCKET or tensor.device != bucket[0].device):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _check(ddp: DistributedDataParallel) -> None:
+    ignored = [n for n, p in ddp.module.named_parameters() if p.requires_grad and n in ddp.parameters_to_ignore]
+    for refused, message in (
+        (
+            ddp.static_graph,
+            "DistributedDataParallel(static_graph=True) counts on one backward pass to a forward pass and reduces "
+            "nothing else: use static_graph=False",
+        ),
+        (
+            ddp.mixed_precision is not None,
+            "DistributedDataParallel(mixed_precision=...) swaps parameters for low-precision copies during a pass, "
+            "which the KL gradient would miss: use torch.autocast inside forward()",
+        ),
+        (
+            bool(ignored),
+            f"DDP ignores {ignored[:3]} (_ddp_params_and_buffers_to_ignore), so every rank would train its own copy: "
+            "freeze them or let DDP reduce them",
+        ),
+    ):
+        if refused:
+            raise RefusedConfiguration(message)

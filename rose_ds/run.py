@@ -1,0 +1,111 @@
+"""Run a transformers Trainer script that knows nothing of ROSE, with ROSE.
+
+    python -m rose_ds.run [--rose key=value ...] script.py [the script's arguments]
+    deepspeed --module rose_ds.run script.py ...
+    accelerate launch -m rose_ds.run script.py ...
+
+While the script runs, transformers.Trainer is RoseTrainer. Settings are RoseConfig's fields, from --rose or from the
+RoseAdamW optimizer block of the script's own DeepSpeed config. A script that never trained through it is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from rose_ds.config import RoseConfig
+from rose_ds.trainer import RoseTrainer
+
+
+class _Usage(ValueError):
+    """What is wrong with the command line."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script named in ``argv``; exits with 2 and one line where the command is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if arguments else 2)
+    try:
+        rose, script, rest = parse(arguments)
+    except (ValueError, TypeError) as error:
+        print(f"rose_ds.run: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    trained = run(script, rest, rose)
+    if not trained:
+        print(
+            f"rose_ds.run: error: {script} ended without a training step of transformers.Trainer, so ROSE did nothing. "
+            "A Trainer of another kind (Seq2SeqTrainer, a loop of its own) needs rose_ds.prepare() or RoseTrainer",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def parse(arguments: Sequence[str]) -> tuple[RoseConfig | None, Path, list[str]]:
+    """The settings given with --rose (None: none were), the script, and its arguments."""
+    values: dict[str, Any] = {}
+    launcher: list[str] = []  # the deepspeed launcher puts --local_rank before everything else
+    rest = list(arguments)
+    while rest and rest[0].startswith("-"):
+        flag = rest.pop(0)
+        if flag.startswith("--local_rank") or flag.startswith("--local-rank"):
+            launcher.append(flag)
+        elif flag == "--rose":
+            while rest and "=" in rest[0] and not rest[0].endswith(".py"):
+                key, _, value = rest.pop(0).partition("=")
+                values[key] = _literal(value)
+        else:
+            raise _Usage(f"unknown option {flag} before the script; the script's own come after it")
+    if not rest:
+        raise _Usage("no script given; usage: python -m rose_ds.run [--rose key=value ...] script.py [arguments]")
+    script = Path(rest[0])
+    if not script.is_file():
+        raise _Usage(f"script {script} does not exist")
+    return RoseConfig.from_mapping(values) if values else None, script, [*launcher, *rest[1:]]
+
+
+def run(script: Path, arguments: Sequence[str], rose: RoseConfig | None) -> bool:
+    """Run the script as ``__main__`` with transformers.Trainer replaced; whether it trained through ROSE."""
+    trained = False
+
+    class Trainer(RoseTrainer):
+        """transformers.Trainer with ROSE, under the name that scripts import."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"rose": rose, **kwargs})
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal trained
+            trained = True
+            return super().training_step(*args, **kwargs)
+
+    before = transformers.Trainer, transformers.trainer.Trainer, list(sys.argv), list(sys.path)
+    transformers.Trainer = transformers.trainer.Trainer = Trainer
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))  # as python does for a script
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        transformers.Trainer, transformers.trainer.Trainer, sys.argv, sys.path = before
+    return trained
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Environment of every test, and DeepSpeed's one compiled extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# before torch is imported, and for every process a test starts
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+
+
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TORCH_EXTENSIONS_DIR with DeepSpeed's communication extension built, once, before several ranks want it.
+
+    An existing TORCH_EXTENSIONS_DIR is used unless it holds the lock of a build that runs or was killed: a rank would
+    wait for that lock for ever. Needed by every test that starts DeepSpeed.
+    """
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(given) if given else tmp_path_factory.mktemp("torch_extensions")
+    if any(folder.glob("*/lock")):
+        folder = tmp_path_factory.mktemp("torch_extensions")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    if not list(folder.glob("deepspeed_shm_comm/*.so")):
+        subprocess.run([sys.executable, "-c", _BUILD], check=True, timeout=400, stdout=subprocess.DEVNULL)
+    return folder
+
+
+_PARITY = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def parity_log(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that the terminal summary shows: how close engines come to the twin, and risks near tau."""
+    return request.config.stash.setdefault(_PARITY, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(_PARITY, [])
+    if lines:
+        terminalreporter.section(f"parity with the single-process twin: {len(lines)} runs")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,0 +1,42 @@
+"""Lets accelerate enter FSDP on a CPU, for tests: ``python cpu_fsdp.py MODULE_OR_SCRIPT args``.
+
+accelerate turns several GPU processes into FSDP ones, but not several CPU processes, and numbers the CPU device, which
+FSDP1 does not take. transformers resets the shared state, so the constructor itself is wrapped.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+from accelerate.state import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+
+_original = PartialState.__init__
+
+
+def _init(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
+    fresh = not PartialState._shared_state
+    _original(self, True, **kwargs)
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fresh and wanted and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+        self.device = torch.device("cpu")
+
+
+PartialState.__init__ = _init
+
+if __name__ == "__main__":
+    target, sys.argv = sys.argv[1], sys.argv[1:]
+    if target.endswith(".py"):
+        sys.path.insert(0, str(Path(target).resolve().parent))
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)

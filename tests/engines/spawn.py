@@ -1,0 +1,138 @@
+"""Run a function on several gloo ranks of this machine and bring back what each returned or raised."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_GRACE = 10.0  # seconds that the other ranks get to end after one has failed
+
+
+class RanksFailed(AssertionError):
+    """Some ranks raised, died or did not finish; the message has every traceback, with its rank."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(
+    worker: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 240,
+    env: dict[str, str] | None = None,
+    process_group: bool = True,
+) -> list[Any]:
+    """``[worker(rank, world, *args) for rank in range(world)]``, each in a fresh process.
+
+    Args:
+        worker: an importable top-level function; its arguments and result are pickled.
+        timeout: seconds for all; a rank that is not done by then is killed.
+        env: more environment variables for the ranks.
+        process_group: start a gloo process group before ``worker`` and destroy it afterwards.
+
+    Raises:
+        RanksFailed: with rank and traceback of everything that went wrong.
+    """
+    context = multiprocessing.get_context("spawn")
+    variables = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        **(env or {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        job = (worker, world, args, variables, process_group, folder)
+        children = [context.Process(target=_rank, args=(rank, *job), daemon=True) for rank in range(world)]
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)  # read while the child imports, before it runs anything of ours
+        try:
+            for child in children:
+                child.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        late = _wait(children, time.monotonic() + timeout)
+        return _collect(Path(folder), children, late)
+
+
+def _wait(children: list[Any], deadline: float) -> list[int]:
+    """Wait for all; kill those that are still running at the deadline, or soon after another one failed."""
+    while any(child.is_alive() for child in children):
+        if any(child.exitcode not in (None, 0) for child in children):
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    late = [rank for rank, child in enumerate(children) if child.is_alive()]
+    for rank in late:
+        children[rank].kill()
+    for child in children:
+        child.join()
+    return late
+
+
+def _collect(folder: Path, children: list[Any], late: list[int]) -> list[Any]:
+    results, problems = [], []
+    for rank, child in enumerate(children):
+        path = folder / f"{rank}.pt"
+        if rank in late:
+            problems.append(f"rank {rank} did not finish and was killed")
+        elif not path.exists():
+            problems.append(f"rank {rank} died without a word, exit code {child.exitcode}")
+        else:
+            result, error = torch.load(path, weights_only=False)
+            results.append(result)
+            if error is not None:
+                problems.append(f"rank {rank}:\n{error}")
+    if problems:
+        raise RanksFailed("\n".join(problems))
+    return results
+
+
+def _rank(
+    rank: int,
+    worker: Callable[..., Any],
+    world: int,
+    args: tuple[Any, ...],
+    variables: dict[str, str],
+    process_group: bool,
+    folder: str,
+) -> None:
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    result, error = None, None
+    try:
+        if process_group:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+        result = worker(rank, world, *args)
+    except BaseException:  # whatever it was goes back to the parent, which raises
+        error = traceback.format_exc()
+    partial = Path(folder) / f"{rank}.partial"
+    torch.save((result, error), partial)
+    partial.rename(Path(folder) / f"{rank}.pt")
+    if error is not None:
+        os._exit(1)  # a clean exit would wait for the other ranks
+    if dist.is_initialized():
+        dist.destroy_process_group()

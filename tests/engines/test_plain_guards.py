@@ -1,0 +1,135 @@
+"""What a stepper calls its parameters, and what it and prepare() refuse, on the plain engine."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_jobs import build, one_step
+from reference import reference
+from tiny import GLOBAL_BATCH, Case, make_model, micro_batch, rows
+from torch import Tensor, nn
+
+import rose_ds
+from rose_ds import RefusedConfiguration, RoseAdamW, RoseConfig, prepare
+from rose_ds.core.mask import keep_count
+
+pytestmark = pytest.mark.fast
+
+
+def test_names() -> None:
+    """eligible, describe() and gather_parameters() know every parameter by its name, in the model's order."""
+    model, stepper = build(Case())
+    names = [name for name, _ in model.named_parameters()]
+    assert list(stepper.gather_parameters()) == names
+    assert stepper.eligible == [name for name in names if "layer" in name and "weight" in name]
+    head, *lines = stepper.describe().splitlines()
+    eligible = [p.numel() for name, p in model.named_parameters() if name in stepper.eligible]
+    assert head.startswith("ROSE ensemble (element) on plain: ")
+    assert f"{len(eligible)} tensors, {sum(eligible):,} elements" in head
+    said = [line.split() for line in lines]
+    want = [
+        ["masked" if name in stepper.eligible else "always", f"{p.numel():,}", name]
+        for name, p in model.named_parameters()
+    ]
+    assert said == want
+    gathered = stepper.gather_parameters()
+    gathered["head.bias"].add_(1)
+    assert not torch.equal(gathered["head.bias"], dict(model.named_parameters())["head.bias"]), "copies"
+
+
+def test_a_layer_without_gradient_is_kept() -> None:
+    """An eligible parameter that the forward pass does not use counts with risk 0, and is left alone as by AdamW."""
+    model = make_model(Case())
+    model.layer.append(nn.Linear(2, 2))
+    spare = model.layer[-1].weight
+    value = spare.detach().clone()
+    model.layer[-1].forward = lambda x: x  # type: ignore[method-assign]
+    stepper = prepare(model, RoseAdamW(model.named_parameters(), strategy="first", keep_first=0.5))
+    torch.manual_seed(0)
+    report = one_step(model, stepper, 1)
+    twin = reference(Case()).steps[0].risks["first"]
+    assert report.eligible == sum(risk.numel() for risk in twin.values()) + spare.numel()
+    assert report.kept_first == keep_count(0.5, report.eligible)
+    assert torch.equal(spare, value)
+
+
+def test_misuse() -> None:
+    """The order of calls, and what forward() returns."""
+    model, stepper = build(Case())
+    ids, labels = micro_batch(Case(), 1, 0)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    with rows(GLOBAL_BATCH, slice(0, GLOBAL_BATCH)):
+        with pytest.raises(RuntimeError, match=r"step\(\) must follow a backward\(\)"):
+            stepper.step()
+        with pytest.raises(TypeError, match=r"got SimpleNamespace; .*model\(\*\*inputs\)\.logits"):
+            stepper.backward(lambda: SimpleNamespace(logits=model(ids)), loss)
+        stepper.backward(lambda: model(ids), loss)
+        with pytest.raises(RuntimeError, match=r"call step\(\) after every backward\(\)"):
+            stepper.backward(lambda: model(ids), loss)
+        stepper.step()
+
+
+@pytest.mark.parametrize("strategy", ["first", "ensemble"])
+def test_no_dropout(strategy: str) -> None:
+    """Two equal passes have no KL gradient: raised, not trained on; the eval mode that was forgotten, too."""
+    for case, mode in ((Case(strategy, dropout=0.0), True), (Case(strategy), False)):
+        model, stepper = build(case)
+        model.train(mode)
+        with pytest.raises(RuntimeError, match=r'identical logits.*model\.train\(\).*strategy="second"'):
+            one_step(model, stepper, 1)
+    model, stepper = build(Case("second", dropout=0.0))
+    assert one_step(model, stepper, 1).kept_second > 0
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+
+def rose(model: nn.Module, **options: Any) -> RoseAdamW:
+    return RoseAdamW(model.named_parameters(), **options)
+
+
+def test_prepare_refuses() -> None:
+    """Arguments that do not fit together, by name."""
+    net = Net()
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((net,), {}, TypeError, r"needs RoseAdamW\(model\.named_parameters\(\), \.\.\.\), got NoneType"),
+        ((net, torch.optim.AdamW(net.parameters())), {}, TypeError, "got AdamW"),
+        (("net", rose(net)), {}, TypeError, "model must be an nn.Module or a DeepSpeedEngine, got str"),
+        ((nn.DataParallel(net), rose(net)), {}, TypeError, "DataParallel is not supported"),
+        *(
+            ((net, rose(net)), {"accumulation_steps": n}, ValueError, "accumulation_steps=.* must be an integer >= 1")
+            for n in (0, -1, 1.0, True, None)
+        ),
+        *(((net, rose(net)), {"max_grad_norm": x}, ValueError, "max_grad_norm=.* >= 0") for x in (-1.0, math.nan)),
+        ((net, rose(net, include=["blocks"])), {}, ValueError, "include pattern 'blocks' matches none"),
+        ((net, rose(net, exclude=["weight"])), {}, ValueError, "removes every parameter"),
+    ]
+    for arguments, options, error, words in cases:
+        with pytest.raises(error, match=words):
+            prepare(*arguments, **options)
+
+
+def test_a_parameter_missing_from_the_optimizer() -> None:
+    """Its elements would be missing from the ranking: refused; frozen parameters do not count."""
+    model = make_model(Case())
+    some = [(name, p) for name, p in model.named_parameters() if "layer.1" not in name]
+    with pytest.raises(RefusedConfiguration, match="hold 508 eligible elements but the model has 1016"):
+        prepare(model, RoseAdamW(some))
+    model.layer[1].requires_grad_(False)
+    assert len(prepare(model, RoseAdamW(some)).eligible) == 4
+
+
+def test_the_version_and_the_names_a_user_imports() -> None:
+    assert set(rose_ds.__all__) <= set(dir(rose_ds))
+    assert RoseConfig(**{name: getattr(RoseConfig(), name) for name in RoseConfig.field_names()}) == RoseConfig()

@@ -1,0 +1,163 @@
+"""A tiny model, its batches and settings, for engine tests: the same numbers at every world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+GLOBAL_BATCH, VOCABULARY, LENGTH, CLASSES = 12, 31, 5, 3
+DIM, HIDDEN = 13, 19  # odd, so that no parameter divides by 2 or 3 ranks
+DATA_SEED, DROPOUT_SEED = 11, 1234
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run: ROSE's settings, the optimizer's, and the model's."""
+
+    strategy: str = "ensemble"
+    granularity: str = "element"
+    accumulation: int = 1
+    keep_first: float = 0.6
+    keep_second: float = 0.45
+    gamma: float = 0.3
+    mask_warmup_steps: int = 0
+    steps: int = 5
+    clip: float = 0.7
+    two_groups: bool = False
+    checkpointing: bool = False
+    depth: int = 2
+    hidden: int = HIDDEN
+    dropout: float = 0.2
+    frozen: bool = False
+    """Embeddings do not train."""
+
+    @property
+    def rose(self) -> dict[str, Any]:
+        """The settings that RoseAdamW takes."""
+        names = ("strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
+        return "-".join([self.strategy, self.granularity, f"ga{self.accumulation}", *extra])
+
+
+# --- the model ---
+
+_rows: tuple[int, slice] | None = None
+
+
+@contextmanager
+def rows(total: int, mine: slice) -> Iterator[None]:
+    """Say which rows of a batch of ``total`` this rank runs; GlobalDropout asks."""
+    global _rows
+    before, _rows = _rows, (total, mine)
+    try:
+        yield
+    finally:
+        _rows = before
+
+
+class GlobalDropout(nn.Dropout):
+    """nn.Dropout whose mask is that of the global batch: the same numbers, and RNG stream, at any world size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        assert _rows is not None, "run the model inside rows()"
+        total, mine = _rows
+        mask = F.dropout(torch.ones(total, *x.shape[1:]), self.p)
+        return x * mask[mine].to(x.dtype)
+
+
+class Gate(nn.Module):
+    """A weight of one element: most ranks hold nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Block(nn.Module):
+    """Residual feed-forward block with a LayerNorm, named as in BERT."""
+
+    def __init__(self, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, hidden), nn.Linear(hidden, DIM)
+        self.gate, self.dropout, self.LayerNorm = Gate(), GlobalDropout(dropout), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(x + self.gate(self.down(self.dropout(torch.tanh(self.up(x))))))
+
+
+class Tiny(nn.Module):
+    """Embeddings, ``layer.N`` blocks and a head: some names eligible under the default patterns and some not."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.embeddings, self.dropout = nn.Embedding(VOCABULARY, DIM), GlobalDropout(case.dropout)
+        self.layer = nn.ModuleList([Block(case.hidden, case.dropout) for _ in range(case.depth)])
+        self.head = nn.Linear(DIM, CLASSES)
+        self.checkpointing = case.checkpointing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.dropout(self.embeddings(ids).mean(1))
+        for block in self.layer:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return 0.7 * self.head(x)  # gradient norms on both sides of Case.clip
+
+
+def make_model(case: Case) -> Tiny:
+    """The same weights for the same case, wherever it is called."""
+    torch.manual_seed(7)
+    model = Tiny(case)
+    model.embeddings.requires_grad_(not case.frozen)
+    return model
+
+
+def micro_batch(case: Case, step: int, micro: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels of one global micro-batch; the task can be learned."""
+    generator = torch.Generator().manual_seed(1000 * DATA_SEED + step)
+    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH), generator=generator)
+    noise = torch.randint(0, 2, (GLOBAL_BATCH,), generator=generator)
+    size = GLOBAL_BATCH // case.accumulation
+    part = slice(micro * size, (micro + 1) * size)
+    return ids[part], ((ids.sum(1) + noise) % CLASSES)[part]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A parameter group's settings."""
+
+    lr: float = 3e-2
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+
+
+HYPER = (Hyper(), Hyper(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0))
+
+
+def group_of(case: Case, name: str) -> int:
+    """Index into HYPER; with two groups, both hold eligible and always-updated names."""
+    return int(case.two_groups and ("layer.1" in name or "head" in name))
+
+
+def parameter_groups(case: Case, model: nn.Module, *, named: bool) -> list[dict[str, Any]]:
+    """Groups for RoseAdamW (named) or for deepspeed.initialize (unnamed)."""
+    groups = []
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for i, hyper in enumerate(HYPER[: 2 if case.two_groups else 1]):
+        pairs = [(n, p) for n, p in trainable if group_of(case, n) == i]
+        groups.append({"params": pairs if named else [p for _, p in pairs], **vars(hyper)})
+    return groups

@@ -1,0 +1,107 @@
+"""What a rank of a ZeRO test runs: cases of ``tiny`` under DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from reference import Run, train
+from tiny import GLOBAL_BATCH, HYPER, Case, Tiny, make_model, parameter_groups
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case and the DeepSpeed settings it runs under."""
+
+    case: Case
+    stage: int
+    zero: dict[str, Any] = field(default_factory=dict)
+    """More keys of zero_optimization."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """More keys of the DeepSpeed config."""
+    name: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (f"zero{self.stage}", str(self.case), self.name)))
+
+
+def ds_config(job: Job, world: int) -> dict[str, Any]:
+    """A DeepSpeed config whose buckets are far smaller than the model, and that keeps no parameter whole."""
+    case, hyper = job.case, HYPER[0]
+    adam = {"lr": hyper.lr, "betas": list(hyper.betas), "eps": hyper.eps, "weight_decay": hyper.weight_decay}
+    return {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world // case.accumulation,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clip,
+        "optimizer": {"type": "RoseAdamW", "params": {**adam, **case.rose}},
+        "zero_optimization": {
+            "stage": job.stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 300,
+            "stage3_prefetch_bucket_size": 300,
+            **job.zero,
+        },
+        **job.config,
+    }
+
+
+def start(job: Job, world: int, model: Tiny | None = None) -> tuple[Any, Any]:
+    """The DeepSpeed engine and its Stepper."""
+    import deepspeed
+
+    import rose_ds
+
+    quiet()
+    model = model or make_model(job.case)
+    groups: Any = parameter_groups(job.case, model, named=False) if job.case.two_groups else model.parameters()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(job, world))
+    return engine, rose_ds.prepare(engine)
+
+
+def quiet() -> None:
+    """Only errors from DeepSpeed."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def run(job: Job, rank: int, world: int) -> Run:
+    """One job on one rank."""
+    engine, stepper = start(job, world)
+    try:
+        return train(stepper, engine, job.case, rank, world)
+    finally:
+        engine.destroy()
+
+
+def run_all(rank: int, world: int, jobs: list[Job]) -> dict[str, Run | str]:
+    """Every job, up to the first that fails: its result is a traceback, and the ranks cannot go on together."""
+    results: dict[str, Run | str] = {}
+    for job in jobs:
+        try:
+            results[str(job)] = run(job, rank, world)
+        except Exception:
+            results[str(job)] = f"rank {rank}, {job}:\n{traceback.format_exc()}"
+            break
+    return results
+
+
+def runs_of(results: list[dict[str, Run | str]], job: Job) -> list[Run]:
+    """Each rank's run of a job; fails where one raised, or an earlier job did."""
+    found = [result.get(str(job)) for result in results]
+    errors = [run for run in found if isinstance(run, str)]
+    if errors or None in found:
+        earlier = [run for result in results for run in result.values() if isinstance(run, str)]
+        raise AssertionError("\n".join(errors) or "not run: an earlier job failed\n" + "\n".join(earlier))
+    return [run for run in found if isinstance(run, Run)]
+
+
+def check_ranks_agree(runs: list[Run]) -> None:
+    """Everything that is global is the same bits on every rank."""
+    for other in runs[1:]:
+        assert other.reports == runs[0].reports
+        assert all(torch.equal(p, other.parameters[name]) for name, p in runs[0].parameters.items())
+        assert torch.equal(other.stream, runs[0].stream)

@@ -1,0 +1,261 @@
+"""Risks, masks and the update, against the paper's formulas written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rose_ds import RoseConfig
+from rose_ds.core.mask import FIRST, SECOND, add_mask_, keep_count, mask_values
+from rose_ds.core.risk import first_order_risk, second_order_risk, squared_norms
+from rose_ds.core.select import SecondOrderInputs, Shards, select
+from rose_ds.core.threshold import local_only
+from rose_ds.core.update import adamw_, masked_adamw_
+
+pytestmark = pytest.mark.fast
+
+INF = float("inf")
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# --- risks ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_first_order_risk(dtype: torch.dtype) -> None:
+    """Eq. 2: the magnitude, in fp32, and the gradient itself untouched."""
+    grad = torch.tensor([-2.0, 0.0, -0.0, 0.5, -INF], dtype=dtype)
+    risk = first_order_risk(grad)
+    assert risk.dtype == torch.float32
+    assert risk.tolist() == [2.0, 0.0, 0.0, 0.5, INF]
+    assert grad[0] == -2.0
+
+
+#: (gradient, exp_avg, beta1, risk of Eq. 4)
+SECOND_ORDER = [
+    (1.0, 0.1, 0.9, 0.0),
+    (-1.0, 0.1, 0.9, 0.0),  # magnitudes, not signs
+    (3.0, -0.1, 0.9, 2.0),
+    (0.0, 0.1, 0.9, 1.0),
+    (3.0, 0.1, 0.5, 14.0),
+    (5.0, 0.0, 0.9, 0.0),  # no history: kept
+    (0.0, 0.0, 0.9, 0.0),
+    (0.0, -0.0, 0.9, 0.0),
+    (INF, 0.1, 0.9, INF),
+    (INF, 0.0, 0.9, 0.0),
+    (3e38, 1e-30, 0.9, INF),
+]
+
+
+@pytest.mark.parametrize(("grad", "exp_avg", "beta1", "risk"), SECOND_ORDER)
+def test_second_order_risk(grad: float, exp_avg: float, beta1: float, risk: float) -> None:
+    """Eq. 4 with alpha = 1 - beta1, and its x/0 decided; inputs are left alone."""
+    g, m = torch.tensor([grad]), torch.tensor([exp_avg])
+    before = g.clone(), m.clone()
+    found = second_order_risk(g, m, beta1)
+    assert found.item() == pytest.approx(risk, abs=1e-6)
+    assert torch.equal(g, before[0]) and torch.equal(m, before[1])
+
+
+def test_second_order_risk_of_nan() -> None:
+    """A NaN stays one, for the threshold to count."""
+    risk = second_order_risk(torch.tensor([math.nan, 1.0]), torch.tensor([1.0, math.nan]), 0.9)
+    assert risk.isnan().all()
+
+
+def test_squared_norms() -> None:
+    """Slices of a tensor are summed in fp64, scaled by their own group's alpha; absent tensors are 0."""
+    slices = [randn(7, seed=1), randn(5, seed=2), randn(3, seed=3)]
+    found = squared_norms(slices, [2, 0, 2], 4, scales=[0.5, 2.0, 3.0])
+    want = torch.zeros(4, dtype=torch.float64)
+    want[2] = slices[0].double().square().sum() * 0.25 + slices[2].double().square().sum() * 9
+    want[0] = slices[1].double().square().sum() * 4
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+    assert squared_norms([], [], 3).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_squared_norms_do_not_depend_on_the_sharding() -> None:
+    whole = randn(100_003)
+    pieces = list(whole.split(777))
+    one = squared_norms([whole], [0], 1).sqrt().float()
+    many = squared_norms(pieces, [0] * len(pieces), 1).sqrt().float()
+    assert torch.equal(one, many)
+
+
+# --- masks ---
+
+#: floor(c * n), at least 1, whatever 0.29 * 100 == 28.999999999999996 says
+KEEP = [
+    (0.6, 5, 3),
+    (0.29, 100, 29),
+    (0.1, 3, 1),
+    (1e-9, 10, 1),
+    (1.0, 7, 7),
+    (0.5, 1, 1),
+    (0.999, 10, 9),
+    (0.7, 10, 7),
+]
+
+
+@pytest.mark.parametrize(("fraction", "n", "k"), KEEP)
+def test_keep_count(fraction: float, n: int, k: int) -> None:
+    assert keep_count(fraction, n) == k
+
+
+def test_add_mask() -> None:
+    """Eq. 3 keeps ties at tau; the two orders use a bit each."""
+    codes = torch.zeros(4, dtype=torch.uint8)
+    add_mask_(codes, torch.tensor([1.0, 2.0, 3.0, 2.0]), 2.0, FIRST)
+    assert codes.tolist() == [1, 1, 0, 1]
+    add_mask_(codes, torch.tensor([[9.0, 0.0], [0.0, 9.0]]), 0.0, SECOND)
+    assert codes.tolist() == [1, 3, 2, 1]
+
+
+VALUES = [
+    ("first", 0.3, {0: 0.0, 1: 1.0}),
+    ("second", 0.3, {0: 0.0, 2: 1.0}),
+    ("ensemble", 0.3, {0: 0.0, 1: 0.3, 2: 0.7, 3: 1.0}),
+    ("ensemble", 0.0, {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0}),
+    ("ensemble", 1.0, {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0}),
+    ("none", 0.3, {3: 1.0}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "gamma", "values"), VALUES)
+def test_mask_values(strategy: Any, gamma: float, values: dict[int, float]) -> None:
+    """Eq. 5, and hard masks; code 3 is always 1."""
+    table = mask_values(RoseConfig(strategy=strategy, gamma=gamma))
+    assert {code: table[code] for code in values} == pytest.approx(values)
+
+
+# --- update ---
+
+Literal = tuple[Tensor, Tensor, Tensor]
+
+
+def algorithm_1(p: Tensor, g: Tensor, m: Tensor, v: Tensor, M: Tensor, t: int, h: dict[str, float]) -> Literal:
+    """Lines 8 to 13, as printed."""
+    used = M * g + (1 - M) * m
+    m = h["beta1"] * m + (1 - h["beta1"]) * used
+    v = h["beta2"] * v + (1 - h["beta2"]) * used**2
+    m_hat, v_hat = m / (1 - h["beta1"] ** t), v / (1 - h["beta2"] ** t)
+    return p - h["lr"] * (m_hat / (v_hat.sqrt() + h["eps"]) + h["weight_decay"] * p) * M, m, v
+
+
+HYPER = {"lr": 0.03, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.1}
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "hard": lambda u: (u > 0.4).to(u.dtype),
+    "soft": lambda u: torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=u.dtype)[(u * 4).long()],
+    "ones": torch.ones_like,
+    "zeros": torch.zeros_like,
+    "one value": lambda u: torch.tensor([0.3], dtype=u.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_masked_adamw(mask: str, dtype: torch.dtype, weight_decay: float) -> None:
+    """Six steps are Algorithm 1's, on two tensors at once."""
+    h = {**HYPER, "weight_decay": weight_decay}
+    params = [randn(5, 7, seed=1, dtype=dtype), randn(11, seed=2, dtype=dtype)]
+    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    want = [(p.clone(), m[i].clone(), v[i].clone()) for i, p in enumerate(params)]
+    for t in range(1, 7):
+        grads = [randn(*p.shape, seed=10 * t + i, dtype=dtype) for i, p in enumerate(params)]
+        masks = [MASKS[mask](torch.rand(p.shape, generator=torch.Generator().manual_seed(t)).to(dtype)) for p in params]
+        before = [g.clone() for g in grads]
+        masked_adamw_(params, grads, m, v, masks, step=t, **h)
+        assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True)), "gradients are read only"
+        want = [algorithm_1(*w[:1], g, *w[1:], M, t, h) for w, g, M in zip(want, grads, masks, strict=True)]
+    tolerance = TOLERANCE[dtype]
+    for got, (p, m_, v_) in zip(zip(params, m, v, strict=True), want, strict=True):
+        for ours, theirs in zip(got, (p, m_, v_), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_frozen() -> None:
+    """Under a mask of 0 a weight and exp_avg keep their exact bits, and exp_avg_sq drifts to exp_avg**2 (line 10)."""
+    p, m, v = randn(50, seed=1), randn(50, seed=2), randn(50, seed=3).abs()
+    p0, m0 = p.clone(), m.clone()
+    for t in range(1, 401):
+        masked_adamw_([p], [randn(50, seed=t)], [m], [v], [torch.zeros(50)], step=t, **HYPER)
+        assert torch.equal(p, p0) and torch.equal(m, m0)
+    torch.testing.assert_close(v, m0**2, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("foreach", [True, False, None])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw(foreach: bool | None, weight_decay: float) -> None:
+    """The unmasked update is torch.optim.AdamW's, bit for bit."""
+    shapes = [(5, 7), (11,), (1,)]
+    ours = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    h = {**HYPER, "weight_decay": weight_decay}
+    adam = torch.optim.AdamW(
+        theirs, lr=h["lr"], betas=(h["beta1"], h["beta2"]), eps=h["eps"], weight_decay=weight_decay, foreach=foreach
+    )
+    m, v = [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours]
+    for t in range(1, 6):
+        grads = [randn(*p.shape, seed=10 * t + i) for i, p in enumerate(ours)]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        adam.step()
+        adamw_(ours, grads, m, v, step=t, foreach=foreach, **h)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_mask_of_ones_is_adamw() -> None:
+    """The masked update with ones is within a few roundings of the unmasked one."""
+    a, b, g = randn(1000, seed=1), randn(1000, seed=1), randn(1000, seed=2)
+    masked_adamw_([a], [g], [torch.zeros(1000)], [torch.zeros(1000)], [torch.ones(1000)], step=1, **HYPER)
+    adamw_([b], [g], [torch.zeros(1000)], [torch.zeros(1000)], step=1, foreach=True, **HYPER)
+    torch.testing.assert_close(a, b, rtol=3e-7, atol=3e-7)
+
+
+# --- selection ---
+
+
+def shards_of(tensors: list[Tensor], granularity: str) -> Shards:
+    count = len(tensors)
+    exchanges = [local_only] * count
+    return Shards(list(range(count)), exchanges, [local_only], count, sum(t.numel() for t in tensors))
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor"])
+def test_kl_gradient_not_finite(granularity: Any) -> None:
+    """inf or NaN in the KL gradient gives no masks: the step is to be skipped."""
+    for bad in (math.nan, INF):
+        grads = [randn(4), torch.tensor([1.0, bad])]
+        config = RoseConfig(strategy="first", granularity=granularity)
+        found = select(config, shards_of(grads, granularity), grads, None)
+        assert not found.finite and found.codes == []
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor"])
+def test_momentum_not_finite(granularity: Any) -> None:
+    """NaN in exp_avg can never get well: raised, not skipped."""
+    grads, moments = [randn(4), randn(3)], [randn(4, seed=5), torch.tensor([1.0, math.nan, 2.0])]
+    config = RoseConfig(strategy="second", granularity=granularity)
+    with pytest.raises(FloatingPointError, match="1 second-order risks are NaN"):
+        select(config, shards_of(grads, granularity), None, SecondOrderInputs(grads, moments, [0.9, 0.9]))
+
+
+def test_alpha_is_each_groups() -> None:
+    """beta1 of a slice's own group enters Eq. 4, per element and per tensor."""
+    grads, moments = [torch.tensor([1.0]), torch.tensor([1.0])], [torch.tensor([0.1]), torch.tensor([0.1])]
+    for granularity in ("element", "tensor"):
+        config = RoseConfig(strategy="second", granularity=granularity, keep_second=0.5)  # type: ignore[arg-type]
+        found = select(config, shards_of(grads, granularity), None, SecondOrderInputs(grads, moments, [0.5, 0.9]))
+        assert found.second is not None and found.second.value == pytest.approx(0.0, abs=1e-6)
+        assert [int(code) for code in found.codes] == [0, SECOND]
