@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small BERT on movie-review sentences twice, with plain AdamW and with ROSE-Ensemble, both through the deepspeed
 # launcher at ZeRO-2, and compares them on clean and perturbed text. Asks nothing; the results are in runs/quickstart.
-# STEPS (default 120) sets the budget of each run, SEED the seed.
+# STEPS (default 100) sets the budget of each run, SEED the seed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/venv.sh" demo
@@ -26,7 +26,7 @@ for method in vanilla rose-ensemble; do
     echo "training $method (log: $out/$method/train.log)"
     deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launch/train.py --deepspeed ds_configs/zero2.json \
         --task snippets --model minilm --method "$method" --output_dir "$out/$method" --seed "${SEED:-0}" \
-        --max_steps "${STEPS:-120}" --per_device_train_batch_size 16 --learning_rate 1e-4 --save_strategy no \
+        --max_steps "${STEPS:-100}" --per_device_train_batch_size 8 --learning_rate 2e-4 --save_strategy no --max_eval_samples 500 \
         2>&1 | tee "$out/$method/train.log" | tr '\r' '\n' | grep --line-buffered -E "[0-9]+0/[0-9]+ |error|Error|clean" || {
         status=${PIPESTATUS[0]}
         [ "$status" -eq 0 ] || { tail -n 40 "$out/$method/train.log" >&2; exit "$status"; }
