@@ -1,0 +1,191 @@
+"""Scripts under accelerate, torchrun and deepspeed: every engine, and unchanged scripts through rose_ds.run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launching import ROOT, run
+from spawn import free_port
+
+from rose_ds.data import load_task
+from rose_ds.experiments.models import resolve
+
+SCRIPTS = "tests/e2e/scripts"
+BIN = Path(sys.executable).parent
+PLAIN = [sys.executable]
+
+
+def torchrun(ranks: int = 2) -> list[str]:
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+
+
+def deepspeed(*flags: str) -> list[str]:
+    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()), *flags]
+
+
+def accelerate(config: str, folder: Path) -> list[str]:
+    """accelerate launch with a config of ds_configs, made to run on CPUs."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "ds_configs" / config).read_text())
+    settings["use_cpu"] = True
+    if settings["distributed_type"] == "MULTI_GPU":
+        settings["distributed_type"] = "MULTI_CPU"
+    path = folder / config
+    path.write_text(yaml.safe_dump(settings))
+    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(path), "--main_process_port", str(free_port())]
+    return [*launch, f"{SCRIPTS}/cpu_fsdp.py"]
+
+
+def rows_file(dataset: Any, path: Path, count: int) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "label"])
+        step = len(dataset) // count
+        writer.writerows([row["sentence"], row["label"]] for row in dataset.select(range(0, step * count, step)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reviews(snippets: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    train = load_task(snippets, splits=("train",)).train
+    return rows_file(train, tmp_path_factory.mktemp("reviews") / "train.csv", 200)
+
+
+def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: Path) -> None:
+    """The same seed on one process, DDP, FSDP2 and ZeRO-2: losses equal to 4 digits over 20 steps, dropout on."""
+    rows = rows_file(load_task("sst2", glue, splits=("train",)).train, tmp_path / "sst2.csv", 400)
+    script, tail = f"{SCRIPTS}/same_losses.py", [resolve(minilm), str(rows), "20", "8", str(tmp_path / "out")]
+    config = str(ROOT / "ds_configs" / "zero2.json")
+    results = {}
+    for engine, command in {
+        "plain": [*PLAIN, script, *tail],
+        "ddp": [*torchrun(), script, *tail],
+        "fsdp2": [*accelerate("fsdp2.yaml", tmp_path), script, *tail],
+        "zero2": [*deepspeed(script), *tail, config],
+    }.items():
+        done = run(command)
+        assert done.returncode == 0, engine
+        line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
+        results[engine] = json.loads(line[line.index("RESULT ") + 7 :])
+    wrappers = {engine: result["wrapper"] for engine, result in results.items()}
+    assert wrappers == {
+        "plain": "BertForSequenceClassification",
+        "ddp": "DistributedDataParallel",
+        "fsdp2": "FSDPBertForSequenceClassification",
+        "zero2": "DeepSpeedEngine",
+    }
+    assert [result["engine"] for result in results.values()] == list(results)
+    for engine in ("ddp", "fsdp2", "zero2"):
+        assert results[engine]["losses"] == pytest.approx(results["plain"]["losses"], abs=1e-4), engine
+        assert results[engine]["taus"] == pytest.approx(results["plain"]["taus"], rel=1e-2), engine
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp1.yaml", "fsdp2.yaml", "fsdp2_hsdp.yaml"])
+def test_rose_ds_train_under_accelerate(config: str, minilm: str, snippets: str, tmp_path: Path) -> None:
+    """The same flags and metrics.json as under deepspeed, and a model that loads."""
+    flags = [
+        "--task",
+        snippets,
+        "--model",
+        minilm,
+        "--max_steps",
+        "2",
+        "--max_eval_samples",
+        "16",
+        "--max_length",
+        "32",
+    ]
+    flags += ["--max_train_samples", "100", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    flags += ["--disable_tqdm", "true", "--engine", config.split(".")[0].split("_")[0]]
+    done = run([*accelerate(config, tmp_path), "rose_ds", "train", *flags, "--output_dir", str(tmp_path / "out")])
+    assert done.returncode == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["world_size"] == (4 if "hsdp" in config else 2)
+    assert 0.59 < metrics["kept_fraction"] < 0.85
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 40_000_000
+
+
+def test_accumulation_under_fsdp_needs_synchronisation(minilm: str, snippets: str, tmp_path: Path) -> None:
+    flags = [
+        "--task",
+        snippets,
+        "--model",
+        minilm,
+        "--max_steps",
+        "2",
+        "--max_train_samples",
+        "100",
+        "--report_to",
+        "none",
+    ]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"]
+    command = [*accelerate("fsdp2.yaml", tmp_path), "rose_ds", "train", *flags, "--output_dir", str(tmp_path / "out")]
+    done = run([*command, "--max_eval_samples", "8"])
+    assert done.returncode != 0
+    assert "sync_each_batch" in done.stderr
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    together = '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+    done = run([*command, "--max_eval_samples", "8", "--accelerator_config", together])
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_the_accelerate_loop(engine: str, minilm: str, reviews: Path, tmp_path: Path) -> None:
+    """docs/accelerate.md's example."""
+    script = f"{SCRIPTS}/accelerate_loop.py"
+    assert len((ROOT / script).read_text().splitlines()) < 60
+    head = PLAIN if engine == "plain" else accelerate("fsdp2.yaml", tmp_path)
+    done = run([*head, script, resolve(minilm), str(reviews), "2"])
+    assert done.returncode == 0
+    assert "step 2 tau" in done.stdout
+    assert f"engine {engine} parameters 105" in done.stdout
+
+
+def classify(minilm: str, reviews: Path, out: Path) -> list[str]:
+    """An unchanged Trainer script and its arguments."""
+    flags = ["--model", resolve(minilm), "--train_file", str(reviews), "--validation_file", str(reviews)]
+    flags += ["--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+    return [f"{SCRIPTS}/classify.py", *flags, "--output_dir", str(out), "--save_strategy", "no"]
+
+
+def test_an_unchanged_script(minilm: str, reviews: Path, tmp_path: Path) -> None:
+    rose = ["-m", "rose_ds.run", "--rose", "strategy=first", "keep_first=0.5"]
+    done = run([*PLAIN, *rose, *classify(minilm, reviews, tmp_path)])
+    assert done.returncode == 0
+    assert "'rose/kept_first': 0.5" in done.stdout
+    assert "rose/tau_second" not in done.stdout
+
+
+def test_an_unchanged_script_with_a_json_block(minilm: str, reviews: Path, tmp_path: Path, extensions: Path) -> None:
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    automatic = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    config["optimizer"] = {"type": "RoseAdamW", "params": {**automatic, "strategy": "second", "keep_second": 0.7}}
+    path = tmp_path / "block.json"
+    path.write_text(json.dumps(config))
+    command = [*deepspeed("--module", "rose_ds.run"), *classify(minilm, reviews, tmp_path / "out")]
+    done = run([*command, "--deepspeed", str(path)])
+    assert done.returncode == 0
+    assert "'rose/kept_second': " in done.stdout
+    assert "rose/tau_first" not in done.stdout
+
+
+def test_a_script_without_trainer_is_not_passed_off_as_rose(tmp_path: Path) -> None:
+    script = tmp_path / "own_loop.py"
+    script.write_text("print('no trainer here')\n")
+    done = run([*PLAIN, "-m", "rose_ds.run", str(script)])
+    assert done.returncode == 1
+    assert "ROSE did nothing" in done.stderr
+    for arguments, message in (
+        (["--rose", "strategy=third", str(script)], "strategy='third' is not one of"),
+        (["--rose", "keep=0.5", str(script)], "unknown ROSE setting(s) ['keep']"),
+        (["nowhere.py"], "nowhere.py does not exist"),
+        (["--rose", "gamma=0.5"], "no script given"),
+    ):
+        done = run([*PLAIN, "-m", "rose_ds.run", *arguments])
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
