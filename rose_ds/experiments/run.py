@@ -80,6 +80,8 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         config=_config(run, method, args),
         **accuracies(trainer, data, tokenizer, run),
     )
+    if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         metrics.write(Path(args.output_dir))

@@ -18,6 +18,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from torch.distributed.fsdp import FullStateDictConfig  # noqa: E402
 
 _original = PartialState.__init__
 
@@ -32,6 +33,16 @@ def _init(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
 
 
 PartialState.__init__ = _init
+
+_config = FullStateDictConfig.__init__
+
+
+def _config_init(self: FullStateDictConfig, *args: Any, **kwargs: Any) -> None:
+    # FSDP1 frees what it "moved" to the CPU, which on a CPU is what it has just gathered: a crash
+    _config(self, *args, **{**kwargs, "offload_to_cpu": False})
+
+
+FullStateDictConfig.__init__ = _config_init
 
 if __name__ == "__main__":
     target, sys.argv = sys.argv[1], sys.argv[1:]
