@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -77,3 +78,31 @@ def test_the_forbidden_list_is_not_empty_words() -> None:
     assert all(len(word) > 7 for word in FORBIDDEN)
     own = Path(__file__).read_text()
     assert not [word for word in FORBIDDEN if word in own]
+
+
+def imported(path: Path) -> set[str]:
+    """Every dotted name that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_core_knows_no_ranks() -> None:
+    """import-linter sees packages as a whole; torch.distributed is a part of one."""
+    for path in (ROOT / "rose_ds" / "core").glob("*.py"):
+        assert not {name for name in imported(path) if name.startswith("torch.distributed")}, path
+
+
+def test_only_the_front_ends_know_the_trainer() -> None:
+    package = ROOT / "rose_ds"
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if imported(path) & {"transformers.Trainer", "transformers.TrainingArguments", "transformers.trainer.Trainer"}
+    }
+    # run.py of experiments only names the type of its arguments
+    assert found == {"cli.py", "trainer.py", "experiments/run.py"}

@@ -48,6 +48,10 @@ class Adapter(ABC):
     def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
         """Run a backward pass whose gradients end up nowhere but in the result, one 1-D tensor a slice."""
 
+    def beta1_of(self) -> dict[Tensor, float]:
+        """beta1 of each tensor that the optimizer steps; asked between steps."""
+        return {p: group["betas"][0] for group in self.base.param_groups for p in group["params"]}
+
     def after_engine_step(self, skipped_by_plan: bool) -> None:
         """The engine's step is over. Where the KL gradient overflowed and the task gradient did not, DeepSpeed saw a
         good step: lower its dynamic loss scale here, or the next step overflows again."""

@@ -8,36 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from rose_ds.engines.zero.adapter import Adapter, finite_norm, stash_grads
-from rose_ds.optimizer import RoseAdamW, Slice
+from rose_ds.engines.zero.adapter import finite_norm, stash_grads
+from rose_ds.engines.zero.flat import FlatAdapter
+from rose_ds.optimizer import RoseAdamW
 
 
-class Bf16Adapter(Adapter):
+class Bf16Adapter(FlatAdapter):
     """BF16_Optimizer."""
 
     def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
+        super().__init__(engine, base, engine.optimizer.fp32_groups_flat_partition)
         base.register_step_pre_hook(self._before_step)
-        for flat in self.outer.fp32_groups_flat_partition:
-            base.init_state(flat)
-        self.outer._hp_optimizer_states_linked = False
-        self.outer._lazy_init_hp_params_optimizer_state()
-
-    def group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = self.outer.dp_process_group
-        return group
-
-    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
-        mapping = getattr(param, "_hp_mapping", None)
-        if mapping is None:
-            return None
-        flat = self.outer.fp32_groups_flat_partition[mapping.param_group_index]
-        address = mapping.hp_fragment_address
-        return Slice(name, tensor_index, flat, address.start, address.numel)
 
     def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
         z = self.outer
@@ -70,7 +53,3 @@ class Bf16Adapter(Adapter):
         if self.on_plan is not None:
             grads = [s.view(s.param.grad) for s in self.slices]  # type: ignore[arg-type]
             self.on_plan(grads, finite_norm(self.outer._global_grad_norm))
-
-    def full_parameter(self, param: nn.Parameter) -> Tensor:
-        full = safe_get_full_fp32_param(param)
-        return param.detach().float().clone() if full is None else full.detach()

@@ -53,18 +53,8 @@ class ZeroEngine(Engine):
         return int(getattr(param, "ds_numel", param.numel()))
 
     def beta1_of(self) -> dict[Tensor, float]:
-        # between steps stage 3 keeps its partitions out of the groups
-        z = self.engine.optimizer
-        if isinstance(self.adapter, Stage3Adapter):
-            groups = self.optimizer.param_groups
-            return {
-                flat: groups[z.sub_group_to_group_id[i]]["betas"][0]
-                for i, flat in enumerate(z.fp32_partitioned_groups_flat)
-            }
-        if isinstance(self.adapter, PartitionedAdapter):
-            # while a group is stepped, param_groups holds that group alone
-            return {flat: self._all_groups[i]["betas"][0] for flat, i in self.adapter._group_of_flat.items()}
-        return super().beta1_of()
+        # DeepSpeed takes the groups apart while it steps them: what they were before
+        return self._beta1_of
 
     def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
         kl = None
@@ -108,7 +98,7 @@ class ZeroEngine(Engine):
             plan(grads, grad_norm)
 
         if boundary:
-            self._all_groups = list(self.optimizer.param_groups)
+            self._beta1_of = self.adapter.beta1_of()
             self.adapter.on_plan = on_plan
             if isinstance(self.adapter, ReplicatedAdapter):
                 self.adapter.measure_norm()

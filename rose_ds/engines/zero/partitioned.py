@@ -1,47 +1,24 @@
-"""Stages 1 and 2: whole parameters on every rank, one flat fp32 partition of each group's masters and moments."""
+"""Stages 1 and 2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from rose_ds.engines.zero.adapter import Adapter, LazyGrads, finite_norm, scale_of_clipping, stash_grads
-from rose_ds.optimizer import RoseAdamW, Slice
+from rose_ds.engines.zero.adapter import LazyGrads, finite_norm, scale_of_clipping, stash_grads
+from rose_ds.engines.zero.flat import FlatAdapter
+from rose_ds.optimizer import RoseAdamW
 
 
-class PartitionedAdapter(Adapter):
+class PartitionedAdapter(FlatAdapter):
     """DeepSpeedZeroOptimizer, with and without CPU offload."""
 
     def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
-        self._group_of_flat = {flat: i for i, flat in enumerate(self.outer.single_partition_of_fp32_groups)}
+        super().__init__(engine, base, engine.optimizer.single_partition_of_fp32_groups)
         self._clip = self.outer.unscale_and_clip_grads
         self.outer.unscale_and_clip_grads = self._unscale_and_clip_grads
-        self._link_states()
-
-    def group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = self.outer.dp_process_group
-        return group
-
-    def _link_states(self) -> None:
-        # DeepSpeed links the parameters to their state once, after the first group's first step, when the other groups
-        # have no state yet: their checkpoint fragments would stay empty.
-        for flat in self.outer.single_partition_of_fp32_groups:
-            self.base.init_state(flat)
-        self.outer._hp_optimizer_states_linked = False
-        self.outer._lazy_init_hp_params_optimizer_state()
-
-    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
-        mapping = getattr(param, "_hp_mapping", None)
-        if mapping is None:  # nothing of it lies in this rank's partition
-            return None
-        flat = self.outer.single_partition_of_fp32_groups[mapping.param_group_index]
-        address = mapping.hp_fragment_address
-        return Slice(name, tensor_index, flat, address.start, address.numel)
 
     def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
         z = self.outer
@@ -101,7 +78,3 @@ class PartitionedAdapter(Adapter):
             return self._reduced(self.params[i]).to(piece.param.dtype).mul(scale)
 
         plan(LazyGrads(len(self.slices), grad), norm)
-
-    def full_parameter(self, param: nn.Parameter) -> Tensor:
-        full = safe_get_full_fp32_param(param)
-        return param.detach().float().clone() if full is None else full.detach()

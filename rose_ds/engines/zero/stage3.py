@@ -42,6 +42,14 @@ class Stage3Adapter(Adapter):
             return None
         return Slice(name, tensor_index, z.fp32_partitioned_groups_flat[sub_group], offset, real)
 
+    def beta1_of(self) -> dict[Tensor, float]:
+        # between steps stage 3 keeps its partitions out of the groups
+        z = self.outer
+        return {
+            flat: self.base.param_groups[z.sub_group_to_group_id[i]]["betas"][0]
+            for i, flat in enumerate(z.fp32_partitioned_groups_flat)
+        }
+
     def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
         z = self.outer
         buffers: dict[int, Tensor] = getattr(z, _BUFFERS)

@@ -1,0 +1,42 @@
+"""Stages 1 and 2 alike: whole parameters on every rank, one flat fp32 partition of each group's masters and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from rose_ds.engines.zero.adapter import Adapter
+from rose_ds.optimizer import RoseAdamW, Slice
+
+
+class FlatAdapter(Adapter):
+    """Base for DeepSpeed's optimizers that map parameters into flat partitions (``param._hp_mapping``)."""
+
+    def __init__(self, engine: Any, base: RoseAdamW, flats: Sequence[Tensor]) -> None:
+        super().__init__(engine, base)
+        self.flats = flats
+        # DeepSpeed links the parameters to their state once, after the first group's first step, when the other groups
+        # have no state yet: their checkpoint fragments would stay empty.
+        for flat in flats:
+            base.init_state(flat)
+        self.outer._hp_optimizer_states_linked = False
+        self.outer._lazy_init_hp_params_optimizer_state()
+
+    def group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup | None = self.outer.dp_process_group
+        return group
+
+    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
+        mapping = getattr(param, "_hp_mapping", None)
+        if mapping is None:  # nothing of it lies in this rank's partition
+            return None
+        address = mapping.hp_fragment_address
+        return Slice(name, tensor_index, self.flats[mapping.param_group_index], address.start, address.numel)
+
+    def full_parameter(self, param: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(param)
+        return param.detach().float().clone() if full is None else full.detach()
