@@ -1,5 +1,7 @@
 """Adversarially robust fine-tuning (ROSE, EMNLP 2022) for sharded training."""
 
+from typing import TYPE_CHECKING, Any
+
 from rose_ds.config import RoseConfig
 from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.exchange import kth_smallest
@@ -8,11 +10,15 @@ from rose_ds.optimizer import RoseAdamW, register_with_deepspeed
 from rose_ds.report import StepReport, write_scalars
 from rose_ds.stepper import Stepper, prepare
 
+if TYPE_CHECKING:
+    from rose_ds.trainer import RoseTrainer
+
 __version__ = "0.1.0"
 __all__ = [
     "RefusedConfiguration",
     "RoseAdamW",
     "RoseConfig",
+    "RoseTrainer",
     "StepReport",
     "Stepper",
     "kth_smallest",
@@ -22,3 +28,12 @@ __all__ = [
 ]
 
 register_with_deepspeed()
+
+
+def __getattr__(name: str) -> Any:
+    """RoseTrainer on first use: transformers' Trainer takes seconds to import, and loops of one's own do without."""
+    if name == "RoseTrainer":
+        from rose_ds.trainer import RoseTrainer
+
+        return RoseTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
