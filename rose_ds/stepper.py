@@ -211,17 +211,20 @@ class Stepper:
         self.engine.take_kl_grads()
         return self._report(outcome.grad_norm, outcome.skipped)
 
-    def leave_step_to_optimizer(self, *, last: bool) -> None:
+    def leave_step_to_optimizer(self, *, last: bool, grad_norm: Callable[[], float | None] = lambda: None) -> None:
         """Instead of ``step()``, in loops that clip and call ``optimizer.step()`` themselves (transformers.Trainer).
 
         Call after every ``backward()``. After the ``last`` micro-batch, the masks are made when the optimizer steps,
-        from the gradients it then holds; ``last_report`` tells of it.
+        from the gradients it then holds; ``last_report`` tells of it. ``grad_norm`` gives the norm that the loop found:
+        where it is not finite the step changes nothing.
         """
         if not self._awaiting_step:
             raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
         self._awaiting_step = False
         if last:
-            before = self.optimizer.register_step_pre_hook(lambda *_: self._plan(self.engine.slice_grads(), None))
+
+            def begin(*_: object) -> None:
+                self._plan(self.engine.slice_grads(), grad_norm())
 
             def finish(*_: object) -> None:
                 before.remove()
@@ -229,8 +232,9 @@ class Stepper:
                 skipped = self.optimizer.plan is not None and self.optimizer.plan.skip
                 self.optimizer.plan = None
                 self.engine.take_kl_grads()
-                self._report(None, skipped)
+                self._report(grad_norm(), skipped)
 
+            before = self.optimizer.register_step_pre_hook(begin)
             after = self.optimizer.register_step_post_hook(finish)
 
     def gather_parameters(self) -> dict[str, Tensor]:

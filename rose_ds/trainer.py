@@ -39,6 +39,7 @@ class RoseTrainer(Trainer):
         self.rose = RoseConfig() if rose is None else rose
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
+        self._grad_norm: float | None = None
         if type(self.model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
             # These take num_items_in_batch as a keyword and ignore it: their loss is the micro-batch's mean. Trainer,
             # believing them, would multiply it by the world size and not divide it by the accumulation steps.
@@ -146,8 +147,15 @@ class RoseTrainer(Trainer):
             stepper.step()
         else:
             micro = stepper.backward(forward, loss_of)
-            stepper.leave_step_to_optimizer(last=self.accelerator.sync_gradients)
+            self._grad_norm = None
+            stepper.leave_step_to_optimizer(last=self.accelerator.sync_gradients, grad_norm=lambda: self._grad_norm)
         return micro["loss"] / accumulation
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, remembered: the step is skipped on every rank where the norm is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._grad_norm = None if norm is None else float(norm)
+        return norm
 
     def _loss_is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
         if self.loss_is_scaled_for_ga is not None:

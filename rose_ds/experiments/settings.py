@@ -55,7 +55,10 @@ class RunSettings:
 class MethodSettings:
     """How it is trained. keep_*, gamma, granularity and the patterns only matter to ROSE."""
 
-    method: str = field(default="rose-ensemble", metadata=_help("One of: " + ", ".join(METHODS) + "."))
+    method: str = field(default="", metadata=_help("One of: " + ", ".join(METHODS) + ". Default: rose-ensemble."))
+    strategy: str | None = field(
+        default=None, metadata=_help("The same by RoseConfig's names: none, first, second or ensemble.")
+    )
     granularity: str = field(default="element", metadata=_help("What is kept or frozen: element or tensor."))
     keep_first: float = field(default=0.6, metadata=_help("Fraction kept by first-order risk, in (0, 1]."))
     keep_second: float = field(default=0.6, metadata=_help("Fraction kept by second-order risk, in (0, 1]."))
@@ -72,8 +75,14 @@ class MethodSettings:
     )
 
     def __post_init__(self) -> None:
+        by_strategy = {strategy: method for method, strategy in METHODS.items()}
+        if self.strategy is not None and self.strategy not in by_strategy:
+            raise ValueError(f"strategy={self.strategy!r} is not one of {list(by_strategy)}")
+        self.method = self.method or by_strategy[self.strategy or "ensemble"]
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {list(METHODS)}")
+        if self.strategy not in (None, METHODS[self.method]):
+            raise ValueError(f"method={self.method!r} has another strategy than {self.strategy!r}: give one of the two")
         if self.resume not in (None, "auto"):
             raise ValueError(f"resume={self.resume!r} must be auto; for a certain checkpoint: --resume_from_checkpoint")
         self.rose()

@@ -99,6 +99,8 @@ def test_report_prints_a_table_and_draws_a_chart(
 
 BAD = [
     (["--method", "rose-third"], "method='rose-third' is not one of"),
+    (["--strategy", "third"], "strategy='third' is not one of"),
+    (["--strategy", "first", "--method", "rose-second"], "give one of the two"),
     (["--keep_first", "0"], "keep_first=0.0 must be in (0, 1]"),
     (["--keep_second", "1.5"], "keep_second=1.5 must be in (0, 1]"),
     (["--gamma", "-0.1"], "gamma=-0.1 must be in [0, 1]"),

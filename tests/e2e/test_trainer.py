@@ -122,6 +122,32 @@ def test_compute_loss_func_and_its_scale(parts: dict[str, Any], tmp_path: Path) 
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["none", "first", "ensemble"])
+def test_a_loss_that_is_not_finite_changes_nothing(strategy: Any, parts: dict[str, Any], tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def broken(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        calls.append(1)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        return loss * float("nan") if trainer.state.global_step == 1 else loss
+
+    rose = RoseConfig(strategy=strategy)
+    trainer = make(RoseTrainer, parts, tmp_path, {}, rose=rose, compute_loss_func=broken)
+    weights: list[torch.Tensor] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert torch.equal(weights[0], weights[1])  # the second step was skipped
+    assert not torch.equal(weights[1], weights[2])
+    assert torch.isfinite(weights[2]).all()
+    skipped = [e["rose/skipped"] for e in trainer.state.log_history if "rose/skipped" in e]
+    assert skipped == [0.0, 1.0, 0.0]
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"fp16": True}, {}, "fp16=True without DeepSpeed"),
     ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1, requires_grad=True)]), None)}, "remove optimizers="),
