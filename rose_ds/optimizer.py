@@ -46,6 +46,12 @@ class Slice(NamedTuple):
         """This slice of a tensor that is shaped and sharded like ``param`` (its gradient, exp_avg, ...), 1-D."""
         return local(like_param).detach().view(-1).narrow(0, self.offset, self.numel)
 
+    def grad(self) -> Tensor:
+        """This slice of ``param.grad``, 1-D; zeros for a parameter without one."""
+        if self.param.grad is None:
+            return torch.zeros(self.numel, device=self.param.device)
+        return self.view(self.param.grad)
+
 
 @dataclass(frozen=True)
 class Plan:

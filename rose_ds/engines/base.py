@@ -112,10 +112,7 @@ class Engine(ABC):
 
     def slice_grads(self) -> list[Tensor]:
         """Each slice's task gradient as it lies in the optimizer, 1-D; zeros for a parameter without one."""
-        return [
-            torch.zeros(s.numel, device=s.param.device) if s.param.grad is None else s.view(s.param.grad)
-            for s in self.slices
-        ]
+        return [piece.grad() for piece in self.slices]
 
     def add_kl_grads(self, grads: Sequence[Tensor]) -> None:
         """Add one micro-batch's KL gradient: 1-D tensors aligned with ``slices``; fp32 ones may be kept as they are."""

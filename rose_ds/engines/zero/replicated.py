@@ -64,11 +64,7 @@ class ReplicatedAdapter(Adapter):
         if self.on_plan is None:
             return
         norm = self._norm if self.outer is self.base else finite_norm(self.outer._global_grad_norm)
-        grads = [
-            torch.zeros(s.numel, device=s.param.device) if s.param.grad is None else s.view(s.param.grad)
-            for s in self.slices
-        ]
-        self.on_plan(grads, norm)
+        self.on_plan([piece.grad() for piece in self.slices], norm)
 
     def full_parameter(self, param: nn.Parameter) -> Tensor:
         return self._masters.get(param, param).detach().float().clone()
