@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -48,6 +49,38 @@ class GroupExchange:
         summed = mine.clone()
         dist.all_reduce(summed, group=self.group)
         return summed.unsqueeze(0)
+
+
+class RankLost(RuntimeError):
+    """Another rank did not take part in a collective: it died, or it made fewer steps."""
+
+
+#: What gloo, its TCP transport and NCCL say of a rank that is not there; they have no exception type for it.
+_SIGNS_OF_LOSS = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "timeout",
+    "ncclRemoteError",
+)
+
+
+@contextmanager
+def explaining_lost_ranks(doing: Callable[[], str]) -> Iterator[None]:
+    """Turn the transport's error about a missing rank into RankLost, which says what that means for a training run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RankLost) or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+            raise
+        raise RankLost(
+            f"another rank did not take part in {doing()}: it died (its own output or the launcher's says why) or its "
+            "data loader ended earlier. Every rank must make the same number of backward() and step() calls: "
+            "use a DistributedSampler (it evens them out), accelerate's even_batches=True, or drop_last=True on every "
+            f"rank. The transport said: {error}"
+        ) from error
 
 
 def communication_device(group: dist.ProcessGroup | None) -> torch.device:

@@ -138,6 +138,11 @@ class RoseAdamW(torch.optim.Optimizer):
         """Optimizer steps so far, from the state: survives a checkpoint."""
         return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
 
+    @property
+    def skips(self) -> bool:
+        """Whether the plan leaves everything as it is."""
+        return self.plan is not None and self.plan.skip
+
     # --- the step ---
 
     @torch.no_grad()

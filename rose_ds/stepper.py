@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rose_ds.core.select import SecondOrderInputs, Selection, select
 from rose_ds.engines.base import Engine, Forward, Loss, RefusedConfiguration
 from rose_ds.engines.plain import PlainEngine
+from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.objectives.divergence import symmetric_kl
 from rose_ds.optimizer import Plan, RoseAdamW
 from rose_ds.report import StepReport
@@ -184,11 +185,13 @@ class Stepper:
         Raises:
             RuntimeError: ``step()`` was not called after the last ``backward()``, or two passes gave identical logits
                 under a first-order strategy (no dropout).
+            RankLost: another rank died, or made fewer calls.
         """
         if self._awaiting_step:
             raise RuntimeError("call step() after every backward(), also off the accumulation boundary")
         needs_kl = self.config.uses_first and not self._warming_up()
-        losses = self.engine.backward(_checked(forward), loss, symmetric_kl if needs_kl else None)
+        with explaining_lost_ranks(self._next_step):
+            losses = self.engine.backward(_checked(forward), loss, symmetric_kl if needs_kl else None)
         self._awaiting_step = True
         return {"loss": losses.loss, "kl": losses.kl}
 
@@ -203,7 +206,8 @@ class Stepper:
         self._awaiting_step = False
         self._selection = None
         try:
-            outcome = self.engine.step(self._plan)
+            with explaining_lost_ranks(self._next_step):
+                outcome = self.engine.step(self._plan)
         finally:
             self.optimizer.plan = None
         if outcome is None:
@@ -229,7 +233,7 @@ class Stepper:
             def finish(*_: object) -> None:
                 before.remove()
                 after.remove()
-                skipped = self.optimizer.plan is not None and self.optimizer.plan.skip
+                skipped = self.optimizer.skips
                 self.optimizer.plan = None
                 self.engine.take_kl_grads()
                 self._report(grad_norm(), skipped)
@@ -240,6 +244,9 @@ class Stepper:
     def gather_parameters(self) -> dict[str, Tensor]:
         """Full fp32 parameters by their unwrapped names, on every rank: a collective, for models that fit."""
         return self.engine.gather_parameters()
+
+    def _next_step(self) -> str:
+        return f"optimizer step {self.optimizer.steps_taken() + 1}"
 
     def _warming_up(self) -> bool:
         return self.optimizer.steps_taken() < self.config.mask_warmup_steps

@@ -163,7 +163,8 @@ def same_pass_again(forward: Forward, state: RngState, first: Tensor) -> Tensor:
     """Run ``forward`` once more with the random numbers it had at ``state``; must reproduce ``first``."""
     with replay(state):
         again = forward()
-    if not torch.allclose(again.detach().float(), first.detach().float(), rtol=1e-3, atol=1e-3):
+    # NaN twice is the same pass: the step will be skipped, on all ranks
+    if not torch.allclose(again.detach().float(), first.detach().float(), rtol=1e-3, atol=1e-3, equal_nan=True):
         raise RuntimeError(
             "a replayed forward pass gave other logits: forward() must depend only on the model, its inputs and "
             "torch's random numbers (no counters, numpy or python random numbers inside)"

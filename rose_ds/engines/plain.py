@@ -73,7 +73,7 @@ class PlainEngine(Engine):
         plan(self.slice_grads(), norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(norm, skipped=self.optimizer.plan is not None and self.optimizer.plan.skip)
+        return Outcome(norm, skipped=self.optimizer.skips)
 
     def _clip(self, params: list[Tensor]) -> float:
         """Clip these parameters' gradients; their global L2 norm before."""

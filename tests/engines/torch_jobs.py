@@ -156,12 +156,12 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], type, str]] = {
 }
 
 
-def start(job: Job, model: Tiny | None = None) -> tuple[nn.Module, Any]:
-    """The wrapped model and its Stepper."""
+def start(job: Job, model: Tiny | None = None, **rose: Any) -> tuple[nn.Module, Any]:
+    """The wrapped model and its Stepper; ``rose`` are settings over the case's."""
     warnings.filterwarnings("ignore")
     wrap, kind, engine = WRAPPERS[job.how]
     wrapped = wrap(model or make_model(job.case))
-    optimizer = rose_ds.RoseAdamW(parameter_groups(job.case, wrapped, named=True), **job.case.rose)
+    optimizer = rose_ds.RoseAdamW(parameter_groups(job.case, wrapped, named=True), **{**job.case.rose, **rose})
     stepper = rose_ds.prepare(
         wrapped, optimizer, accumulation_steps=job.case.accumulation, max_grad_norm=job.case.clip or None
     )

@@ -29,7 +29,7 @@ class Job:
         return "-".join(filter(None, (f"zero{self.stage}", str(self.case), self.name)))
 
 
-def ds_config(job: Job, world: int) -> dict[str, Any]:
+def ds_config(job: Job, world: int, **rose: Any) -> dict[str, Any]:
     """A DeepSpeed config whose buckets are far smaller than the model, and that keeps no parameter whole."""
     case, hyper = job.case, HYPER[0]
     adam = {"lr": hyper.lr, "betas": list(hyper.betas), "eps": hyper.eps, "weight_decay": hyper.weight_decay}
@@ -37,7 +37,7 @@ def ds_config(job: Job, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world // case.accumulation,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": case.clip,
-        "optimizer": {"type": "RoseAdamW", "params": {**adam, **case.rose}},
+        "optimizer": {"type": "RoseAdamW", "params": {**adam, **case.rose, **rose}},
         "zero_optimization": {
             "stage": job.stage,
             "stage3_param_persistence_threshold": 0,
@@ -49,8 +49,8 @@ def ds_config(job: Job, world: int) -> dict[str, Any]:
     }
 
 
-def start(job: Job, world: int, model: Tiny | None = None) -> tuple[Any, Any]:
-    """The DeepSpeed engine and its Stepper."""
+def start(job: Job, world: int, model: Tiny | None = None, **rose: Any) -> tuple[Any, Any]:
+    """The DeepSpeed engine and its Stepper; ``rose`` are settings over the case's."""
     import deepspeed
 
     import rose_ds
@@ -58,7 +58,7 @@ def start(job: Job, world: int, model: Tiny | None = None) -> tuple[Any, Any]:
     quiet()
     model = model or make_model(job.case)
     groups: Any = parameter_groups(job.case, model, named=False) if job.case.two_groups else model.parameters()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(job, world))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(job, world, **rose))
     return engine, rose_ds.prepare(engine)
 
 

@@ -109,7 +109,7 @@ class ZeroEngine(Engine):
         if not boundary:
             return None
         # DeepSpeed returns before the plan when the task gradient is not finite
-        by_plan = planned and self.optimizer.plan is not None and self.optimizer.plan.skip
+        by_plan = planned and self.optimizer.skips
         self.adapter.after_engine_step(by_plan)
         return Outcome(norm, skipped=by_plan or not planned)
 
