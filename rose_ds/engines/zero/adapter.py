@@ -58,6 +58,12 @@ class Adapter(ABC):
         if skipped_by_plan and getattr(self.outer, "dynamic_loss_scale", False):
             self.outer.loss_scaler.update_scale(True)
 
+    def after_load(self) -> None:
+        """DeepSpeed has loaded a checkpoint, which may be one of a run that had no states yet."""
+        for group in self.base.param_groups:
+            for param in group["params"]:
+                self.base.init_state(param)
+
     @abstractmethod
     def full_parameter(self, param: nn.Parameter) -> Tensor:
         """The whole parameter in fp32, on every rank. A collective."""

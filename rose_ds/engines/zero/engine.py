@@ -23,6 +23,7 @@ from rose_ds.engines.base import (
 from rose_ds.engines.rng import RngState
 from rose_ds.engines.zero.adapter import Adapter
 from rose_ds.engines.zero.bf16 import Bf16Adapter
+from rose_ds.engines.zero.checkpoint import Checkpoints
 from rose_ds.engines.zero.partitioned import PartitionedAdapter
 from rose_ds.engines.zero.refuse import base_optimizer, check_engine
 from rose_ds.engines.zero.replicated import ReplicatedAdapter
@@ -42,6 +43,9 @@ class ZeroEngine(Engine):
         super().__init__(engine.module, base, int(engine.gradient_accumulation_steps()))
         self.adapter = _adapter_class(engine)(engine, base)
         self._locate()
+        self.accumulating = False
+        """Whether there are gradients of micro-batches that no optimizer step has used yet."""
+        Checkpoints(self)
 
     def _find_slices(self, index: dict[str, int]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
         slices = self.adapter.find_slices(index)
@@ -57,6 +61,7 @@ class ZeroEngine(Engine):
         return self._beta1_of
 
     def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
+        self.accumulating = True
         kl = None
         if divergence is None:
             logits = forward()
@@ -108,6 +113,7 @@ class ZeroEngine(Engine):
             self.adapter.on_plan = None
         if not boundary:
             return None
+        self.accumulating = False
         # DeepSpeed returns before the plan when the task gradient is not finite
         by_plan = planned and self.optimizer.skips
         self.adapter.after_engine_step(by_plan)

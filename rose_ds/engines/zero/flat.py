@@ -19,10 +19,12 @@ class FlatAdapter(Adapter):
     def __init__(self, engine: Any, base: RoseAdamW, flats: Sequence[Tensor]) -> None:
         super().__init__(engine, base)
         self.flats = flats
+        self.after_load()
+
+    def after_load(self) -> None:
         # DeepSpeed links the parameters to their state once, after the first group's first step, when the other groups
-        # have no state yet: their checkpoint fragments would stay empty.
-        for flat in flats:
-            base.init_state(flat)
+        # have no state yet: their checkpoint fragments would stay empty. A load makes new states.
+        super().after_load()
         self.outer._hp_optimizer_states_linked = False
         self.outer._lazy_init_hp_params_optimizer_state()
 
