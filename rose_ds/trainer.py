@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length
 
+from rose_ds.callbacks import RoseProgressCallback
 from rose_ds.config import RoseConfig
 from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW
+from rose_ds.resuming import ResumableTrainer
 from rose_ds.stepper import Stepper, prepare
 
 
-class RoseTrainer(Trainer):
+class RoseTrainer(ResumableTrainer):
     """A Trainer that updates only robust parameters.
 
     Args:
@@ -28,8 +27,14 @@ class RoseTrainer(Trainer):
         Everything else: as transformers.Trainer. The optimizer is RoseAdamW with the learning rate, betas, epsilon and
             weight decay of TrainingArguments.
 
+    Checkpoints: ``train(resume_from_checkpoint=True)`` goes on from the newest that was written to its end, and refuses
+    to go on with settings that make another run. On SIGTERM every rank finishes its step, a checkpoint is saved, and
+    the process ends with exit code 143 (see StopOnSigterm).
+
     Raises:
-        RefusedConfiguration: before training, where a gradient would silently be wrong.
+        RefusedConfiguration: before training, where a gradient would silently be wrong, or a run would not go on as
+            the run it was.
+        CheckpointError: a checkpoint could not be written, e.g. the disk is full.
     """
 
     optimizer: Any
@@ -48,6 +53,17 @@ class RoseTrainer(Trainer):
         self._refuse_without_dropout()
         if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoseProgressCallback(self))
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that training runs on; before training, the one it is going to run on."""
+        if self.stepper is not None:
+            return self.stepper.engine.name
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        if self.is_fsdp_enabled:
+            return f"fsdp{self.accelerator.state.fsdp_plugin.fsdp_version}"
+        return "plain" if self.args.world_size == 1 else "ddp"
 
     def _refuse(self) -> None:
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
@@ -111,6 +127,22 @@ class RoseTrainer(Trainer):
         while optimizer is not None and not isinstance(optimizer, RoseAdamW):
             optimizer = getattr(optimizer, "optimizer", None)
         return optimizer
+
+    def method_settings(self) -> dict[str, Any]:
+        """RoseConfig's fields; the strategy alone where it masks nothing."""
+        rose, block = self.rose, self._deepspeed_optimizer_block()
+        if block is not None:
+            names = RoseConfig.field_names()
+            rose = RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
+        return asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's; a DeepSpeedEngine exists by now and has not loaded a checkpoint: ROSE attaches to it."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        wrapped = self.accelerator.deepspeed_engine_wrapped if self.is_deepspeed_enabled else None
+        if wrapped is not None:
+            self._stepper_for(wrapped.engine)
+        return scheduler
 
     # --- the step ---
 
@@ -185,89 +217,6 @@ class RoseTrainer(Trainer):
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
         super().log(logs, *args, **kwargs)
-
-
-class RoseProgressCallback(ProgressCallback):
-    """Trainer's bar, with the loss, the kept fraction and the thresholds at its end."""
-
-    def __init__(self, trainer: RoseTrainer, max_str_len: int = 100) -> None:
-        super().__init__(max_str_len)
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar."""
-        if state.is_world_process_zero:
-            self.training_bar.set_postfix(self._numbers(state), refresh=False)
-        super().on_step_end(args, state, control, **kwargs)
-
-    def _numbers(self, state: TrainerState) -> dict[str, str]:
-        numbers = {}
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if losses:
-            numbers["loss"] = f"{losses[-1]:.3f}"
-        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
-        if report is not None and report.kept_fraction is not None:
-            numbers["kept"] = f"{report.kept_fraction:.0%}"
-            for name, tau in (("tau1", report.tau_first), ("tau2", report.tau_second)):
-                if tau is not None:
-                    numbers[name] = f"{tau:.2g}" if math.isfinite(tau) else str(tau)
-        return numbers
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Nothing for training steps, whose numbers are on the bar; evaluations are printed as Trainer prints them."""
-        if logs is None or "loss" not in logs:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Only where a length is known, as Trainer."""
-        if eval_dataloader is not None and has_length(eval_dataloader):
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-
-
-class StepMeter(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, and what its masks kept."""
-
-    def __init__(self, trainer: RoseTrainer) -> None:
-        self.trainer = trainer
-        self.seconds: list[float] = []
-        self.kept: list[float] = []
-        self.skipped = 0
-        self._start = 0.0
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._start = _now()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
-        self.seconds.append(_now() - self._start)
-        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
-        if report is not None:
-            self.skipped += report.skipped
-            if report.kept_fraction is not None:
-                self.kept.append(report.kept_fraction)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _dropout_probability(module: nn.Module) -> float:

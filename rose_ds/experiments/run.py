@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import statistics
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from rose_ds.data import TaskData, assign_families, load_task, padding_collator, perturb, tokenize
 from rose_ds.data.loading import SPLITS
@@ -19,7 +19,7 @@ from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import load_model, load_tokenizer
 from rose_ds.experiments.settings import METHODS, MethodSettings, RunSettings
-from rose_ds.trainer import RoseTrainer, StepMeter
+from rose_ds.trainer import RoseTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -32,8 +32,10 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
 
     Raises:
         DataError, ModelError, RefusedConfiguration: before any training.
+        CheckpointError: a checkpoint could not be written.
+        SystemExit: SIGTERM came; a checkpoint was saved, and nothing else was written.
     """
-    checkpoint = _checkpoint(method, args)
+    _refuse_mixing(method, args)
     _refuse_unsavable(args)
     set_seed(args.seed)
     data = _load(run)
@@ -61,21 +63,21 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         rose=rose,
     )
     _check_engine(run.engine, trainer)
-    meter = StepMeter(trainer)
-    trainer.add_callback(meter)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.fixed_settings = _fixed(run, trainer)
+    meter = trainer.measure()
+    result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
     metrics = Metrics(
         task=data.spec.name,
         model=run.model,
         method=method.method,
         seed=args.seed,
-        engine=engine_name(trainer),
+        engine=trainer.engine_name,
         world_size=args.world_size,
         precision=_precision(args),
         steps=trainer.state.global_step,
-        train_seconds=result.metrics["train_runtime"],
-        step_seconds=statistics.median(meter.seconds[2:] or meter.seconds) if meter.seconds else None,
-        kept_fraction=statistics.fmean(meter.kept) if meter.kept else None,
+        train_seconds=meter.earlier_seconds + result.metrics["train_runtime"],
+        step_seconds=statistics.median(meter.step_seconds[2:] or meter.step_seconds) if meter.step_seconds else None,
+        kept_fraction=meter.kept_fraction,
         skipped_steps=meter.skipped,
         config=_config(run, method, args),
         **accuracies(trainer, data, tokenizer, run),
@@ -167,19 +169,8 @@ def accuracies(trainer: RoseTrainer, data: TaskData, tokenizer: Any, run: RunSet
     return found
 
 
-def engine_name(trainer: RoseTrainer) -> str:
-    """The engine a trainer runs on; before training, the one it is going to run on."""
-    if trainer.stepper is not None:
-        return trainer.stepper.engine.name
-    if trainer.is_deepspeed_enabled:
-        return f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    if trainer.is_fsdp_enabled:
-        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
-    return "plain" if trainer.args.world_size == 1 else "ddp"
-
-
 def _check_engine(wanted: str, trainer: RoseTrainer) -> None:
-    actual = engine_name(trainer)
+    actual = trainer.engine_name
     if wanted not in ("auto", actual):
         how = {"ze": f"deepspeed launch/train.py --deepspeed ds_configs/{wanted}.json", "fs": "accelerate launch"}
         raise RefusedConfiguration(
@@ -188,21 +179,41 @@ def _check_engine(wanted: str, trainer: RoseTrainer) -> None:
         )
 
 
-def _checkpoint(method: MethodSettings, args: TrainingArguments) -> str | None:
-    newest: str | None = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if args.resume_from_checkpoint:
-        if not Path(args.resume_from_checkpoint).is_dir():
-            raise RefusedConfiguration(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a folder")
-        return args.resume_from_checkpoint
-    if method.resume == "auto":
-        logger.info("resuming from %s", newest or "nothing: no checkpoint yet")
-        return newest
-    if newest is not None:
+def _refuse_mixing(method: MethodSettings, args: TrainingArguments) -> None:
+    given = args.resume_from_checkpoint
+    if given and not Path(given).is_dir():
+        raise RefusedConfiguration(f"--resume_from_checkpoint {given} is not a folder")
+    earlier = [path.name for path in Path(args.output_dir).glob("checkpoint-*")]
+    if earlier and not given and method.resume != "auto":
         raise RefusedConfiguration(
-            f"{args.output_dir} holds an earlier run's checkpoints (newest {Path(newest).name}): go on with --resume "
+            f"{args.output_dir} holds an earlier run's checkpoints ({', '.join(sorted(earlier))}): go on with --resume "
             "auto, or choose another --output_dir"
         )
-    return None
+
+
+def _checkpoint(method: MethodSettings, trainer: RoseTrainer) -> Path | None:
+    if trainer.args.resume_from_checkpoint:
+        return Path(trainer.args.resume_from_checkpoint)
+    if method.resume != "auto":
+        return None
+    folder = trainer.newest_checkpoint()
+    logger.info("resuming from %s", folder or "nothing: no whole checkpoint yet")
+    return folder
+
+
+def _fixed(run: RunSettings, trainer: RoseTrainer) -> dict[str, Any]:
+    """What a resumed run must share, beside what RoseTrainer knows."""
+    rows: Any = trainer.train_dataset
+    sample = hashlib.sha256()
+    for i in range(0, len(rows), max(1, len(rows) // 100)):
+        sample.update(repr(sorted(rows[i].items())).encode())
+    return {
+        "task": run.task,
+        "model": Path(run.model).name,  # a folder may have moved
+        "max_length": run.max_length,
+        "max_train_samples": run.max_train_samples,
+        "training data": sample.hexdigest()[:12],
+    }
 
 
 def _refuse_unsavable(args: TrainingArguments) -> None:

@@ -71,7 +71,7 @@ class MethodSettings:
     mask_warmup_steps: int = field(default=0, metadata=_help("First steps that update everything."))
     resume: str | None = field(
         default=None,
-        metadata=_help("auto: go on from the newest checkpoint in --output_dir, or start afresh if there is none."),
+        metadata=_help("auto: go on from the newest whole checkpoint in --output_dir; start afresh if there is none."),
     )
 
     def __post_init__(self) -> None:

@@ -105,4 +105,4 @@ def test_only_the_front_ends_know_the_trainer() -> None:
         if imported(path) & {"transformers.Trainer", "transformers.TrainingArguments", "transformers.trainer.Trainer"}
     }
     # run.py of experiments only names the type of its arguments
-    assert found == {"cli.py", "trainer.py", "experiments/run.py"}
+    assert found == {"cli.py", "resuming.py", "experiments/run.py"}

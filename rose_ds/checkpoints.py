@@ -1,0 +1,152 @@
+"""Which checkpoints are whole, and whether a run may go on from one.
+
+Many ranks write a checkpoint's files, and any of them may be killed or run out of disk at any byte. So the last thing
+written, once every rank has finished, is a record with the name and size of every file. A folder without a record, or
+with other files than it lists, was torn and is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.exchange import explaining_lost_ranks
+
+FILE = "rose_checkpoint.json"
+
+#: Engines that write the same files: a run may go on from one to another.
+_SAME_FILES = {"plain": "one file", "ddp": "one file"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message names its folder and the newest whole one."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a whole checkpoint consists of, and the run it belongs to."""
+
+    step: int
+    world_size: int
+    engine: str
+    files: dict[str, int]
+    """Size in bytes of every file, by its path inside the folder."""
+    fixed: dict[str, Any]
+    """Settings that a resumed run must share, by their flags' names."""
+    free: dict[str, Any]
+    """Settings that a resumed run may change."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """What was counted since the run began."""
+    unlogged_loss: list[float] = field(default_factory=list)
+    """Each rank's loss summed over the steps after ``logged_step``, the last step that was logged."""
+    logged_step: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write the record whole or not at all, and to the disk itself."""
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / FILE)
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Size of every file of a checkpoint but its record."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith((FILE, f".{FILE}")):
+            found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return found
+
+
+def read(folder: Path) -> Record:
+    """The record of a whole checkpoint.
+
+    Raises:
+        RefusedConfiguration: the folder has no record, or a file is missing or has another size; names the file.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise RefusedConfiguration(f"{path} is missing: the checkpoint was not written to its end, or not by rose_ds")
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise RefusedConfiguration(f"{path} is not a checkpoint's record: {error}") from error
+    for name, size in record.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise RefusedConfiguration(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise RefusedConfiguration(f"{file} has {file.stat().st_size} bytes, {size} were written")
+    return record
+
+
+def whole_in(output_dir: Path) -> tuple[dict[int, Path], list[str]]:
+    """The whole checkpoints of a run by their step, as this process sees them, and why others are passed over."""
+    whole, torn = {}, []
+    for folder in sorted(output_dir.glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir():
+            try:
+                whole[read(folder).step] = folder
+            except RefusedConfiguration as error:
+                torn.append(str(error))
+    return whole, torn
+
+
+def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole on every rank, and why others are passed over. Every rank calls it."""
+    whole, torn = whole_in(output_dir)
+    everywhere = set.intersection(*(set(steps) for steps in gather(list(whole))))
+    torn += [f"{whole[step]} is not whole on every rank" for step in sorted(set(whole) - everywhere)]
+    return (whole[max(everywhere)] if everywhere else None), torn
+
+
+def gather(value: Any) -> list[Any]:
+    """A value of every rank, by rank. Returns on a rank only when every rank has called it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    with explaining_lost_ranks(lambda: "a checkpoint"):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], names: Iterable[str] = ()) -> list[str]:
+    """Settings with another value now, as "name old -> new". A run without a setting has None for it."""
+    now = json.loads(json.dumps(now))  # as it would be read back: lists for tuples
+    names = names or [*before, *(name for name in now if name not in before)]
+    return [f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+
+
+def check_settings(folder: Path, record: Record, engine: str, fixed: dict[str, Any], free: dict[str, Any]) -> list[str]:
+    """Settings of a run that differ from the checkpoint's and may.
+
+    Raises:
+        RefusedConfiguration: one differs that may not; names each, with its old and its new value.
+    """
+    different = changed(record.fixed, fixed)
+    if different:
+        raise RefusedConfiguration(
+            f"{folder} was trained with other settings: {', '.join(different)}. Give the old values to go on with that "
+            "run, or another --output_dir to start a new one"
+        )
+    if _SAME_FILES.get(record.engine, record.engine) != _SAME_FILES.get(engine, engine):
+        raise RefusedConfiguration(
+            f"{folder} was written on engine {record.engine}, and {engine} cannot read its optimizer state: go on with "
+            f"{record.engine}, or choose another --output_dir to start a new run"
+        )
+    return changed({"engine": record.engine, **record.free}, {"engine": engine, **free})

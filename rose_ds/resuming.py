@@ -1,0 +1,208 @@
+"""A transformers.Trainer that loses nothing: whole checkpoints, and resumed runs that are the run they were."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import has_length, rotate_checkpoints
+
+from rose_ds import checkpoints
+from rose_ds.callbacks import StepMeter, StopOnSigterm
+from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.exchange import RankLost
+
+logger = logging.getLogger(__name__)
+
+#: TrainingArguments that a resumed run must share. Trainer takes the optimizer's from the checkpoint, so that another
+#: value would silently change nothing.
+_FIXED = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+)
+_FREE = (
+    "world_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "warmup_steps",
+    "logging_steps",
+    "save_steps",
+)
+
+
+class ResumableTrainer(Trainer):
+    """What RoseTrainer does about checkpoints; see there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter: StepMeter | None = None
+        self.fixed_settings: dict[str, Any] = {}
+        """Further settings, by name, that a checkpoint records and a resumed run must share."""
+        self._resumed: checkpoints.Record | None = None
+        self._stop = StopOnSigterm()
+        self.add_callback(self._stop)
+        if self.args.enable_jit_checkpoint:
+            raise RefusedConfiguration(
+                "enable_jit_checkpoint=True lets each rank save by itself, in whatever step a signal finds it: leave "
+                "it out. RoseTrainer saves on SIGTERM, all ranks together"
+            )
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that training runs on."""
+        raise NotImplementedError
+
+    def method_settings(self) -> dict[str, Any]:
+        """Settings of the training method, which a resumed run must share."""
+        raise NotImplementedError
+
+    def measure(self) -> StepMeter:
+        """Time the steps of the following ``train()``, and count what their masks keep."""
+        self.meter = StepMeter(self)
+        self.add_callback(self.meter)
+        return self.meter
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. True goes on from the newest whole checkpoint in ``output_dir``; there must be one."""
+        folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
+        if resume_from_checkpoint is True:
+            folder = self.newest_checkpoint()
+            if folder is None:
+                raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        self._resumed = None if folder is None else self._check_resumable(folder)
+        with self._stop.listening():
+            result = super().train(None if folder is None else str(folder), *args, **kwargs)
+        if self._stop.stopping:
+            if self.is_world_process_zero():
+                step = self.state.global_step
+                logger.warning("SIGTERM received: checkpoint saved at step %d, resume with --resume auto", step)
+            raise SystemExit(128 + signal.SIGTERM)  # the shell's code for it: a job that was stopped has not succeeded
+        return result
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint in ``output_dir`` that is whole; logs which are passed over. Every rank calls it."""
+        folder, torn = checkpoints.newest(Path(self.args.output_dir))
+        for reason in torn:
+            logger.warning("checkpoint passed over: %s", reason)
+        return folder
+
+    def _check_resumable(self, folder: Path) -> checkpoints.Record:
+        record = checkpoints.read(folder)
+        fixed, free = self._settings()
+        for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
+            logger.info("resuming with another setting: %s", change)
+        return record
+
+    def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings that a resumed run must share, because it computes something else or silently keeps the old value
+        otherwise; and those it may change."""
+        args = self.args
+        fixed = {
+            **self.fixed_settings,
+            **self.method_settings(),
+            "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
+            "global batch": self.get_total_train_batch_size(args),
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            **{name: getattr(args, name) for name in _FIXED},
+        }
+        free = {name: getattr(args, name) for name in _FREE}
+        free["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        return fixed, free
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint's logging, eval and save steps give way
+        return epochs_trained, steps_trained
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""
+        if self._resumed is None or self._resumed.world_size == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        seed = int(np.random.SeedSequence((self.args.seed, self._resumed.step)).generate_state(1)[0])
+        logger.info(
+            "resuming on %d ranks from a checkpoint of %d: dropout goes on with seed %d, made of seed and step",
+            self.args.world_size,
+            self._resumed.world_size,
+            seed,
+        )
+        set_seed(seed)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._resumed is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._restore_counts(self._resumed)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer would take one step more than max_steps
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _restore_counts(self, record: checkpoints.Record) -> None:
+        """The loss that is logged next and the meter's totals are those of a run that was never interrupted."""
+        if self.meter is not None:
+            self.meter.restore(record.totals)
+        same = len(record.unlogged_loss) == self.args.world_size
+        mean = sum(record.unlogged_loss) / len(record.unlogged_loss)
+        self._tr_loss += record.unlogged_loss[self.args.process_index] if same else mean
+        self._globalstep_last_logged = record.logged_step
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, then the record that makes it whole, and only then are old ones deleted."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
+            checkpoints.gather(None)
+            super()._save_checkpoint(model, trial)
+            self._write_record(folder)
+        except RankLost:
+            raise
+        except Exception as error:
+            whole, _ = checkpoints.whole_in(run_dir)
+            kept = f"{whole[max(whole)]} is the newest whole one" if whole else "there is no earlier one"
+            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise checkpoints.CheckpointError(
+                f"{folder} could not be written ({why}); {kept}. Remove the cause, then resume"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _write_record(self, folder: Path) -> None:
+        fixed, free = self._settings()
+        own = (checkpoints.files_in(folder), float(self._tr_loss))
+        ranks = checkpoints.gather(own)  # by now every rank has written its files
+        # a shared folder may show one rank's files late to another; with save_on_each_node each node has its own
+        seen = [own[0]] if self.args.save_on_each_node else [files for files, _ in ranks]
+        record = checkpoints.Record(
+            step=self.state.global_step,
+            world_size=self.args.world_size,
+            engine=self.engine_name,
+            files={name: size for files in seen for name, size in files.items()},
+            fixed=json.loads(json.dumps(fixed)),
+            free=free,
+            totals={} if self.meter is None else self.meter.totals(),
+            unlogged_loss=[loss for _, loss in ranks],
+            logged_step=self._globalstep_last_logged,
+        )
+        if self.args.should_save and not self.args.save_only_model:
+            record.write(folder)
+        checkpoints.gather(None)  # no rank goes on, or ends after SIGTERM, before the record is there
