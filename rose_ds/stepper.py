@@ -251,8 +251,8 @@ class Stepper:
     def _warming_up(self) -> bool:
         return self.optimizer.steps_taken() < self.config.mask_warmup_steps
 
-    def _plan(self, grads: Sequence[Tensor], grad_norm: float | None) -> None:
-        """Called by the engine once a step, when gradients are reduced and clipped and nothing is updated yet."""
+    def _plan(self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0) -> None:
+        """Called by the engine once a step, when gradients are reduced and nothing is updated yet; see Planner."""
         self._selection = None
         kl_grads = self.engine.take_kl_grads()
         if grad_norm is not None and not torch.isfinite(torch.tensor(grad_norm)):
@@ -263,18 +263,18 @@ class Stepper:
             return
         if self.config.uses_first and kl_grads is None:
             raise RuntimeError("the step has no KL gradient: every micro-batch must go through Stepper.backward()")
-        second = self._second_order_inputs(grads) if self.config.uses_second else None
+        second = self._second_order_inputs(grads, scale) if self.config.uses_second else None
         selection = select(self.config, self.engine.shards, kl_grads, second)
         self._selection = selection
         self.optimizer.plan = Plan(selection.codes) if selection.finite else Plan(skip=True)
 
-    def _second_order_inputs(self, grads: Sequence[Tensor]) -> SecondOrderInputs:
+    def _second_order_inputs(self, grads: Sequence[Tensor], scale: Tensor | float) -> SecondOrderInputs:
         exp_avgs, beta1s = [], []
         beta1_of = self.engine.beta1_of()
         for piece in self.engine.slices:
             exp_avgs.append(piece.view(self.optimizer.init_state(piece.param)["exp_avg"]))
             beta1s.append(beta1_of[piece.param])
-        return SecondOrderInputs(grads, exp_avgs, beta1s)
+        return SecondOrderInputs(grads, exp_avgs, beta1s, scale)
 
     def _report(self, grad_norm: float | None, skipped: bool) -> StepReport:
         shards, found = self.engine.shards, self._selection

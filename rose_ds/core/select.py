@@ -48,18 +48,30 @@ class SecondOrderInputs:
     """Eq. 4's inputs for each slice."""
 
     grads: Sequence[Tensor]
+    """Any floating type."""
     exp_avgs: Sequence[Tensor]
     beta1s: Sequence[float]
+    scale: Tensor | float = 1.0
+    """What ``grads`` are still to be multiplied with."""
+
+
+#: Computes the risks of a part of a slice.
+Risk = Callable[[int, slice], Tensor]
+_CHUNK = 1 << 22  # risks computed at a time: bounds the scratch memory
+
+
+def _parts(numel: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, numel, _CHUNK))
 
 
 class _Lazy:
-    """Risks computed anew for each round of the threshold: scratch memory of one slice instead of all of them."""
+    """Risks computed anew for each round of the threshold, a part of a slice at a time."""
 
-    def __init__(self, compute: Callable[[int], Tensor], indices: Sequence[int]) -> None:
-        self.compute, self.indices = compute, indices
+    def __init__(self, risk: Risk, sizes: Sequence[Tensor], indices: Sequence[int]) -> None:
+        self.risk, self.sizes, self.indices = risk, sizes, indices
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.compute(i) for i in self.indices)
+        return (self.risk(i, at) for i in self.indices for at in _parts(self.sizes[i].numel()))
 
 
 def select(
@@ -80,34 +92,40 @@ def _select_elements(
     config: RoseConfig, shards: Shards, kl_grads: Sequence[Tensor] | None, second: SecondOrderInputs | None
 ) -> Selection:
     selection = Selection()
-    sizes = kl_grads if kl_grads is not None else second.grads if second is not None else []
-    codes = [torch.zeros(t.numel(), dtype=torch.uint8, device=t.device) for t in sizes]
+    slices = kl_grads if kl_grads is not None else second.grads if second is not None else []
 
-    def threshold(risk: Callable[[int], Tensor], keep: float) -> Threshold:
+    def threshold(risk: Risk, keep: float) -> Threshold:
         parts = []
         for exchange in shards.exchanges:
-            parts.append((_Lazy(risk, [i for i, e in enumerate(shards.exchange_of) if e is exchange]), exchange))
+            mine = [i for i, e in enumerate(shards.exchange_of) if e is exchange]
+            parts.append((_Lazy(risk, slices, mine), exchange))
         return kth_smallest(parts, keep_count(keep, shards.element_count))
+
+    def add_masks(risk: Risk, tau: float, bit: int) -> None:
+        for i, code in enumerate(codes):
+            for at in _parts(code.numel()):
+                add_mask_(code[at], risk(i, at), tau, bit)
 
     if kl_grads is not None:
 
-        def first_risk(i: int) -> Tensor:
-            return first_order_risk(kl_grads[i])
+        def first_risk(i: int, at: slice) -> Tensor:
+            return first_order_risk(kl_grads[i][at])
 
         selection.first = threshold(first_risk, config.keep_first)
         if not selection.finite:
             return selection
-        for i, code in enumerate(codes):
-            add_mask_(code, first_risk(i), selection.first.value, FIRST)
+    codes = [torch.zeros(t.numel(), dtype=torch.uint8, device=t.device) for t in slices]
+    if selection.first is not None:
+        add_masks(first_risk, selection.first.value, FIRST)
     if second is not None:
 
-        def second_risk(i: int) -> Tensor:
-            return second_order_risk(second.grads[i], second.exp_avgs[i], second.beta1s[i])
+        def second_risk(i: int, at: slice) -> Tensor:
+            grad = second.grads[i][at].float()
+            return second_order_risk(grad.mul(second.scale), second.exp_avgs[i][at], second.beta1s[i])
 
         selection.second = threshold(second_risk, config.keep_second)
         _check_momentum(selection.second)
-        for i, code in enumerate(codes):
-            add_mask_(code, second_risk(i), selection.second.value, SECOND)
+        add_masks(second_risk, selection.second.value, SECOND)
     selection.codes = codes
     return selection
 
@@ -143,7 +161,7 @@ def _select_tensors(
         add_mask_(codes, risk, selection.first.value, FIRST)
     if second is not None:
         # alpha belongs to the tensor's group, which a rank without a slice of it does not know: scale before the sum
-        alphas = [1 - beta1 for beta1 in second.beta1s]
+        alphas = [float(second.scale) * (1 - beta1) for beta1 in second.beta1s]
         risk = second_order_risk(norms(second.grads, alphas), norms(second.exp_avgs), beta1=0.0)
         selection.second = threshold(risk, config.keep_second)
         _check_momentum(selection.second)

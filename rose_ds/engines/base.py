@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,18 @@ from rose_ds.optimizer import RoseAdamW, Slice
 Forward = Callable[[], Tensor]
 Loss = Callable[[Tensor], Tensor]
 Divergence = Callable[[Tensor, Tensor], Tensor]
-#: Sets the optimizer's plan from each eligible slice's clipped task gradient (1-D) and the global norm before clipping.
-Planner = Callable[[Sequence[Tensor], float | None], None]
+
+
+class Planner(Protocol):
+    """Sets the optimizer's plan, once a step."""
+
+    def __call__(self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0) -> None:
+        """
+        Args:
+            grads: each eligible slice's task gradient, 1-D.
+            grad_norm: its global norm before clipping, None where it is not known.
+            scale: what the step still multiplies ``grads`` with (unscaling and clipping).
+        """
 
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.

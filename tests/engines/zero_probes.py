@@ -33,7 +33,7 @@ def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
         if second is not None:
             parts = [torch.zeros(0)]
             for grad, m, beta1 in zip(second.grads, second.exp_avgs, second.beta1s, strict=True):
-                risk = ((1 - beta1) * grad.abs() / m.abs() - 1).abs()
+                risk = ((1 - beta1) * (grad.float() * second.scale).abs() / m.abs() - 1).abs()
                 parts.append(torch.where(m == 0, torch.zeros_like(risk), risk).flatten())
             seen["second"] = torch.cat(parts)
         steps.append({name: value.clone() for name, value in seen.items()})

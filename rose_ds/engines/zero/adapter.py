@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from rose_ds.optimizer import RoseAdamW, Slice
 
-#: Receives each slice's gradient as the update will use it, and the unscaled norm before clipping.
-Planned = Callable[[Sequence[Tensor], float | None], None]
+
+class Planned(Protocol):
+    """What a step's plan is made from; see ``rose_ds.engines.base.Planner``."""
+
+    def __call__(self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0) -> None: ...
 
 
 class Adapter(ABC):
@@ -44,19 +47,21 @@ class Adapter(ABC):
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share out each tensor; None where every rank holds all of it."""
 
+    def kl_sums(self) -> list[Tensor]:
+        """Zeros to add the KL gradient to, fp32, one 1-D tensor a slice, where the optimizer's state lies."""
+        return [torch.zeros(piece.numel, device=piece.param.device) for piece in self.slices]
+
     @abstractmethod
-    def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
-        """Run a backward pass whose gradients end up nowhere but in the result, one 1-D tensor a slice."""
+    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
 
     def beta1_of(self) -> dict[Tensor, float]:
         """beta1 of each tensor that the optimizer steps; asked between steps."""
         return {p: group["betas"][0] for group in self.base.param_groups for p in group["params"]}
 
-    def after_engine_step(self, skipped_by_plan: bool) -> None:
-        """The engine's step is over. Where the KL gradient overflowed and the task gradient did not, DeepSpeed saw a
-        good step: lower its dynamic loss scale here, or the next step overflows again."""
-        if skipped_by_plan and getattr(self.outer, "dynamic_loss_scale", False):
-            self.outer.loss_scaler.update_scale(True)
+    def to_backward(self, loss: Tensor) -> Tensor:
+        """What to give to DeepSpeed's ``engine.backward``, which applies the loss scale."""
+        return loss
 
     def after_load(self) -> None:
         """DeepSpeed has loaded a checkpoint, which may be one of a run that had no states yet."""
@@ -76,29 +81,57 @@ class Adapter(ABC):
         """What gradients are multiplied with until the step; 1 but for fp16."""
         return float(getattr(self.outer, "loss_scale", 1.0))
 
-    def _unscaled(self, grad: Tensor) -> Tensor:
-        return grad if self.loss_scale == 1.0 else grad.float() / self.loss_scale
+    def _plan(self, grads: Sequence[Tensor], norm: float | None, scale: Tensor | float = 1.0) -> bool:
+        """Make the step's plan; whether it is to skip. DeepSpeed then counts a skipped step, and its lr waits."""
+        assert self.on_plan is not None
+        plan, self.on_plan = self.on_plan, None
+        plan(grads, norm, scale)
+        self.outer.overflow = self.base.skips
+        return bool(self.outer.overflow)
 
 
-class LazyGrads(Sequence[Tensor]):
-    """Gradients of the slices, computed when asked for: the scratch memory of one slice."""
+class ScaledAdapter(Adapter):
+    """Base for DeepSpeed's optimizers that know a loss scale (1 but for fp16).
 
-    def __init__(self, count: int, get: Callable[[int], Tensor]) -> None:
-        self._count, self._get = count, get
+    They call their ``_update_scale`` once a step, on every rank alike: gradients are reduced and their norm is known,
+    nothing is unscaled, clipped or updated yet, and whether the step is skipped is about to be decided. The plan is
+    made there, so that a KL gradient that overflowed is to DeepSpeed what an overflow of the task gradient is.
+    """
 
-    def __len__(self) -> int:
-        return self._count
+    def __init__(self, engine: Any, base: RoseAdamW) -> None:
+        super().__init__(engine, base)
+        self._update_scale = self.outer._update_scale
+        self.outer._update_scale = self._plan_and_update_scale
 
-    @overload
-    def __getitem__(self, i: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(i, slice):
-            return [self._get(j) for j in range(self._count)[i]]
-        if i >= self._count:
-            raise IndexError(i)
-        return self._get(i)
+    @abstractmethod
+    def _waiting(self, i: int) -> Tensor:
+        """A slice's task gradient as it waits for the step: reduced, neither unscaled nor clipped; 1-D, not a copy."""
+
+    @abstractmethod
+    def _scaled_norm(self) -> Any:
+        """Norm of these gradients; None where DeepSpeed does not compute it."""
+
+    def _multiplier(self, norm: Any) -> Tensor | float:
+        """What the step multiplies gradients with. DeepSpeed's formula, to the last bit."""
+        outer = self.outer
+        if outer.clip_grad > 0.0 and norm is not None:
+            clip = ((norm / outer.loss_scale) + 1e-6) / outer.clip_grad
+            return 1.0 / (torch.clamp(torch.as_tensor(clip), min=1.0) * outer.loss_scale)
+        return 1.0 / outer.loss_scale
+
+    def _plan_and_update_scale(self, overflow: bool) -> None:
+        if overflow or self.on_plan is None:
+            self._update_scale(overflow)
+            return
+        scaler = vars(getattr(self.outer, "loss_scaler", None) or self.outer.loss_scale_config)
+        before, norm = dict(scaler), self._scaled_norm()
+        unscaled_norm = None if norm is None else finite_norm(norm / self.outer.loss_scale)
+        # First as after a good step: where the scale grows now, DeepSpeed unscales with the new one.
+        self._update_scale(False)
+        waiting = [self._waiting(i) for i in range(len(self.slices))]
+        if self._plan(waiting, unscaled_norm, self._multiplier(norm)):
+            scaler.update(before)
+            self._update_scale(True)
 
 
 def finite_norm(norm: Any) -> float | None:
@@ -124,11 +157,3 @@ def stash_grads(params: Iterable[nn.Parameter]) -> Callable[[], None]:
                 p.grad_accum = accumulated  # type: ignore[attr-defined]
 
     return restore
-
-
-def scale_of_clipping(outer: Any, total_norm: Any) -> Tensor | float:
-    """What DeepSpeed's ZeRO optimizers multiply gradients with in ``unscale_and_clip_grads``, same formula."""
-    if outer.clip_grad > 0.0 and total_norm is not None:
-        clip = ((total_norm / outer.loss_scale) + 1e-6) / outer.clip_grad
-        return 1.0 / (torch.clamp(torch.as_tensor(clip), min=1.0) * outer.loss_scale)
-    return 1.0 / outer.loss_scale

@@ -22,24 +22,27 @@ class Bf16Adapter(FlatAdapter):
         super().__init__(engine, base, engine.optimizer.fp32_groups_flat_partition)
         base.register_step_pre_hook(self._before_step)
 
-    def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
+    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         z = self.outer
-        # clones: these buffers are what the backward pass accumulates into
-        saved = [flat.clone() for flat in z.fp32_groups_gradients_flat]
         has_gradients = [list(flags) for flags in z.fp32_groups_has_gradients]
+        # The backward pass accumulates into these buffers, the whole model's: copied where earlier micro-batches are in
+        # them, zero otherwise.
+        flats = z.fp32_groups_gradients_flat
+        saved = [flat.clone() if any(flags) else None for flat, flags in zip(flats, has_gradients, strict=True)]
         z.clear_hp_grads()
         params = [p for group in z.bf16_groups for p in group]
         stash_grads(params)
         try:
             run()
-            return [self._reduced(p).clone() for p in self.params]
+            for param, total in zip(self.params, sums, strict=True):
+                total.add_(self._reduced(param))
         finally:
             # not put back: the low-precision gradients are in the fp32 buffers already, and are cleared only once a
             # forward pass, so the task's backward pass would add them again
             for param in params:
                 param.grad = None
-            for flat, grads in zip(z.fp32_groups_gradients_flat, saved, strict=True):
-                flat.copy_(grads)
+            for flat, grads in zip(flats, saved, strict=True):
+                flat.zero_() if grads is None else flat.copy_(grads)
             z.fp32_groups_has_gradients[:] = has_gradients
 
     def _reduced(self, param: nn.Parameter) -> Tensor:
@@ -52,4 +55,4 @@ class Bf16Adapter(FlatAdapter):
         """Gradients are reduced and clipped, nothing is updated yet; called once a step."""
         if self.on_plan is not None:
             grads = [s.view(s.param.grad) for s in self.slices]  # type: ignore[arg-type]
-            self.on_plan(grads, finite_norm(self.outer._global_grad_norm))
+            self._plan(grads, finite_norm(self.outer._global_grad_norm))

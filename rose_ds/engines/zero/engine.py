@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
@@ -26,10 +27,10 @@ from rose_ds.engines.zero.bf16 import Bf16Adapter
 from rose_ds.engines.zero.checkpoint import Checkpoints
 from rose_ds.engines.zero.partitioned import PartitionedAdapter
 from rose_ds.engines.zero.refuse import base_optimizer, check_engine
-from rose_ds.engines.zero.replicated import ReplicatedAdapter
+from rose_ds.engines.zero.replicated import Fp32Adapter, ReplicatedAdapter, UnfusedAdapter
 from rose_ds.engines.zero.stage3 import Stage3Adapter
 from rose_ds.exchange import group_exchange
-from rose_ds.optimizer import Slice
+from rose_ds.optimizer import RoseAdamW, Slice
 
 
 class ZeroEngine(Engine):
@@ -71,18 +72,20 @@ class ZeroEngine(Engine):
             self._kl_backward(kl, retain_graph=self.adapter.shares_graph)
             logits = first if self.adapter.shares_graph else same_pass_again(forward, start, first)
         value = loss(logits)
-        self.engine.backward(value / self.accumulation_steps, scale_wrt_gas=False)
+        self.engine.backward(self.adapter.to_backward(value / self.accumulation_steps), scale_wrt_gas=False)
         return Losses(value.detach(), None if kl is None else kl.detach())
 
     def _kl_backward(self, kl: Tensor, retain_graph: bool) -> None:
+        if self._kl_grads is None:
+            self._kl_grads, self._kl_scale = self.adapter.kl_sums(), self.adapter.loss_scale
         boundary = self.engine._is_gradient_accumulation_boundary
+        divergence = self.adapter.to_backward(kl / self.accumulation_steps)
         # every micro-batch's KL gradient is reduced at once, so that only this rank's slice of the sum is kept
         self.engine.set_gradient_accumulation_boundary(True)
         try:
-            grads = self.adapter.kl_backward(
-                lambda: self.engine.backward(
-                    kl / self.accumulation_steps, retain_graph=retain_graph, scale_wrt_gas=False
-                )
+            self.adapter.kl_backward(
+                lambda: self.engine.backward(divergence, retain_graph=retain_graph, scale_wrt_gas=False),
+                self._kl_grads,
             )
         finally:
             self.engine._is_gradient_accumulation_boundary = boundary
@@ -90,22 +93,27 @@ class ZeroEngine(Engine):
                 self.engine.optimizer.set_gradient_accumulation_boundary(
                     self.engine.is_gradient_accumulation_boundary()
                 )
-        self.add_kl_grads(grads)
+
+    def take_kl_grads(self) -> list[Tensor] | None:
+        grads = super().take_kl_grads()
+        if grads and self._kl_scale != 1.0:
+            torch._foreach_mul_(grads, 1.0 / self._kl_scale)
+        return grads
 
     def step(self, plan: Planner) -> Outcome | None:
         boundary = self.engine.is_gradient_accumulation_boundary()
         norm: float | None = None
         planned = False
 
-        def on_plan(grads: Sequence[Tensor], grad_norm: float | None) -> None:
+        def on_plan(grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0) -> None:
             nonlocal norm, planned
             norm, planned = grad_norm, True
-            plan(grads, grad_norm)
+            plan(grads, grad_norm, scale)
 
         if boundary:
             self._beta1_of = self.adapter.beta1_of()
             self.adapter.on_plan = on_plan
-            if isinstance(self.adapter, ReplicatedAdapter):
+            if isinstance(self.adapter, Fp32Adapter):
                 self.adapter.measure_norm()
         try:
             self.engine.step()
@@ -115,9 +123,7 @@ class ZeroEngine(Engine):
             return None
         self.accumulating = False
         # DeepSpeed returns before the plan when the task gradient is not finite
-        by_plan = planned and self.optimizer.skips
-        self.adapter.after_engine_step(by_plan)
-        return Outcome(norm, skipped=by_plan or not planned)
+        return Outcome(norm, skipped=not planned or self.optimizer.skips)
 
     def gather_parameters(self) -> dict[str, Tensor]:
         return {name: self.adapter.full_parameter(p) for name, p in self.named_parameters()}
@@ -127,6 +133,6 @@ def _adapter_class(engine: Any) -> type[Adapter]:
     stage = int(engine.zero_optimization_stage())
     if isinstance(engine.optimizer, BF16_Optimizer):
         return Bf16Adapter
-    if stage == 3:
-        return Stage3Adapter
-    return PartitionedAdapter if stage in (1, 2) else ReplicatedAdapter
+    if isinstance(engine.optimizer, RoseAdamW):
+        return Fp32Adapter
+    return (UnfusedAdapter, PartitionedAdapter, PartitionedAdapter, Stage3Adapter)[stage]

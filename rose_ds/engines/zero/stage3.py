@@ -8,26 +8,32 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from rose_ds.engines.zero.adapter import Adapter, LazyGrads, finite_norm, scale_of_clipping
+from rose_ds.engines.zero.adapter import ScaledAdapter
 from rose_ds.optimizer import RoseAdamW, Slice
 
 _BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
-class Stage3Adapter(Adapter):
+class Stage3Adapter(ScaledAdapter):
     """DeepSpeedZeroOptimizer_Stage3, with and without CPU offload."""
 
     shares_graph = False  # a backward pass releases the gathered parameters that the shared graph still refers to
 
     def __init__(self, engine: Any, base: RoseAdamW) -> None:
         super().__init__(engine, base)
-        self._clip = self.outer.unscale_and_clip_grads
-        self.outer.unscale_and_clip_grads = self._unscale_and_clip_grads
+        self._norm_groups: list[Any] = []
+        self._get_norm_groups = self.outer._get_norm_groups
+        self.outer._get_norm_groups = self._remember_norm_groups
         for flat in self.outer.fp32_partitioned_groups_flat:
             base.init_state(flat)
+
+    def _remember_norm_groups(self) -> list[Any]:
+        self._norm_groups = self._get_norm_groups()
+        return self._norm_groups
 
     def group(self) -> dist.ProcessGroup | None:
         group: dist.ProcessGroup | None = self.outer.dp_process_group
@@ -50,24 +56,29 @@ class Stage3Adapter(Adapter):
             for i, flat in enumerate(z.fp32_partitioned_groups_flat)
         }
 
-    def kl_backward(self, run: Callable[[], None]) -> list[Tensor]:
-        z = self.outer
-        buffers: dict[int, Tensor] = getattr(z, _BUFFERS)
+    def kl_sums(self) -> list[Tensor]:
+        # as long as DeepSpeed's buffers, padding included: the backward pass adds to these themselves
+        buffers = self._buffers
+        return [
+            torch.zeros_like(buffers[p.ds_id], dtype=torch.float32).narrow(0, 0, piece.numel)  # type: ignore[attr-defined]
+            for piece, p in zip(self.slices, self.params, strict=True)
+        ]
+
+    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        z, buffers = self.outer, self._buffers
         saved, averaged = dict(buffers), dict(z.averaged_gradients)
         micro_step_id, epilogue_ran = z.micro_step_id, z._epilogue_ran_this_backward
-        # Lend the backward pass buffers of our own: the task gradient's are not touched, and nothing is copied.
-        flat = torch.zeros_like(z.grad_partitions_flat_buffer)
-        offset = 0
+        # Lend the backward pass the sums in place of the task gradient's buffers: neither is copied. Gradients of the
+        # parameters that are never masked have to go somewhere too: all to one place.
+        lent = {p.ds_id: total._base for p, total in zip(self.params, sums, strict=True)}  # type: ignore[attr-defined]
+        others = [buffer for i, buffer in saved.items() if i not in lent]
+        scratch = torch.empty_like(max(others, key=Tensor.numel)) if others else None
         for i, buffer in saved.items():
-            buffers[i] = flat.narrow(0, offset, buffer.numel())
-            offset += buffer.numel()
-        z.micro_step_id, z._epilogue_ran_this_backward = 0, False
+            into = lent.get(i)
+            buffers[i] = scratch.narrow(0, 0, buffer.numel()) if into is None else into  # type: ignore[union-attr]
+        z.micro_step_id, z._epilogue_ran_this_backward = 1, False  # 1: add to what is there
         try:
             run()
-            return [
-                self._unscaled(buffers[p.ds_id].narrow(0, 0, s.numel))  # type: ignore[attr-defined]
-                for s, p in zip(self.slices, self.params, strict=True)
-            ]
         finally:
             buffers.update(saved)
             z.averaged_gradients.clear()
@@ -78,27 +89,19 @@ class Stage3Adapter(Adapter):
                 for partition in z.fp32_partitioned_groups_flat:
                     partition.grad.zero_()
 
-    def _unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
-        """Replaces DeepSpeed's method; see PartitionedAdapter's. Called once a sub-group."""
-        scale = scale_of_clipping(self.outer, total_norm)
-        norm = finite_norm(total_norm / self.outer.loss_scale)
-        self._clip(sub_group_id, total_norm)
-        if self.on_plan is None:
-            return
-        plan, self.on_plan = self.on_plan, None
-        clipped = self.outer.fp32_partitioned_groups_flat[sub_group_id]
+    @property
+    def _buffers(self) -> dict[int, Tensor]:
+        """Where DeepSpeed keeps this rank's part of each reduced gradient, by the parameter's number."""
         buffers: dict[int, Tensor] = getattr(self.outer, _BUFFERS)
+        return buffers
 
-        def grad(i: int) -> Tensor:
-            piece = self.slices[i]
-            if piece.param is clipped:
-                return piece.view(clipped.grad)  # type: ignore[arg-type]
-            if self.outer.offload_optimizer:
-                return piece.view(piece.param.grad).mul(scale)  # type: ignore[arg-type]
-            reduced = buffers[self.params[i].ds_id].narrow(0, 0, piece.numel)  # type: ignore[attr-defined]
-            return reduced.to(piece.param.dtype).mul(scale)
+    def _waiting(self, i: int) -> Tensor:
+        if self.outer.offload_optimizer:
+            return self.slices[i].grad()
+        return self._buffers[self.params[i].ds_id].narrow(0, 0, self.slices[i].numel)  # type: ignore[attr-defined]
 
-        plan(LazyGrads(len(self.slices), grad), norm)
+    def _scaled_norm(self) -> Any:
+        return combine_grad_norm_groups(self._norm_groups)
 
     def full_parameter(self, param: nn.Parameter) -> Tensor:
         if param.requires_grad:
