@@ -73,7 +73,9 @@ class RoseConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RoseConfig:
         """Build from e.g. a JSON object; an unknown key raises ValueError and lists the known ones."""
-        unknown = sorted(set(values) - set(cls.field_names()))
+        if not isinstance(values, Mapping):
+            raise TypeError(f"ROSE's settings must be an object of names and values, found {type(values).__name__}")
+        unknown = sorted(set(values) - set(cls.field_names()), key=str)
         if unknown:
             raise ValueError(f"unknown ROSE setting(s) {unknown}; known: {list(cls.field_names())}")
         return cls(**values)
@@ -120,8 +122,10 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{name}={value!r} must be a regular expression or a list of them")
     for pattern in patterns:
+        if not pattern:
+            raise ValueError(f'{name} has an empty pattern, which matches every name: write ".*" if all are meant')
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{name} pattern {pattern!r} is not a regular expression: {error}") from error
     return tuple(patterns)

