@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from rose_ds import __version__
 from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.exchange import end_process_group
 from rose_ds.experiments.settings import MethodSettings, RunSettings
 
 _TRAIN = """Fine-tune a classifier and measure it on clean, adversarial and perturbed text.
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, rest = arguments[0], arguments[1:]
     try:
         {"train": _train, "evaluate": _evaluate, "report": _report}[command](rest)
+        atexit.register(end_process_group)
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):

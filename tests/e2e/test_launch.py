@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from launching import ROOT, run
-from spawn import free_port
+from spawn import free_port, run_ranks
 from transformers import AutoModelForSequenceClassification
 
 FLAGS = ["--max_train_samples", "400", "--per_device_train_batch_size", "4", "--max_length", "48", "--seed", "0"]
@@ -22,29 +24,57 @@ def deepspeed(config: str, out: Path, *flags: str, ranks: int = 2) -> list[str]:
     return [*launcher, "--output_dir", str(out), *FLAGS, *flags]
 
 
+# --- every config, one after the other in the same two processes: a launch is mostly imports ---
+
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_stage_trains_saves_and_reloads(
-    config: str, minilm: str, snippets: str, tmp_path: Path, extensions: Path
-) -> None:
+def train_under_each(rank: int, world: int, folder: str, flags: list[str]) -> dict[str, str]:
+    """``rose-ds train`` under each config in turn, up to the first that fails: its traceback."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from rose_ds import cli
+
+    os.chdir(ROOT)
+    for config in CONFIGS:
+        command = ["train", "--deepspeed", f"ds_configs/{config}.json", "--output_dir", f"{folder}/{config}"]
+        try:
+            cli.main([*command, *FLAGS, *flags, "--engine", config[:5]])
+        except BaseException:
+            return {config: traceback.format_exc()}
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    minilm: str, snippets: str, tmp_path_factory: pytest.TempPathFactory, extensions: Path
+) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("trained")
     flags = ["--task", snippets, "--model", minilm, "--max_steps", "3", "--max_eval_samples", "32"]
-    done = run(deepspeed(f"ds_configs/{config}.json", tmp_path, *flags, "--engine", config[:5]))
-    assert done.returncode == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    precision = config[6:] or "fp32"
-    assert [metrics[k] for k in ("engine", "world_size", "precision", "steps", "skipped_steps")] == [
-        config[:5],
-        2,
-        precision,
-        3,
-        0,
-    ]
+    failures: dict[str, str] = {}
+    for found in run_ranks(train_under_each, 2, str(folder), flags, timeout=560, process_group=False):
+        failures.update(found)
+    return folder, failures
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_stage_trains_saves_and_reloads(trained: tuple[Path, dict[str, str]], config: str) -> None:
+    folder, failures = trained[0] / config, trained[1]
+    assert config not in failures, failures[config]
+    assert (folder / "metrics.json").exists(), f"not reached: {failures}"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = [metrics[k] for k in ("engine", "world_size", "precision", "steps", "skipped_steps")]
+    assert found == [config[:5], 2, config[6:] or "fp32", 3, 0]
     assert 0.59 < metrics["kept_fraction"] < 0.76
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 22_000_000
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# --- under the launcher ---
 
 
 def test_zero3_learns_sst2_and_is_measured_on_advglue(minilm: str, glue: str, tmp_path: Path, extensions: Path) -> None:
