@@ -22,7 +22,7 @@ _REFUSED = {
     "differentiable": "the masks are not differentiable",
     "fused": "use foreach=True; masked parameters cannot go through the fused kernel",
 }
-_BATCH = 1 << 22  # masked elements updated at a time: bounds the fp32 scratch memory
+_BATCH = 1 << 21  # masked elements updated at a time: bounds the fp32 scratch memory
 
 
 def local(tensor: Tensor) -> Tensor:

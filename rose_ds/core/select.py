@@ -57,7 +57,7 @@ class SecondOrderInputs:
 
 #: Computes the risks of a part of a slice.
 Risk = Callable[[int, slice], Tensor]
-_CHUNK = 1 << 22  # risks computed at a time: bounds the scratch memory
+_CHUNK = 1 << 21  # risks computed at a time: bounds the scratch memory
 
 
 def _parts(numel: int) -> Iterator[slice]:

@@ -30,6 +30,13 @@ class PlainEngine(Engine):
         self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int, max_grad_norm: float | None
     ) -> None:
         super().__init__(module, optimizer, accumulation_steps)
+        low = [n for n, p in self.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+        if low:
+            raise RefusedConfiguration(
+                f"{low[0]!r} is kept in low precision, in which most small updates round to nothing: load the model in "
+                "fp32 (from_pretrained(..., dtype=torch.float32)), and for bf16 use torch.autocast, FSDP's mixed "
+                "precision or DeepSpeed, which keep fp32 weights"
+            )
         self.max_grad_norm = max_grad_norm
         self._micro_batches = 0
         self._locate()

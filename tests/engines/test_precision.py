@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_jobs
+from plain_jobs import build
 from reference import Run, reference, train
 from spawn import run_ranks
-from tiny import Case, micro_batch, rows
+from tiny import Case, make_model, micro_batch, rows
 from torch import Tensor
-from torch_jobs import once
 from zero_jobs import Job, check_ranks_agree, run_all, runs_of, start
+
+from rose_ds.engines.base import RefusedConfiguration
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -147,11 +150,12 @@ def watching(stepper: Any) -> Iterator[list[Seen]]:
     original, steps = rose_ds.stepper.select, []
 
     def recording(config: Any, shards: Any, kl_grads: Any, second: Any) -> Any:
+        grads = [g.float() * second.scale for g in second.grads] if second is not None else []
         assert all(g.dtype == torch.float32 for g in kl_grads)
-        assert all(m.dtype == torch.float32 for m in second.exp_avgs)
+        assert all(m.dtype == torch.float32 for m in (second.exp_avgs if second is not None else []))
         selection = original(config, shards, kl_grads, second)
-        codes = torch.cat([code.flatten() for code in selection.codes])
-        steps.append(Seen(codes, [g.float() * second.scale for g in second.grads]))
+        codes = torch.cat([torch.as_tensor(code).flatten() for code in selection.codes])
+        steps.append(Seen(codes, grads))
         return selection
 
     def before_update(optimizer: Any, *_: Any) -> None:
@@ -215,7 +219,7 @@ def zero_ranks(rank: int, world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def under_zero(extensions: object) -> Callable[[], list[dict[str, Any]]]:
     """The above on two ranks, in one spawn; remembered, a failure too."""
-    of = once(lambda world: run_ranks(zero_ranks, world, timeout=400))
+    of = torch_jobs.once(lambda world: run_ranks(zero_ranks, world, timeout=400))
     return lambda: of(2)
 
 
@@ -281,3 +285,95 @@ def test_masks_do_not_depend_on_the_loss_scale(stage: int, under_zero: Any) -> N
     )
     assert (small != large).float().mean() <= 0.01
     assert 0 < (large != single).float().mean() < 0.05
+
+
+# --- bf16 without DeepSpeed: FSDP's mixed precision, and autocast ---
+
+FEW = [Case(accumulation=2), Case("first", "tensor"), Case("none")]
+SHARDED = ["fsdp2-all-bf16", "fsdp1-bf16-orig", "fsdp1-bf16-flat", "fsdp1-all-bf16-orig", "fsdp1-all-bf16-flat"]
+AUTOCAST = ["plain", "ddp"]
+
+
+def in_bf16(rank: int, world: int, how: str, case: Case) -> Run:
+    """A case in bf16; what the optimizer holds, and what masks are made from, is fp32."""
+    if how == "plain":
+        model, stepper = build(case)
+        rank, world = 0, 1
+    else:
+        model, stepper = torch_jobs.start(torch_jobs.Job(case, how))
+
+    def forward(ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how in AUTOCAST):
+            return model(ids)
+
+    with watching(stepper) as steps:
+        run = train(stepper, forward, case, rank, world)
+    assert bool(steps) == (case.strategy != "none")
+    held = [p for group in stepper.optimizer.param_groups for p in group["params"]]
+    states = [value for state in stepper.optimizer.state.values() for value in state.values()]
+    assert all(t.dtype == torch.float32 for t in (*held, *states))
+    return run
+
+
+def torch_ranks(rank: int, world: int) -> dict[str, Any]:
+    """Everything under torch's own engines."""
+    results: dict[str, Any] = {f"{how}-{case}": in_bf16(rank, world, how, case) for how in SHARDED for case in FEW}
+    results.update({f"ddp-{case}": in_bf16(rank, world, "ddp", case) for case in FEW})
+    results["risks"] = torch_jobs.risks_of_all(rank, world, SHARDED)
+    half = torch_jobs.fsdp2(make_model(FEW[0]).bfloat16())
+    results["refused"] = torch_jobs.message_of(lambda: torch_jobs.prepare(half))
+    return results
+
+
+@pytest.fixture(scope="module")
+def under_torch() -> Callable[[], list[dict[str, Any]]]:
+    """The above on two ranks, in one spawn; remembered, a failure too."""
+    of = torch_jobs.once(lambda world: run_ranks(torch_ranks, world))
+    return lambda: of(2)
+
+
+def check_near_fp32(run: Run, case: Case) -> None:
+    twin = reference(case)
+    got = torch.cat([run.parameters[name].flatten() for name in twin.parameters])
+    want = torch.cat([p.flatten() for p in twin.parameters.values()])
+    assert 1e-5 < (got - want).norm() / want.norm() < 0.02
+    for report, step in zip(run.reports, twin.steps, strict=True):
+        assert report.grad_norm == pytest.approx(step.grad_norm, rel=0.05)
+        assert (report.tau_first is None) == ("first" not in step.tau)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("how", [*SHARDED, "ddp"])
+def test_bf16(how: str, case: Case, under_torch: Any) -> None:
+    """bf16 passes, reduced in fp32 or bf16: the ranks agree, and stay near an fp32 run."""
+    runs = [result[f"{how}-{case}"] for result in under_torch()]
+    check_ranks_agree(runs)
+    check_near_fp32(runs[0], case)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_autocast_in_one_process(case: Case) -> None:
+    """The same under autocast alone."""
+    check_near_fp32(in_bf16(0, 1, "plain", case), case)
+
+
+@pytest.mark.parametrize("how", SHARDED)
+def test_taus_of_bf16(how: str, under_torch: Any) -> None:
+    """Invariant 2 where gradients arrive in bf16 and tie: tau is theirs, and every tie is kept and counted."""
+    torch_jobs.check_taus([result["risks"] for result in under_torch()], how)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_refused(dtype: torch.dtype) -> None:
+    """Without fp32 weights a small update is lost; the message says how to have bf16 with them."""
+    with pytest.raises(RefusedConfiguration, match=r"embeddings.*low precision.*torch\.float32.*autocast"):
+        torch_jobs.prepare(make_model(FEW[0]).to(dtype))
+    frozen = make_model(Case(frozen=True))
+    frozen.embeddings.to(dtype)
+    torch_jobs.prepare(frozen, [(n, p) for n, p in frozen.named_parameters() if p.requires_grad])
+
+
+def test_low_precision_shards_are_refused(under_torch: Any) -> None:
+    assert all("low precision" in result["refused"] for result in under_torch())

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     ShardingStrategy,
     fully_shard,
@@ -130,6 +131,13 @@ def columns(model: nn.Module) -> nn.Module:
 
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+ALL_BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+
+
+def fsdp1_bf16(model: nn.Module, reduce_dtype: torch.dtype, use_orig_params: bool) -> nn.Module:
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    return fsdp1(model, ShardingStrategy.FULL_SHARD, use_orig_params, mixed_precision=precision)
+
 
 #: how a model is wrapped, the type that prepare() then gets, and the name of the engine that it must choose
 WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], type, str]] = {
@@ -140,8 +148,18 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], type, str]] = {
     "fsdp2-kept": (partial(fsdp2, reshard_after_forward=False), FSDPModule, "fsdp2"),
     "fsdp2-columns": (columns, FSDPModule, "fsdp2"),
     "fsdp2-bf16": (partial(fsdp2, mp_policy=BF16), FSDPModule, "fsdp2"),
+    "fsdp2-all-bf16": (partial(fsdp2, mp_policy=ALL_BF16), FSDPModule, "fsdp2"),
     "fsdp2-checkpoint-wrapper": (checkpointed, FSDPModule, "fsdp2"),
     "fsdp2-offload": (partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False)), FSDPModule, "fsdp2"),
+    **{
+        f"fsdp1-{name}-{'orig' if orig else 'flat'}": (
+            partial(fsdp1_bf16, reduce_dtype=reduce_dtype, use_orig_params=orig),
+            FullyShardedDataParallel,
+            "fsdp1",
+        )
+        for name, reduce_dtype in (("bf16", torch.float32), ("all-bf16", torch.bfloat16))
+        for orig in (True, False)
+    },
     "hsdp": (hsdp, FSDPModule, "fsdp2"),
     "tp": (tensor_parallel, FSDPModule, "fsdp2"),
     **{
