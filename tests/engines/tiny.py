@@ -37,6 +37,8 @@ class Case:
     dropout: float = 0.2
     frozen: bool = False
     """Embeddings do not train."""
+    batch: int = GLOBAL_BATCH
+    """Rows of a step, over all ranks and micro-batches."""
 
     @property
     def rose(self) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class Case:
 
     def __str__(self) -> str:
         extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
+        extra += [f"batch{self.batch}"] if self.batch != GLOBAL_BATCH else []
         return "-".join([self.strategy, self.granularity, f"ga{self.accumulation}", *extra])
 
 
@@ -128,9 +131,9 @@ def make_model(case: Case) -> Tiny:
 def micro_batch(case: Case, step: int, micro: int) -> tuple[Tensor, Tensor]:
     """Ids and labels of one global micro-batch; the task can be learned."""
     generator = torch.Generator().manual_seed(1000 * DATA_SEED + step)
-    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH), generator=generator)
-    noise = torch.randint(0, 2, (GLOBAL_BATCH,), generator=generator)
-    size = GLOBAL_BATCH // case.accumulation
+    ids = torch.randint(0, VOCABULARY, (case.batch, LENGTH), generator=generator)
+    noise = torch.randint(0, 2, (case.batch,), generator=generator)
+    size = case.batch // case.accumulation
     part = slice(micro * size, (micro + 1) * size)
     return ids[part], ((ids.sum(1) + noise) % CLASSES)[part]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from reference import Run, train
-from tiny import GLOBAL_BATCH, HYPER, Case, Tiny, make_model, parameter_groups
+from tiny import HYPER, Case, Tiny, make_model, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def ds_config(job: Job, world: int, **rose: Any) -> dict[str, Any]:
     case, hyper = job.case, HYPER[0]
     adam = {"lr": hyper.lr, "betas": list(hyper.betas), "eps": hyper.eps, "weight_decay": hyper.weight_decay}
     return {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world // case.accumulation,
+        "train_micro_batch_size_per_gpu": case.batch // world // case.accumulation,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": case.clip,
         "optimizer": {"type": "RoseAdamW", "params": {**adam, **case.rose, **rose}},
