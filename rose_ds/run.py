@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.trainer import RoseTrainer
 
 
@@ -29,7 +31,7 @@ class _Usage(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script named in ``argv``; exits with 2 and one line where the command is wrong."""
+    """Run the script named in ``argv``; exits with 2 and one line where the command or a setting is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -39,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    trained = run(script, rest, rose)
+    try:
+        trained = run(script, rest, rose)
+    except RefusedConfiguration as error:  # names the setting and the way out; where the script met it does not matter
+        print(f"rose_ds.run: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     if not trained and not {"-h", "--help"} & set(rest):
         print(
             f"rose_ds.run: error: {script} ended without a training step of transformers.Trainer, so ROSE did nothing. "
@@ -86,12 +92,18 @@ def run(script: Path, arguments: Sequence[str], rose: RoseConfig | None) -> bool
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"rose": rose, **kwargs})
+            if rose is not None and self._deepspeed_optimizer_block() is not None:
+                raise RefusedConfiguration(
+                    "settings come from --rose or from the DeepSpeed config's optimizer block, and both are given: "
+                    "remove --rose, or the block"
+                )
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal trained
             trained = True
             return super().training_step(*args, **kwargs)
 
+    _start_deepspeed(arguments)
     before = transformers.Trainer, transformers.trainer.Trainer, list(sys.argv), list(sys.path)
     transformers.Trainer = transformers.trainer.Trainer = Trainer
     sys.argv = [str(script), *arguments]
@@ -104,6 +116,15 @@ def run(script: Path, arguments: Sequence[str], rose: RoseConfig | None) -> bool
     finally:
         transformers.Trainer, transformers.trainer.Trainer, sys.argv, sys.path = before
     return trained
+
+
+def _start_deepspeed(arguments: Sequence[str]) -> None:
+    """On CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one."""
+    launched = "RANK" in os.environ and any(a.partition("=")[0] == "--deepspeed" for a in arguments)
+    if launched and not torch.accelerator.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _literal(text: str) -> Any:

@@ -126,6 +126,15 @@ def test_a_script_that_fails_keeps_its_exit_code(tmp_path: Path, capsys: pytest.
     assert "ROSE did nothing" not in capsys.readouterr().err
 
 
+def test_a_refusal_within_the_script_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "refused.py"
+    path.write_text("import rose_ds; raise rose_ds.RefusedConfiguration('keep one of them')")
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "rose_ds.run: error: keep one of them\n"
+
+
 # --- rose-ds train --deepspeed ---
 
 CONFIGS = {path.name: path.read_bytes() for path in sorted((ROOT / "ds_configs").glob("*.json"))}
