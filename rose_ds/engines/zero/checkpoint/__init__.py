@@ -5,7 +5,6 @@ anything is loaded, an error on one rank is the same error on all, and a checkpo
 another stage, is converted on the way.
 """
 
-from rose_ds.engines.zero.checkpoint.agree import CheckpointError
 from rose_ds.engines.zero.checkpoint.wrapper import Checkpoints
 
-__all__ = ["CheckpointError", "Checkpoints"]
+__all__ = ["Checkpoints"]

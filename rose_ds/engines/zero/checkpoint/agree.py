@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
+
+from rose_ds.engines.base import RefusedConfiguration
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded. Raised on every rank alike; the message names the file or the difference."""
+class _Outcome(NamedTuple):
+    """What a rank has to tell the others: a result, or why there is none."""
+
+    result: Any = None
+    error: str | None = None
+    refused: bool = False
 
 
 def warn(message: str) -> None:
@@ -23,37 +29,44 @@ def warn(message: str) -> None:
 
 
 def on_first_rank(run: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """The result of rank 0, sent to every rank; what it raises, every rank raises as CheckpointError."""
-    answer: list[Any] = [None, None]
-    cause: Exception | None = None
+    """The result of rank 0, sent to every rank; what it raises, every rank raises (see ``everywhere``)."""
+    outcome, cause = _Outcome(), None
     if dist.get_rank() == 0:
-        try:
-            answer[0] = run()
-        except Exception as error:
-            cause, answer[1] = error, _message(error)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1]) from cause
-    result: T = answer[0]
+        outcome, cause = _attempt(run)
+    sent = [outcome]
+    dist.broadcast_object_list(sent, src=0, group=group)
+    _raise_first(sent, cause)
+    result: T = sent[0].result
     return result
 
 
 def everywhere(run: Callable[[], T], note: str = "") -> T:
-    """This rank's result; what any rank raises, every rank raises as CheckpointError, with ``note`` at its end."""
-    result: Any = None
-    cause: Exception | None = None
+    """This rank's result.
+
+    Raises:
+        RefusedConfiguration: on every rank, if one raised it.
+        RuntimeError: on every rank, if one raised anything else; ``note`` is added.
+    """
+    outcome, cause = _attempt(run)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome._replace(result=None))
+    _raise_first(outcomes, cause, note)
+    result: T = outcome.result
+    return result
+
+
+def _attempt(run: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
     try:
-        result = run()
-    except Exception as error:
-        cause = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if cause is None else _message(cause))
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise CheckpointError(f"{message} (rank {rank}){note}") from cause
-    checked: T = result
-    return checked
+        return _Outcome(run()), None
+    except RefusedConfiguration as error:
+        return _Outcome(error=str(error), refused=True), error
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        return _Outcome(error=f"{type(error).__name__}: {error}"), error
 
 
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+def _raise_first(outcomes: Sequence[_Outcome], cause: Exception | None, note: str = "") -> None:
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error is not None:
+            if outcome.refused:
+                raise RefusedConfiguration(outcome.error) from cause
+            raise RuntimeError(f"rank {rank}: {outcome.error}{note}") from cause

@@ -9,7 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from rose_ds.engines.zero.checkpoint.agree import CheckpointError, warn
+from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.engines.zero.checkpoint.agree import warn
 from rose_ds.engines.zero.checkpoint.saved import Layout, Saved
 from rose_ds.optimizer import RoseAdamW
 
@@ -66,23 +67,27 @@ def fits(engine: Any, saved: Saved) -> bool:
 
 
 def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) -> None:
-    """Raise CheckpointError where training cannot go on from the checkpoint; warn where ROSE's settings were others."""
+    """Warn where ROSE's settings were others.
+
+    Raises:
+        RefusedConfiguration: training cannot go on from the checkpoint.
+    """
     _compare_models(engine, saved)
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     if saved.precision != precision:
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"{saved.folder} was saved in {saved.precision}, and this engine trains in {precision}: resume in "
             f"{saved.precision}"
         )
     here = layout_of(engine)
     if saved.layout != here and "replicated" in (saved.layout, here):
         there = _SAVED_AT.get(saved.layout, "at stage 1, 2 or 3")
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"{saved.folder} was saved {there}, and this engine runs {_SAVED_AT[here]}: DeepSpeed converts between "
             "stages 1, 2 and 3 only. Resume at the stage it was saved at, on any number of ranks"
         )
     if load_scheduler and engine.lr_scheduler is not None and not saved.has_scheduler:
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"{saved.folder} has no state of a learning-rate scheduler, and this engine has one: "
             "load_lr_scheduler_states=False starts it afresh"
         )
@@ -92,7 +97,7 @@ def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) ->
     groups = saved.record["groups"], _groups(engine, base)
     if groups[0] != groups[1]:
         sizes = [" + ".join(str(len(group)) for group in side) for side in groups]
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"{saved.folder} was saved with other parameter groups ({sizes[0]} tensors, here {sizes[1]}), or with the "
             "same in another order: build the optimizer as it was built then"
         )
@@ -103,7 +108,11 @@ def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) ->
 
 
 def compare_for_weights(engine: Any, saved: Saved, load_module_only: bool) -> None:
-    """Raise CheckpointError where DeepSpeed would load nothing, or other weights, when asked for the weights alone."""
+    """For a load of the weights alone.
+
+    Raises:
+        RefusedConfiguration: DeepSpeed would load nothing, or other weights, without a word.
+    """
     _compare_models(engine, saved)
     stage3 = layout_of(engine) == "stage3"
     latest = saved.load_dir / "latest"
@@ -114,7 +123,7 @@ def compare_for_weights(engine: Any, saved: Saved, load_module_only: bool) -> No
         or (stage3 and not (latest.is_file() and latest.read_text().strip() == saved.tag))  # loads the latest
         or (stage3 and saved.world_size < dist.get_world_size())
     ):
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"DeepSpeed cannot load the weights of {saved.folder} alone into this engine: give the model what "
             "deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(load_dir, tag) returns, before "
             "deepspeed.initialize()"
@@ -132,4 +141,4 @@ def _compare_models(engine: Any, saved: Saved) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{saved.folder} is of other trainable parameters: {'; '.join(wrong[:3])}{more}")
+        raise RefusedConfiguration(f"{saved.folder} is of other trainable parameters: {'; '.join(wrong[:3])}{more}")

@@ -17,7 +17,7 @@ from deepspeed.checkpoint.constants import (
     PARAM_SHAPES,
 )
 
-from rose_ds.engines.zero.checkpoint.agree import CheckpointError
+from rose_ds.engines.base import RefusedConfiguration
 
 #: Under which ROSE's record lies in a checkpoint, beside DeepSpeed's own entries.
 RECORD = "rose_ds"
@@ -74,14 +74,14 @@ def peek(path: Path) -> Any:
     """A file's contents without reading its tensors, which stay on disk until they are used.
 
     Raises:
-        CheckpointError: the file is not there, or is not whole.
+        RefusedConfiguration: the file is not there, or is not whole.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
+        raise RefusedConfiguration(f"{path} is missing")
     try:
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
     except Exception as error:  # whatever a damaged pickle raises
-        raise CheckpointError(
+        raise RefusedConfiguration(
             f"{path} cannot be read, it may be truncated ({type(error).__name__}: {error})"
         ) from error
 
@@ -90,7 +90,7 @@ def find(load_dir: Path, tag: Any, prefer_universal: bool) -> Saved | None:
     """Look into ``load_dir``; None where no tag is given and there is no file ``latest``.
 
     Raises:
-        CheckpointError: what it should hold is not there.
+        RefusedConfiguration: what it should hold is not there.
     """
     if tag is None:
         tag = _latest(load_dir, prefer_universal)
@@ -98,7 +98,7 @@ def find(load_dir: Path, tag: Any, prefer_universal: bool) -> Saved | None:
             return None
     folder = load_dir / str(tag)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder{_others(load_dir)}")
+        raise RefusedConfiguration(f"{folder} is not a folder{_others(load_dir)}")
     model_files = model_files_of(folder)
     head = peek(model_files[0])
     world_size = int(head["dp_world_size"])
@@ -139,9 +139,9 @@ def _latest(load_dir: Path, prefer_universal: bool) -> str | None:
         if path.is_file():
             tag = path.read_text().strip()
             if not tag:
-                raise CheckpointError(f"{path} is empty{_others(load_dir)}")
+                raise RefusedConfiguration(f"{path} is empty{_others(load_dir)}")
             if not (load_dir / tag).is_dir():
-                raise CheckpointError(f"{path} names {tag!r}, which is not there{_others(load_dir)}")
+                raise RefusedConfiguration(f"{path} names {tag!r}, which is not there{_others(load_dir)}")
             return tag
     return None
 
@@ -157,7 +157,7 @@ def model_files_of(folder: Path) -> tuple[Path, ...]:
     sharded.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     files = [path for path in (folder / MODEL_FILES[0], *sharded) if path.is_file()]
     if not files:
-        raise CheckpointError(f"{folder / MODEL_FILES[0]} is missing (at ZeRO-3: {MODEL_FILES[1]})")
+        raise RefusedConfiguration(f"{folder / MODEL_FILES[0]} is missing (at ZeRO-3: {MODEL_FILES[1]})")
     if sharded and files[0].name == MODEL_FILES[0]:  # a universal checkpoint, one of them without the model
         files.sort(key=lambda path: not peek(path)["module"])
     return tuple(files)
@@ -174,7 +174,7 @@ def _check_states(path: Path, optimizer: Any) -> None:
     for state in states.values():
         missing = [name for name in STATES if name not in state]
         if missing:
-            raise CheckpointError(
+            raise RefusedConfiguration(
                 f"{path} has no {missing} among its optimizer states {sorted(state)}: another optimizer than RoseAdamW "
                 "or torch's AdamW wrote it. load_optimizer_states=False loads the weights alone"
             )

@@ -28,7 +28,7 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from rose_ds.engines.zero.checkpoint.agree import CheckpointError
+from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.engines.zero.checkpoint.saved import MODEL_FILES, RECORD, Layout, Saved, model_files_of, peek
 from rose_ds.optimizer import RoseAdamW
 
@@ -61,8 +61,11 @@ def convert(saved: Saved) -> str:
             strict=True,
             inject_missing_state=True,  # stage 2 writes no universal_checkpoint_info
         )
-        with redirect_stdout(io.StringIO()):
-            ds_to_universal.main(options)
+        try:
+            with redirect_stdout(io.StringIO()):
+                ds_to_universal.main(options)
+        except Exception as error:
+            raise RuntimeError(f"{saved.folder} could not be converted into {target}: {error}") from error
         if target.exists():  # of an earlier checkpoint with this tag
             target.rename(Path(scratch) / "outdated")
         made.rename(target)
@@ -125,7 +128,7 @@ def frozen_and_buffers(engine: Any, saved: Saved, strict: bool) -> Callable[[], 
     """What restores the buffers and the parameters that do not train, which DeepSpeed's universal loader leaves alone.
 
     Raises:
-        CheckpointError: one of them is not in the checkpoint, and ``strict``.
+        RefusedConfiguration: one of them is not in the checkpoint, and ``strict``.
     """
     heads = [head for head in map(peek, saved.model_files) if head["module"]]
     module, shapes = heads[0]["module"], heads[0].get(FROZEN_PARAM_SHAPES) or {}
@@ -134,7 +137,7 @@ def frozen_and_buffers(engine: Any, saved: Saved, strict: bool) -> Callable[[], 
     frozen = {name: param for name, param in engine.module.named_parameters() if not param.requires_grad}
     missing = [name for name in (*buffers, *frozen) if name not in module and name not in shapes]
     if missing and strict:
-        raise CheckpointError(f"{saved.folder} has no {missing}: load_module_strict=False leaves them as they are")
+        raise RefusedConfiguration(f"{saved.folder} has no {missing}: load_module_strict=False leaves them as they are")
 
     def whole(name: str) -> Tensor:
         if name not in shapes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from rose_ds.engines.base import RefusedConfiguration
-from rose_ds.engines.zero.checkpoint.agree import CheckpointError, everywhere, on_first_rank, warn
+from rose_ds.engines.zero.checkpoint.agree import everywhere, on_first_rank, warn
 from rose_ds.engines.zero.checkpoint.compare import compare, compare_for_weights, fits, layout_of, record_of
 from rose_ds.engines.zero.checkpoint.saved import RECORD, Saved, find
 from rose_ds.engines.zero.checkpoint.universal import complete, convert, frozen_and_buffers, restore_hyperparameters
@@ -87,9 +87,9 @@ class Checkpoints:
         """``DeepSpeedEngine.load_checkpoint``; also of another number of ranks, and from stage 1, 2 or 3 to another.
 
         Raises:
-            CheckpointError: on every rank, and before anything has changed unless it says so. A file is missing or
-                truncated, or the checkpoint is of another model, or cannot be resumed here.
-            RuntimeError: in the middle of an accumulation.
+            RefusedConfiguration: on every rank, and nothing has changed. A file is missing or truncated, or the
+                checkpoint is of another model, or cannot be resumed here.
+            RuntimeError: in the middle of an accumulation; or loading failed half-way, on any rank.
         """
         self._refuse_within_accumulation("load_checkpoint")
         prefer_universal = self.engine.load_universal_checkpoint()
@@ -133,7 +133,7 @@ class Checkpoints:
 
     def _converted(self, saved: Saved) -> Saved:
         if self.engine.use_node_local_storage():
-            raise CheckpointError(
+            raise RefusedConfiguration(
                 "checkpoint.use_node_local_storage keeps the files of other ranks out of reach: a checkpoint of "
                 "another number of ranks or another stage must lie where every rank can read it"
             )
@@ -153,7 +153,7 @@ class Checkpoints:
         def look() -> Callable[[], None]:
             for group in getattr(self.engine.optimizer, "bit16_groups", []):
                 if all(getattr(param, "_hp_mapping", None) is None for param in group):
-                    raise CheckpointError(
+                    raise RefusedConfiguration(
                         "this rank holds nothing of a small parameter group, on which DeepSpeed's loader fails: use "
                         "fewer ranks, or stage 3"
                     )
