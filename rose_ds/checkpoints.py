@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from rose_ds.exchange import explaining_lost_ranks
 
 FILE = "rose_checkpoint.json"
 
-#: Engines that write the same files: a run may go on from one to another.
-_SAME_FILES = {"plain": "one file", "ddp": "one file"}
+#: Engines that read each other's files: a run may go on from one to another.
+_SAME_FILES = {"plain": "whole", "ddp": "whole", **dict.fromkeys(("zero1", "zero2", "zero3"), "partitions")}
 
 
 class CheckpointError(RuntimeError):
@@ -113,6 +114,20 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     everywhere = set.intersection(*(set(steps) for steps in gather(list(whole))))
     torn += [f"{whole[step]} is not whole on every rank" for step in sorted(set(whole) - everywhere)]
     return (whole[max(everywhere)] if everywhere else None), torn
+
+
+def not_written(folder: Path, error: BaseException) -> CheckpointError:
+    """The error to raise for one that came up while ``folder`` was written."""
+    for wrapped, _ in getattr(error, "failures", {}).values():  # of torch.distributed.checkpoint, by rank
+        error = wrapped
+    whole, _ = whole_in(folder.parent)
+    kept = f"{whole[max(whole)]} is the newest whole one" if whole else "there is no earlier one"
+    free = shutil.disk_usage(folder.parent).free / 1e9  # torch's own errors do not say that the disk is full
+    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return CheckpointError(
+        f"{folder} could not be written; {kept}. Is the disk full ({free:.1f} GB free), or a quota reached? Remove the "
+        f"cause, then resume. The error was {cause}"
+    )
 
 
 def gather(value: Any) -> list[Any]:

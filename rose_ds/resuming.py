@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds import checkpoints
 from rose_ds.callbacks import StepMeter, StopOnSigterm
 from rose_ds.engines.base import RefusedConfiguration
-from rose_ds.exchange import RankLost
+from rose_ds.exchange import RankLost, explaining_lost_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -170,17 +171,13 @@ class ResumableTrainer(Trainer):
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
             checkpoints.gather(None)
-            super()._save_checkpoint(model, trial)
+            with explaining_lost_ranks(lambda: f"saving {folder}"):
+                super()._save_checkpoint(model, trial)
             self._write_record(folder)
         except RankLost:
             raise
-        except Exception as error:
-            whole, _ = checkpoints.whole_in(run_dir)
-            kept = f"{whole[max(whole)]} is the newest whole one" if whole else "there is no earlier one"
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            raise checkpoints.CheckpointError(
-                f"{folder} could not be written ({why}); {kept}. Remove the cause, then resume"
-            ) from error
+        except (Exception, CheckpointException) as error:
+            raise checkpoints.not_written(folder, error) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -188,15 +185,17 @@ class ResumableTrainer(Trainer):
 
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()
-        own = (checkpoints.files_in(folder), float(self._tr_loss))
-        ranks = checkpoints.gather(own)  # by now every rank has written its files
+        checkpoints.gather(None)  # every rank has written its files
+        ranks = checkpoints.gather((checkpoints.files_in(folder), float(self._tr_loss)))
+        files: dict[str, int] = {}
         # a shared folder may show one rank's files late to another; with save_on_each_node each node has its own
-        seen = [own[0]] if self.args.save_on_each_node else [files for files, _ in ranks]
+        for seen in [checkpoints.files_in(folder)] if self.args.save_on_each_node else [seen for seen, _ in ranks]:
+            files.update({name: max(size, files.get(name, 0)) for name, size in seen.items()})
         record = checkpoints.Record(
             step=self.state.global_step,
             world_size=self.args.world_size,
             engine=self.engine_name,
-            files={name: size for files in seen for name, size in files.items()},
+            files=files,
             fixed=json.loads(json.dumps(fixed)),
             free=free,
             totals={} if self.meter is None else self.meter.totals(),
