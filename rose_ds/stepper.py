@@ -278,6 +278,7 @@ class Stepper:
 
     def _report(self, grad_norm: float | None, skipped: bool) -> StepReport:
         shards, found = self.engine.shards, self._selection
+        self._selection = None  # or its masks would be there during the next backward pass
         per_element = self.config.granularity == "element"
         masks: dict[str, Any] = {}
         if found is not None:

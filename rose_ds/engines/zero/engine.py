@@ -68,23 +68,43 @@ class ZeroEngine(Engine):
             logits = forward()
         else:
             start = RngState.now()
-            first, kl = two_passes(forward, divergence)
-            self._kl_backward(kl, retain_graph=self.adapter.shares_graph)
+            first, kl = self._kl_gradients(forward, divergence)
             logits = first if self.adapter.shares_graph else same_pass_again(forward, start, first)
         value = loss(logits)
         self.engine.backward(self.adapter.to_backward(value / self.accumulation_steps), scale_wrt_gas=False)
         return Losses(value.detach(), None if kl is None else kl.detach())
 
+    def _kl_gradients(self, forward: Forward, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """Add both passes' part of the KL gradient to its sums; the first pass's logits and the divergence."""
+        if self.adapter.shares_graph:
+            first, kl = two_passes(forward, divergence)
+            self._kl_backward(kl / self.accumulation_steps, retain_graph=True)
+            return first, kl
+        # Through both passes at once, every parameter's gradient of the one would wait, whole, for that of the other.
+        # Cut at the logits, each pass has a backward pass of its own, and a gradient is gone once it is reduced.
+        passes: list[tuple[Tensor, Tensor]] = []
+
+        def between_leaves(*logits: Tensor) -> Tensor:
+            passes.extend((x, x.detach().float().requires_grad_()) for x in logits)
+            return divergence(*(leaf for _, leaf in passes))
+
+        first, kl = two_passes(forward, between_leaves)
+        grads = torch.autograd.grad(kl / self.accumulation_steps, [leaf for _, leaf in passes])
+        while passes:
+            logits, grad = passes.pop()[0], grads[len(passes)]
+            self._kl_backward((logits.float() * grad).sum(), retain_graph=False)
+        return first, kl
+
     def _kl_backward(self, kl: Tensor, retain_graph: bool) -> None:
         if self._kl_grads is None:
             self._kl_grads, self._kl_scale = self.adapter.kl_sums(), self.adapter.loss_scale
         boundary = self.engine._is_gradient_accumulation_boundary
-        divergence = self.adapter.to_backward(kl / self.accumulation_steps)
+        scaled = self.adapter.to_backward(kl)
         # every micro-batch's KL gradient is reduced at once, so that only this rank's slice of the sum is kept
         self.engine.set_gradient_accumulation_boundary(True)
         try:
             self.adapter.kl_backward(
-                lambda: self.engine.backward(divergence, retain_graph=retain_graph, scale_wrt_gas=False),
+                lambda: self.engine.backward(scaled, retain_graph=retain_graph, scale_wrt_gas=False),
                 self._kl_grads,
             )
         finally:
