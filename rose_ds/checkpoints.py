@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,10 @@ def not_written(folder: Path, error: BaseException) -> CheckpointError:
     whole, _ = whole_in(folder.parent)
     kept = f"{whole[max(whole)]} is the newest whole one" if whole else "there is no earlier one"
     free = shutil.disk_usage(folder.parent).free / 1e9  # torch's own errors do not say that the disk is full
-    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    cause = (str(error).strip().splitlines() or [""])[0]
     return CheckpointError(
         f"{folder} could not be written; {kept}. Is the disk full ({free:.1f} GB free), or a quota reached? Remove the "
-        f"cause, then resume. The error was {cause}"
+        f"cause, then resume. The error was {type(error).__name__}: {cause}"
     )
 
 
@@ -140,11 +139,10 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def changed(before: dict[str, Any], now: dict[str, Any], names: Iterable[str] = ()) -> list[str]:
+def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings with another value now, as "name old -> new". A run without a setting has None for it."""
     now = json.loads(json.dumps(now))  # as it would be read back: lists for tuples
-    names = names or [*before, *(name for name in now if name not in before)]
-    return [f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+    return [f"{n} {before.get(n)} -> {now.get(n)}" for n in {**before, **now} if before.get(n) != now.get(n)]
 
 
 def check_settings(folder: Path, record: Record, engine: str, fixed: dict[str, Any], free: dict[str, Any]) -> list[str]:

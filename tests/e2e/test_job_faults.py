@@ -29,10 +29,10 @@ from spawn import free_port
 from rose_ds import checkpoints
 
 BIN = Path(sys.executable).parent
-FLAGS = ["--max_train_samples", "40", "--max_eval_samples", "8", "--max_length", "32", "--learning_rate", "1e-4"]
-FLAGS += ["--max_steps", "7", "--save_steps", "3", "--save_total_limit", "2", "--logging_steps", "2"]
+FLAGS = ["--max_train_samples", "32", "--max_eval_samples", "8", "--max_length", "32", "--learning_rate", "1e-4"]
+FLAGS += ["--max_steps", "5", "--save_steps", "3", "--save_total_limit", "2", "--logging_steps", "2"]
 FLAGS += ["--disable_tqdm", "true", "--report_to", "none"]
-BATCH = 8  # of 40 rows: an epoch has 5 steps
+BATCH = 8  # of 32 rows: an epoch has 4 steps
 TIMEOUT = 200
 
 
@@ -139,19 +139,19 @@ def life(
 
     nan = {"nan": [1, 1]}
     live("uninterrupted", life.whole, nan)
-    live("terminated", life.hard, {**nan, "pause": 1})
+    live("terminated", life.hard, {**nan, "pause": 1, "state": True})
     shutil.copytree(life.hard, folder / "moved")
     live("disk full", life.hard, {"full": [2, 1]}, "--resume", "auto")
     live("killed", life.hard, {"kill": [4, 1]}, "--resume", "auto")
     live("resumed", life.hard, {}, "--resume", "auto")
     others = {"fsdp2": 4, "zero2": 1}[life.engine]
-    live("other ranks", folder / "moved", {}, "--resume", "auto", "--max_steps", "3", ranks=others)
+    live("other ranks", folder / "moved", {"state": True}, "--resume", "auto", "--max_steps", "3", ranks=others)
     yield life
     shutil.rmtree(folder)
 
 
 def history(output_dir: Path) -> list[dict[str, Any]]:
-    state = json.loads((output_dir / "checkpoint-7" / "trainer_state.json").read_text())
+    state = json.loads((output_dir / "checkpoint-5" / "trainer_state.json").read_text())
     entries: list[dict[str, Any]] = state["log_history"]
     return entries
 
@@ -164,24 +164,24 @@ def test_nothing_is_lost_but_the_steps_since_the_checkpoint(life: Life) -> None:
     one, other = (load_file(folder / "model.safetensors") for folder in (life.whole, life.hard))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [entry["step"] for entry in history(life.whole)] == [2, 4, 6]
+    assert [entry["step"] for entry in history(life.whole)] == [2, 4]
     assert history(life.hard) == history(life.whole)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (life.whole, life.hard)]
     for name in ("steps", "skipped_steps", "kept_fraction", "glue_accuracy", "world_size", "engine"):
         assert metrics[0][name] == metrics[1][name], name
     assert metrics[0]["engine"] == life.engine
     # what is deleted is older than two whole ones
-    assert sorted(p.name for p in life.hard.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
+    assert sorted(p.name for p in life.hard.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(life: Life) -> None:
     first = history(life.whole)[0]
     assert first["rose/skipped"] == 1.0
-    assert [entry["rose/skipped"] for entry in history(life.whole)[1:]] == [0.0, 0.0]
+    assert [entry["rose/skipped"] for entry in history(life.whole)[1:]] == [0.0]
     assert json.loads((life.whole / "metrics.json").read_text())["skipped_steps"] == 1
     out = life.jobs["uninterrupted"].out
     assert (out / "weights-0").read_text() == (out / "weights-1").read_text()
-    assert all(torch.isfinite(tensor).all() for tensor in torch.load(out / "end.pt").values())
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(life.whole / "model.safetensors").values())
 
 
 def test_sigterm_saves_a_checkpoint_on_all_ranks(life: Life) -> None:

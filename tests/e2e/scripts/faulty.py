@@ -9,7 +9,7 @@ A fault names the optimizer step, from 0, and the rank it happens on; each is le
         OUT/fault                   written when a rank is killed or its disk full
         OUT/rows-RANK.json          the rows of each step
         OUT/weights-RANK            a checksum of the weights after the last step
-        OUT/begin.pt, OUT/end.pt    full weights and optimizer state as loaded, and after the last step
+        OUT/begin.pt, OUT/end.pt    with {"state": true}: full weights and moments as loaded, and after the last step
 """
 
 from __future__ import annotations
@@ -111,9 +111,10 @@ class Reporter(TrainerCallback):
         (OUT / f"weights-{RANK}").write_text(str(checksum))
 
     def save(self, name: str) -> None:
-        everything = self.trainer.everything()
-        if RANK == 0:
-            torch.save(everything, OUT / name)
+        if FAULTS.get("state"):
+            everything = self.trainer.everything()
+            if RANK == 0:
+                torch.save(everything, OUT / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""``rose-ds train --resume auto``: the same run goes on or is refused in one line; torn checkpoints are passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT
+from safetensors.torch import load_file
+
+from rose_ds import checkpoints
+from rose_ds.cli import main
+
+FLAGS = ["--task", "snippets", "--max_train_samples", "40", "--max_eval_samples", "8", "--max_length", "32"]
+FLAGS += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-4", "--seed", "3", "--save_steps", "3"]
+FLAGS += ["--logging_steps", "2", "--disable_tqdm", "true", "--report_to", "none"]
+EPOCH = 5  # steps
+
+
+@pytest.fixture(scope="module")
+def whole(minilm: str, snippets: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Seven steps without interruption: checkpoints 3, 6 and 7."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    main(["train", *FLAGS, "--max_steps", "7", "--output_dir", str(folder)])
+    yield folder
+    shutil.rmtree(folder)
+
+
+def process(out: Path, faults: dict[str, Any], *flags: str) -> tuple[int, str, float]:
+    """rose-ds in a process of its own, with SIGTERM in the step it pauses in; the seconds are those from then on."""
+    env = {**os.environ, "FAULTS": json.dumps({**faults, "out": str(out.parent)})}
+    command = [sys.executable, "tests/e2e/scripts/faulty.py", "train", *FLAGS, "--output_dir", str(out), *flags]
+    log = out.parent / "log"
+    with log.open("w") as file:
+        started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        start = time.time()
+        if "pause" in faults:
+            while not (out.parent / "pausing-0").exists():
+                assert started.poll() is None and time.time() < start + 100, log.read_text()[-4000:]
+                time.sleep(0.05)
+            start = time.time()
+            started.send_signal(signal.SIGTERM)
+            started.send_signal(signal.SIGTERM)  # launchers repeat what a scheduler has sent
+            (out.parent / "go").touch()
+        code = started.wait(timeout=100)
+    finally:
+        started.kill()
+    return code, log.read_text(), time.time() - start
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    newest, _ = checkpoints.newest(folder)
+    assert newest is not None
+    entries: list[dict[str, Any]] = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return entries
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> None:
+    """SIGTERM in step 4 of 5: the checkpoint lies between two of save_steps and two of logging_steps."""
+    out = tmp_path / "run"
+    code, log, seconds = process(out, {"pause": 2}, "--max_steps", "7")
+    print(f"plain terminated: exit code {code} after {seconds:.1f} s")
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM received: checkpoint saved at step 3, resume with --resume auto" in log
+    assert [path.name for path in out.iterdir()] == ["checkpoint-3"]  # no model, no metrics.json
+    code, log, _ = process(out, {}, "--max_steps", "7", "--resume", "auto")
+    assert code == 0, log[-4000:]
+    assert f"resuming from {out / 'checkpoint-3'}" in log
+    assert same_weights(out, whole)
+    assert history(out) == history(whole)
+    assert [entry["step"] for entry in history(out)] == [2, 4, 6]
+    assert all({"loss", "rose/tau_first", "rose/tau_second"} <= entry.keys() for entry in history(out))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, out)]
+    assert metrics[0]["kept_fraction"] == pytest.approx(metrics[1]["kept_fraction"], abs=1e-12)
+
+
+def copy(whole: Path, tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(whole / name, tmp_path / "run" / name)
+    return tmp_path / "run"
+
+
+def test_a_finished_run_takes_no_further_step(whole: Path, tmp_path: Path) -> None:
+    """Stopped in its last evaluation, say: the model and metrics.json are written, and are the same."""
+    out = copy(whole, tmp_path, "checkpoint-7")
+    assert 7 % EPOCH, "the end is within an epoch"
+    main(["train", *FLAGS, "--max_steps", "7", "--resume", "auto", "--output_dir", str(out)])
+    assert same_weights(out, whole)
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 7
+
+
+def test_a_torn_checkpoint_is_passed_over(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy(whole, tmp_path, "checkpoint-3", "checkpoint-6", "checkpoint-7")
+    (out / "checkpoint-7" / checkpoints.FILE).unlink()
+    torn = out / "checkpoint-6" / "optimizer.pt"
+    size = torn.stat().st_size
+    os.truncate(torn, size - 1)
+    (out / "tmp-checkpoint-9").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *FLAGS, "--output_dir", str(out), "--resume_from_checkpoint", str(torn.parent)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"rose-ds train: error: {torn} has {size - 1} bytes, {size} were written"
+    with caplog.at_level(logging.INFO):
+        main(["train", *FLAGS, "--max_steps", "6", "--output_dir", str(out), "--resume", "auto"])
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("rose_ds")]
+    assert f"resuming from {out / 'checkpoint-3'}" in messages
+    assert f"checkpoint passed over: {torn} has {size - 1} bytes, {size} were written" in messages
+    assert any(f"{out / 'checkpoint-7' / checkpoints.FILE} is missing" in message for message in messages)
+    assert "resuming with another setting: max_steps 7 -> 6" in messages
+    assert torn.stat().st_size == size  # written again, whole
+    assert checkpoints.newest(out)[0] == out / "checkpoint-6"
+
+
+def test_other_settings_are_refused_by_name(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {
+        "model": ("minilm", "run"),  # the trained model's folder
+        "max_length": (32, 24),
+        "max_train_samples": (40, 48),
+        "keep_first": (0.6, 0.5),
+        "seed": (3, 4),
+        "learning_rate": (0.0001, 0.0002),
+        "max_grad_norm": (1.0, 0.5),
+    }
+    flags = [text for name, (_, new) in changed.items() if name != "model" for text in (f"--{name}", str(new))]
+    flags += ["--model", str(whole), "--gradient_accumulation_steps", "2", "--max_steps", "9"]
+    before = {path: path.stat().st_mtime for path in whole.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *FLAGS, *flags, "--output_dir", str(whole), "--resume", "auto"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"rose-ds train: error: {whole / 'checkpoint-7'} was trained with other settings: ")
+    assert error.endswith("Give the old values to go on with that run, or another --output_dir to start a new one")
+    for name, (old, new) in {**changed, "global batch": (8, 16), "rows": (40, 48)}.items():
+        assert f"{name} {old} -> {new}" in error
+    assert before == {path: path.stat().st_mtime for path in whole.rglob("*")}
+
+
+def test_what_may_change_is_logged_and_used(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """More steps, another split of the global batch, other steps to save and log at."""
+    out = copy(whole, tmp_path, "checkpoint-7")
+    flags = ["--max_steps", "9", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    flags += ["--save_steps", "8", "--logging_steps", "1", "--resume", "auto", "--output_dir", str(out)]
+    with caplog.at_level(logging.INFO):
+        main(["train", *FLAGS, *flags])
+    for change in (
+        "per_device_train_batch_size 8 -> 4",
+        "gradient_accumulation_steps 1 -> 2",
+        "max_steps 7 -> 9",
+        "save_steps 3 -> 8",
+        "logging_steps 2 -> 1",
+    ):
+        assert f"resuming with another setting: {change}" in caplog.text
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8", "checkpoint-9"]
+    assert [entry["step"] for entry in history(out)] == [2, 4, 6, 8, 9]
