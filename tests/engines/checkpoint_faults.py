@@ -145,6 +145,9 @@ def failing(rank: int, world: int, folder: Path, good: dict[str, Path]) -> dict[
     ds_to_universal.main = fail
     found: dict[str, Any] = {"conversion": refused(stepper, engine, copy)}
     found["left"] = sorted({path.name for path in copy.iterdir()} - there)
+    node_local, engine.use_node_local_storage = engine.use_node_local_storage, lambda: True
+    found["node local"] = refused(stepper, engine, copy)
+    engine.use_node_local_storage = node_local
     ds_to_universal.main = slowly
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
     engine.load_checkpoint(str(copy))
@@ -177,6 +180,7 @@ def settings_changed(rank: int, world: int, good: Path) -> dict[str, Any]:
         "clipping": Job(replace(RESHARDED, clip=0.9), 2),
     }.items():
         engine, stepper = build(job, world, other_weights=True)
+        stepper.optimizer.param_groups[1]["lr"] = 0.77
         with heard() as messages:
             engine.load_checkpoint(str(good))
         found[name] = (messages, state_of(stepper, engine))

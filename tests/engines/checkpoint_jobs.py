@@ -17,12 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tiny import DROPOUT_SEED, Case, Tiny, make_model, micro_batch, rows
 from torch import Tensor
-from zero_jobs import Job, start
+from zero_jobs import Job, ds_config, start
 
 SAVED, LAST = 2, 4
 """Optimizer steps before the interruption, and in all."""
 
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+FP16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}}
+"""The scale doubles every two steps."""
 FP32_SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
 SCHEDULER = {
     "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 3e-2, "warmup_num_steps": 9}}
@@ -39,6 +41,7 @@ RESUMED = [
     *(Job(TENSORS, stage) for stage in (0, 1, 2, 3)),
     *(Job(SECOND, stage, {}, BF16, "bf16") for stage in (0, 2, 3)),
     Job(SECOND, 1, {}, BF16 | FP32_SUMS, "BF16_Optimizer"),
+    *(Job(SECOND, stage, {}, FP16, "fp16") for stage in (0, 1, 3)),
     *(Job(PLAIN, stage, OFFLOAD, {}, "offload") for stage in (1, 2, 3)),
     Job(PLAIN, 3, {"sub_group_size": 150}, {}, "sub_groups"),
 ]
@@ -52,10 +55,21 @@ SOURCES = {
     "1-bf16": Job(RESHARDED, 1, {}, BF16 | FP32_SUMS | SCHEDULER),
     "2-bf16": Job(RESHARDED, 2, {}, BF16 | SCHEDULER),
     "3-bf16": Job(RESHARDED, 3, {}, BF16 | SCHEDULER),
+    "2-fp16": Job(RESHARDED, 2, {}, FP16),
+    "3-fp16": Job(RESHARDED, 3, {}, FP16),
 }
 #: (saved by, loaded by)
 SAME_STAGE = [(name, name) for name in SOURCES]
-OTHER_STAGE = [("1", "3"), ("3", "2"), ("2", "1"), ("3", "1"), ("1-bf16", "2-bf16"), ("3-bf16", "1-bf16")]
+OTHER_STAGE = [
+    ("1", "3"),
+    ("3", "2"),
+    ("2", "1"),
+    ("3", "1"),
+    ("1-bf16", "2-bf16"),
+    ("3-bf16", "1-bf16"),
+    ("2-fp16", "3-fp16"),
+    ("3-fp16", "2-fp16"),
+]
 
 
 # --- training, interrupted ---
@@ -73,6 +87,9 @@ class Trained:
 
 def build(job: Job, world: int, *, other_weights: bool = False) -> tuple[Any, Any]:
     """An engine with a buffer, and its stepper; with other weights, as in a process that is about to resume."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # not fast on a CPU, but right
     return start(job, world, model_of(job.case, other_weights=other_weights))
 
 
@@ -128,6 +145,9 @@ def state_of(stepper: Any, engine: Any) -> dict[str, Any]:
     found |= {f"buffers/{name}": buffer for name, buffer in engine.module.named_buffers()}
     for i, group in enumerate(base.param_groups):
         found |= {f"group{i}/{key}": group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    if engine.fp16_enabled():
+        scaler = vars(getattr(z, "loss_scaler", None) or z.loss_scale_config)
+        found["loss scale"] = {key: value for key, value in scaler.items() if isinstance(value, (int, float))}
     found["step"] = {int(state["step"]) for state in base.state.values()}
     found["engine"] = (engine.global_steps, engine.global_samples, engine.skipped_steps)
     found["scheduler"] = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
@@ -185,7 +205,8 @@ def in_turn(rank: int, world: int, probes: list[Probe]) -> dict[str, Any]:
 
 
 def interrupted(rank: int, world: int, job: Job, folder: Path) -> dict[str, Any]:
-    """The run up to the checkpoint, what zero_to_fp32 makes of that, and how the run goes on if nothing happens."""
+    """The run up to the checkpoint, what zero_to_fp32 makes of that, how the run goes on if nothing happens, and how it
+    goes on once more after the same engine went back to the checkpoint."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     saved, engine, stepper = interrupt(job, world, folder)
@@ -197,8 +218,9 @@ def interrupted(rank: int, world: int, job: Job, folder: Path) -> dict[str, Any]
             whole = str(error)
     dist.barrier()
     on = trained(stepper, engine, steps(stepper, engine, job.case, SAVED + 1, LAST))
+    back = resume(stepper, engine, job, folder)
     engine.destroy()
-    return {"saved": saved, "on": on, "zero_to_fp32": whole}
+    return {"saved": saved, "on": on, "back": back, "zero_to_fp32": whole}
 
 
 def straight(rank: int, world: int, job: Job) -> Trained:
@@ -323,4 +345,36 @@ def explicit(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 key = f"{stage} to {to}, {'made by command' if made else 'not made'}"
                 found[key] = (Path(path).parent.name, differences(saved, state_of(stepper, engine)))
                 engine.destroy()
+    job = Job(RESHARDED, 0, {}, {"checkpoint": {"load_universal": True}})
+    saved, engine, _ = interrupt(job, world, folder / "0")
+    engine.destroy()
+    engine, stepper = build(job, world, other_weights=True)
+    path, _ = engine.load_checkpoint(str(folder / "0"))
+    found["0"] = (Path(path).parent.name, differences(saved, state_of(stepper, engine)))
+    engine.destroy()
     return found
+
+
+def pretrained(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """A Hugging Face model from a ZeRO-3 checkpoint: what save_pretrained writes, beside what training held."""
+    import deepspeed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import BertConfig, BertForSequenceClassification
+
+    import rose_ds
+
+    shape = BertConfig(vocab_size=31, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=17)
+    model = BertForSequenceClassification(shape)
+    config = ds_config(Job(Case(), 3), world)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    stepper = rose_ds.prepare(engine)
+    ids, labels = micro_batch(Case(), 1, 0)
+    stepper.backward(lambda: engine(ids).logits, lambda logits: F.cross_entropy(logits, labels % 2))
+    stepper.step()
+    engine.save_checkpoint(str(folder / "ckpt"))
+    held = stepper.gather_parameters()
+    engine.destroy()
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder / "ckpt"))
+    BertForSequenceClassification(shape).save_pretrained(folder / "out", state_dict=state)
+    again = dict(BertForSequenceClassification.from_pretrained(folder / "out").named_parameters())
+    return {"same": [torch.equal(value, again[name]) for name, value in held.items()], "names": set(held) == set(again)}

@@ -42,6 +42,7 @@ from checkpoint_jobs import (
     explicit,
     in_turn,
     interrupted,
+    pretrained,
     resumed,
     straight,
 )
@@ -50,11 +51,17 @@ from spawn import run_ranks
 from torch import Tensor
 from zero_jobs import Job
 
-ALL_SOURCES = {**SOURCES, "0": Job(RESHARDED, 0), "0-bf16": Job(RESHARDED, 0, {}, BF16)}
+ALL_SOURCES = {
+    **SOURCES,
+    "0": Job(RESHARDED, 0),
+    "0-bf16": Job(RESHARDED, 0, {}, BF16),
+    "3-whole": Job(RESHARDED, 3),
+}
 JOBS = {**{str(job): job for job in RESUMED}, **ALL_SOURCES}
 #: On another number of ranks. Stage 0 needs no conversion.
 PAIRS = [*SAME_STAGE, *OTHER_STAGE, ("0", "0"), ("0-bf16", "0-bf16")]
-ON_TWO_RANKS = [("2", "3"), ("3", "1"), ("1-bf16", "2-bf16")]
+#: On as many ranks: another stage, or other sub-groups.
+ON_TWO_RANKS = [("2", "3"), ("3", "1"), ("1-bf16", "2-bf16"), ("3", "3-whole"), ("2", "1")]
 
 Results = list[dict[str, Any]]
 
@@ -78,7 +85,7 @@ def second(first: Results, folder: Path) -> Results:
     scratch.mkdir()
     probes: list[Any] = [(f"straight {job}", straight, (job,)) for job in RESUMED]
     probes += [(f"resumed {job}", resumed, (job, folder / str(job))) for job in RESUMED]
-    probes += [(f"{a} to {b}", elsewhere, (SOURCES[b], good[a])) for a, b in ON_TWO_RANKS]
+    probes += [(f"{a} to {b}", elsewhere, (ALL_SOURCES[b], good[a])) for a, b in ON_TWO_RANKS]
     probes += [
         ("damaged", damaged, (scratch, good)),
         ("failing", failing, (scratch, good)),
@@ -101,10 +108,8 @@ def others(first: Results, folder: Path) -> Callable[[int], Results]:
     def on(world: int) -> Results:
         probes: list[Any] = [(f"{a} to {b}", elsewhere, (ALL_SOURCES[b], folder / a)) for a, b in PAIRS]
         if world == 1:
-            probes += [
-                ("conversions", conversions, (folder / "conversions",)),
-                ("explicit", explicit, (folder / "explicit",)),
-            ]
+            alone = (conversions, explicit, pretrained)
+            probes += [(probe.__name__, probe, (folder / probe.__name__,)) for probe in alone]
         return run_ranks(in_turn, world, probes)
 
     return on
@@ -129,7 +134,8 @@ def test_resumed_is_uninterrupted(job: Job, first: Results, second: Results) -> 
     runs = of(first, str(job)), of(second, f"straight {job}"), of(second, f"resumed {job}")
     for saved, uninterrupted, (loaded, end) in zip(*runs, strict=True):
         assert differences(saved["saved"], loaded) == [], "right after the load"
-        for run in (saved["on"], end):
+        assert differences(saved["saved"], saved["back"][0]) == [], "in the engine that had trained on"
+        for run in (saved["on"], end, saved["back"][1]):
             assert run.reports == uninterrupted.reports
             assert differences(run.state, uninterrupted.state) == []
             assert torch.equal(run.stream, uninterrupted.stream)
@@ -138,10 +144,12 @@ def test_resumed_is_uninterrupted(job: Job, first: Results, second: Results) -> 
         assert masked == [t > job.case.mask_warmup_steps for t in range(SAVED + 1, LAST + 1)]
 
 
-def test_the_scheduler_is_under_way(first: Results) -> None:
-    """The jobs above have a learning rate that changes, and groups that differ."""
+def test_what_changes_is_under_way(first: Results) -> None:
+    """The jobs above have a learning rate that changes, groups that differ, and a loss scale that grows."""
     for job in RESUMED:
         state = of(first, str(job))[0]["saved"]
+        if job.name == "fp16":
+            assert state["loss scale"]["cur_scale"] < of(first, str(job))[0]["on"].state["loss scale"]["cur_scale"]
         if job.name == "scheduler":
             assert state["group0/lr"] != of(first, str(job))[0]["on"].state["group0/lr"]
         if job.case.two_groups:
@@ -163,6 +171,12 @@ def test_zero_to_fp32(job: Job, first: Results) -> None:
         absent = {"embeddings.weight"} if job.stage == 1 and job.case.frozen else set()
         assert set(whole) - {"seen"} == set(saved) - absent
         assert all(torch.equal(value, saved[key]) for key, value in whole.items() if key != "seen")
+
+
+def test_save_pretrained(others: Any) -> None:
+    """What zero_to_fp32 extracts at stage 3 becomes a Hugging Face folder with the parameters that training held."""
+    (found,) = of(others(1), "pretrained")
+    assert found["names"] and found["same"] and all(found["same"])
 
 
 # --- other ranks, other stages ---
@@ -203,9 +217,9 @@ def test_other_ranks(world: int, pair: tuple[str, str], first: Results, others: 
 
 @pytest.mark.parametrize("pair", ON_TWO_RANKS, ids=lambda pair: f"{pair[0]}-at-{pair[1]}")
 def test_other_stage(pair: tuple[str, str], first: Results, second: Results) -> None:
-    """The same number of ranks, another stage."""
+    """The same number of ranks, another stage or another division into sub-groups."""
     a, b = pair
-    check_elsewhere(of(second, f"{a} to {b}"), of(first, a)[0], SOURCES[b])
+    check_elsewhere(of(second, f"{a} to {b}"), of(first, a)[0], ALL_SOURCES[b])
 
 
 def test_conversion_is_made_once(others: Any) -> None:
@@ -218,8 +232,9 @@ def test_conversion_is_made_once(others: Any) -> None:
 
 
 def test_load_universal(others: Any) -> None:
-    """checkpoint.load_universal: true takes what DeepSpeed's command made, or converts; at every stage."""
+    """checkpoint.load_universal: true takes what DeepSpeed's command made, or converts; stage 0 needs neither."""
     (found,) = of(others(1), "explicit")
+    assert found.pop("0") == (TAG, [])
     assert len(found) == 8
     for how, (folder, different) in found.items():
         assert folder == ("by-command" if "by command" in how else f"{TAG}_universal"), how
@@ -256,6 +271,7 @@ def test_faults_on_one_rank(first: Results, second: Results) -> None:
             rank
         )
         assert refusal.changed == [] and result["left"] == []
+        assert re.search(r"RefusedConfiguration: checkpoint.use_node_local_storage", result["node local"].error), rank
         assert differences(of(first, "3")[0]["saved"], result["slow"]) == []
         assert re.search(r"RuntimeError: rank 1: OSError.*build the engine anew", result["load"]), rank
 
@@ -264,7 +280,7 @@ def test_faults_on_one_rank(first: Results, second: Results) -> None:
 
 
 def test_changed_settings_are_named(first: Results, second: Results) -> None:
-    """Old and new value of each, once; and the checkpoint is loaded."""
+    """Old and new value of each, once; and the checkpoint is loaded, with its learning rate and not the new one."""
     saved = of(first, "2")[0]["saved"]
     zero, one = of(second, "settings")
     for _, state in (*zero.values(), *one.values()):

@@ -58,9 +58,7 @@ def layout_of(engine: Any) -> Layout:
 
 
 def fits(engine: Any, saved: Saved) -> bool:
-    """Whether each rank finds its own partition in the checkpoint as it is."""
-    if saved.layout == "replicated":
-        return True
+    """Whether each rank finds its own partition in a sharded checkpoint as it is."""
     partitions = [list(shapes) for shapes in engine._get_zero_param_shapes()]
     here = (layout_of(engine), dist.get_world_size(), partitions)
     return here == (saved.layout, saved.world_size, saved.partitions)

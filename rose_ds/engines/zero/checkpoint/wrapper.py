@@ -99,7 +99,8 @@ class Checkpoints:
         saved = self._checked(found)
         if load_optimizer_states and not load_module_only:
             on_first_rank(lambda: compare(self.engine, self.base, saved, load_lr_scheduler_states))
-            if saved.layout != "universal" and (prefer_universal or not fits(self.engine, saved)):
+            sharded = saved.layout not in ("universal", "replicated")
+            if sharded and (prefer_universal or not fits(self.engine, saved)):
                 saved = self._converted(saved)
         else:
             on_first_rank(lambda: compare_for_weights(self.engine, saved, load_module_only))
@@ -151,7 +152,8 @@ class Checkpoints:
         on_first_rank(lambda: complete(saved.folder, layout_of(self.engine)))
 
         def look() -> Callable[[], None]:
-            for group in getattr(self.engine.optimizer, "bit16_groups", []):
+            z = self.engine.optimizer
+            for group in getattr(z, "bit16_groups", None) or getattr(z, "bf16_groups", []):
                 if all(getattr(param, "_hp_mapping", None) is None for param in group):
                     raise RefusedConfiguration(
                         "this rank holds nothing of a small parameter group, on which DeepSpeed's loader fails: use "
