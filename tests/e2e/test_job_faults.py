@@ -28,6 +28,8 @@ from spawn import free_port
 
 from rose_ds import checkpoints
 
+pytestmark = pytest.mark.timeout(1200)  # twelve launches; two minutes and a half where nothing else runs
+
 BIN = Path(sys.executable).parent
 FLAGS = ["--max_train_samples", "32", "--max_eval_samples", "8", "--max_length", "32", "--learning_rate", "1e-4"]
 FLAGS += ["--max_steps", "5", "--save_steps", "3", "--save_total_limit", "2", "--logging_steps", "2"]

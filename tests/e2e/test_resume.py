@@ -131,6 +131,24 @@ def test_a_torn_checkpoint_is_passed_over(
     assert checkpoints.newest(out)[0] == out / "checkpoint-6"
 
 
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copy(whole, tmp_path, "checkpoint-7")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.Record, "write", full)
+    flags = ["--max_steps", "8", "--save_total_limit", "1", "--resume", "auto", "--output_dir", str(out)]
+    with pytest.raises(checkpoints.CheckpointError, match="checkpoint-8 could not be written.*No space left on device"):
+        main(["train", *FLAGS, *flags])
+    assert checkpoints.newest(out)[0] == out / "checkpoint-7"
+    monkeypatch.undo()
+    main(["train", *FLAGS, *flags])
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
 def test_other_settings_are_refused_by_name(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = {
         "model": ("minilm", "run"),  # the trained model's folder
