@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,7 +39,8 @@ FITTING: dict[str, SearchStrategy[Any]] = {
     "exclude": PATTERNS | st.lists(PATTERNS, max_size=3),
     "mask_warmup_steps": st.integers(0),
 }
-SETTINGS = st.fixed_dictionaries({}, optional={name: fitting | JSON for name, fitting in FITTING.items()})
+NEAR_MISSES = st.sampled_from([True, False, -1e-9, 1.5, 2, -1, "1", "First", [None], ()])
+SETTINGS = st.fixed_dictionaries({}, optional={name: fit | NEAR_MISSES | JSON for name, fit in FITTING.items()})
 BLOCKS = st.fixed_dictionaries(
     {},
     optional={
@@ -164,6 +166,8 @@ def test_an_optimizer_block_is_adamw_or_names_the_setting(block: dict[str, Any])
             named = [name for name in rest if name in str(error).split("; known:")[0]]
             assert named, f"{error} names none of {rest}"
             del rest[named[0]]
+    numbers = [v for k, v in rest.items() if k in ("lr", "eps", "weight_decay")] + list(rest.get("betas", ()))
+    assert all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers)
     torch_block = {k: float(v) for k, v in rest.items() if k in ("lr", "eps", "weight_decay")}
     torch_block |= {"betas": tuple(rest.get("betas", (0.9, 0.999)))}
     wanted = two_steps(lambda named: torch.optim.AdamW([p for _, p in named], **torch_block))
