@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rose_ds.engines.base import Planner
 from rose_ds.optimizer import RoseAdamW, Slice
-
-
-class Planned(Protocol):
-    """What a step's plan is made from; see ``rose_ds.engines.base.Planner``."""
-
-    def __call__(self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0) -> None: ...
 
 
 class Adapter(ABC):
@@ -30,7 +25,7 @@ class Adapter(ABC):
         self.slices: list[Slice] = []
         self.params: list[nn.Parameter] = []
         """The model's parameter behind each slice."""
-        self.on_plan: Planned | None = None
+        self.on_plan: Planner | None = None
         """Set while a step runs through the stepper."""
 
     def find_slices(self, index: dict[str, int]) -> list[Slice]:
@@ -54,6 +49,10 @@ class Adapter(ABC):
     @abstractmethod
     def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
+
+    def rearmed(self) -> Callable[[], None]:
+        """Called after two forward passes; the result is called before the backward pass of each."""
+        return lambda: None
 
     def beta1_of(self) -> dict[Tensor, float]:
         """beta1 of each tensor that the optimizer steps; asked between steps."""

@@ -90,7 +90,9 @@ class ZeroEngine(Engine):
 
         first, kl = two_passes(forward, between_leaves)
         grads = torch.autograd.grad(kl / self.accumulation_steps, [leaf for _, leaf in passes])
+        rearm = self.adapter.rearmed()
         while passes:
+            rearm()
             logits, grad = passes.pop()[0], grads[len(passes)]
             self._kl_backward((logits.float() * grad).sum(), retain_graph=False)
         return first, kl

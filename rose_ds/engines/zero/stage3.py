@@ -89,6 +89,18 @@ class Stage3Adapter(ScaledAdapter):
                 for partition in z.fp32_partitioned_groups_flat:
                     partition.grad.zero_()
 
+    def rearmed(self) -> Callable[[], None]:
+        # A module's gathered parameters go when its backward pass has counted this down to 0; a forward pass sets it,
+        # and does not add to what an earlier one set.
+        modules = [m for m in self.engine.module.modules() if "ds_grads_remaining" in vars(m)]
+        counts = [m.ds_grads_remaining for m in modules]
+
+        def rearm() -> None:
+            for module, count in zip(modules, counts, strict=True):
+                module.ds_grads_remaining = count  # type: ignore[assignment]
+
+        return rearm
+
     @property
     def _buffers(self) -> dict[int, Tensor]:
         """Where DeepSpeed keeps this rank's part of each reduced gradient, by the parameter's number."""
