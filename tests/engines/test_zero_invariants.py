@@ -12,7 +12,7 @@ from spawn import run_ranks
 from tiny import Case
 from torch import Tensor
 from zero_jobs import Job, check_ranks_agree
-from zero_probes import Probe, broken_step, communication, isolation, probe_all, resume, thresholds
+from zero_probes import Probe, broken_step, communication, isolation, probe_all, thresholds
 
 from rose_ds.core.mask import keep_count
 
@@ -33,13 +33,6 @@ ISOLATION = [
     Job(Case("first", two_groups=True, **ALL_KEPT), 2),
     *(Job(Case("first", **ALL_KEPT), stage, OFFLOAD, name="offload") for stage in (2, 3)),
     *(Job(Case("first", **ALL_KEPT), stage, {}, BF16, "bf16") for stage in (1, 3)),
-]
-RESUME = [
-    *(Job(Case(steps=2, two_groups=True, accumulation=2, mask_warmup_steps=3), stage) for stage in STAGES),
-    *(Job(Case(steps=2), stage, {}, BF16, "bf16") for stage in (1, 3)),
-    Job(Case(steps=2, two_groups=True), 3, {"sub_group_size": 150}, name="sub_groups"),
-    Job(Case(steps=2), 2, OFFLOAD, name="offload"),
-    Job(Case(steps=2), 3, OFFLOAD, name="offload"),
 ]
 
 
@@ -62,7 +55,7 @@ def three(extensions: object) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def two(extensions: object, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Communication, isolation, checkpoints and NaNs on two ranks."""
+    """Communication, isolation and NaNs on two ranks."""
     folder = tmp_path_factory.mktemp("checkpoints")
     probes: list[Probe] = []
     for stage, granularity, hidden in itertools.product(STAGES, GRANULARITIES, SIZES):
@@ -77,13 +70,6 @@ def two(extensions: object, tmp_path_factory: pytest.TempPathFactory) -> list[di
         for stage, granularity, what in itertools.product(STAGES, GRANULARITIES, KINDS)
     ]
     return run_ranks(probe_all, 2, probes)
-
-
-@pytest.fixture(scope="session")
-def resumed(extensions: object, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Interrupted and uninterrupted runs on two ranks."""
-    folder = tmp_path_factory.mktemp("resume")
-    return run_ranks(probe_all, 2, [(str(job), resume, (job, folder / str(job))) for job in RESUME])
 
 
 # --- invariant 2 ---
@@ -200,21 +186,6 @@ def test_state_names(two: Any, job: Job) -> None:
     for parent in parents:
         names = {path[len(parent) + 1 :] for path in checkpoint if path.startswith(parent + "/")}
         assert names == {"exp_avg", "exp_avg_sq", "step"}
-
-
-@pytest.mark.parametrize("job", RESUME, ids=str)
-def test_resume_is_exact(resumed: Any, job: Job) -> None:
-    """From a checkpoint, training goes on bit for bit, the warm-up's count included, and the next checkpoint is the
-    same as without the interruption."""
-    for rank in resumed:
-        (straight, straight_saved), (again, again_saved) = (rank[str(job)][which] for which in ("straight", "resumed"))
-        assert [report.step for report in again.reports] == [3, 4]
-        assert again.reports == straight.reports
-        masked = [report.tau_first is not None for report in again.reports]
-        assert masked == [t > job.case.mask_warmup_steps for t in (3, 4)]
-        for name, p in straight.parameters.items():
-            assert torch.equal(p, again.parameters[name]), name
-        assert_same(straight_saved, again_saved, exact="", rtol=0.0)
 
 
 # --- gradients that are not finite ---

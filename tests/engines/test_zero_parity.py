@@ -21,6 +21,8 @@ STRATEGIES = (
     *itertools.product(("none",), ("element",), (1, 2)),
 )
 MATRIX = [Job(Case(*settings), stage) for stage in STAGES for settings in STRATEGIES]
+#: one rank, where nothing is split
+ALONE = [job for job in MATRIX if job.case.strategy in ("ensemble", "none") and job.case.accumulation == 2]
 
 ENSEMBLE = [Case(granularity=g, accumulation=ga) for g in ("element", "tensor") for ga in (1, 2)]
 TWICE = [Case(accumulation=2)]
@@ -60,7 +62,7 @@ LAYOUT = [job for job in VARIANTS if job.case.two_groups or job.case.frozen]
 @pytest.fixture(scope="session")
 def ranks(extensions: object) -> Callable[[str, int], list[dict[str, Run | str]]]:
     """Every job of a list on a number of ranks, in one spawn; remembered."""
-    lists = {"matrix": MATRIX, "variants": VARIANTS, "layout": LAYOUT}
+    lists = {"matrix": MATRIX, "alone": ALONE, "variants": VARIANTS, "layout": LAYOUT}
 
     @cache
     def of(name: str, world: int) -> list[dict[str, Run | str]]:
@@ -88,12 +90,15 @@ def check_reports(runs: list[Run], twin: Twin, case: Case) -> None:
             assert report.eligible == sum(risk.numel() for risk in want.risks[order].values())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("job", MATRIX, ids=str)
-def test_matrix(job: Job, world: int, ranks: Any, parity_log: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("which", "world", "job"),
+    [("alone", 1, job) for job in ALONE] + [("matrix", world, job) for world in (2, 3) for job in MATRIX],
+    ids=str,
+)
+def test_matrix(which: str, world: int, job: Job, ranks: Any, parity_log: list[str]) -> None:
     """Strategy x granularity x accumulation at every stage and world size, with clipping and real dropout; and torch's
     random numbers go on as if only the paper's passes had run."""
-    runs, twin = runs_of(ranks("matrix", world), job), reference(job.case)
+    runs, twin = runs_of(ranks(which, world), job), reference(job.case)
     check_ranks_agree(runs)
     check_reports(runs, twin, job.case)
     found = check_parity(runs[0].parameters, twin)

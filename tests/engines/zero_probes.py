@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from reference import Run, train
-from tiny import Case, make_model, micro_batch, rows
+from tiny import Case, micro_batch, rows
 from torch import Tensor
 from zero_jobs import Job, start
 
@@ -149,28 +149,6 @@ def isolation(rank: int, world: int, job: Job, folder: Path) -> dict[str, Any]:
     after_three = saved(engine, folder, "three")
     engine.destroy()
     return {"one": after_one, "three": after_three, "reports": first.reports + rest.reports, "run": rest}
-
-
-def resume(rank: int, world: int, job: Job, folder: Path) -> dict[str, Any]:
-    """Two steps, a checkpoint and two more; and those two from the checkpoint, in an engine with other weights."""
-    engine, stepper = start(job, world)
-    clear_padding(engine)
-    train(stepper, engine, job.case, rank, world)
-    saved(engine, folder, "middle")
-    straight = train(stepper, engine, job.case, rank, world, first_step=3)
-    straight_saved = saved(engine, folder, "straight")
-    engine.destroy()
-    model = make_model(job.case)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
-    engine, stepper = start(job, world, model)
-    clear_padding(engine)
-    engine.load_checkpoint(str(folder), tag="middle")
-    resumed = train(stepper, engine, job.case, rank, world, first_step=3)
-    resumed_saved = saved(engine, folder, "resumed")
-    engine.destroy()
-    return {"straight": (straight, straight_saved), "resumed": (resumed, resumed_saved)}
 
 
 # --- gradients that are not finite ---
