@@ -35,6 +35,8 @@ class Record:
     """What a whole checkpoint consists of, and the run it belongs to."""
 
     step: int
+    optimizer_steps: int
+    """Less than ``step`` where steps were skipped."""
     world_size: int
     engine: str
     files: dict[str, int]

@@ -73,6 +73,10 @@ class ResumableTrainer(Trainer):
         """Settings of the training method, which a resumed run must share."""
         raise NotImplementedError
 
+    def optimizer_steps(self) -> int:
+        """Optimizer steps taken, by the state that lies on this rank."""
+        raise NotImplementedError
+
     def measure(self) -> StepMeter:
         """Time the steps of the following ``train()``, and count what their masks keep."""
         self.meter = StepMeter(self)
@@ -155,6 +159,12 @@ class ResumableTrainer(Trainer):
 
     def _restore_counts(self, record: checkpoints.Record) -> None:
         """The loss that is logged next and the meter's totals are those of a run that was never interrupted."""
+        steps = max(checkpoints.gather(self.optimizer_steps()))
+        if steps != record.optimizer_steps:
+            raise RuntimeError(
+                f"the checkpoint was saved after {record.optimizer_steps} optimizer steps, but the optimizer's state "
+                f"that was loaded is of {steps}: training would silently go on with other moments"
+            )
         if self.meter is not None:
             self.meter.restore(record.totals)
         same = len(record.unlogged_loss) == self.args.world_size
@@ -186,20 +196,22 @@ class ResumableTrainer(Trainer):
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()
         checkpoints.gather(None)  # every rank has written its files
-        ranks = checkpoints.gather((checkpoints.files_in(folder), float(self._tr_loss)))
+        own = checkpoints.files_in(folder)
+        ranks = checkpoints.gather((own, float(self._tr_loss), self.optimizer_steps()))
         files: dict[str, int] = {}
         # a shared folder may show one rank's files late to another; with save_on_each_node each node has its own
-        for seen in [checkpoints.files_in(folder)] if self.args.save_on_each_node else [seen for seen, _ in ranks]:
+        for seen in [own] if self.args.save_on_each_node else [seen for seen, *_ in ranks]:
             files.update({name: max(size, files.get(name, 0)) for name, size in seen.items()})
         record = checkpoints.Record(
             step=self.state.global_step,
+            optimizer_steps=max(steps for *_, steps in ranks),
             world_size=self.args.world_size,
             engine=self.engine_name,
             files=files,
             fixed=json.loads(json.dumps(fixed)),
             free=free,
             totals={} if self.meter is None else self.meter.totals(),
-            unlogged_loss=[loss for _, loss in ranks],
+            unlogged_loss=[loss for _, loss, _ in ranks],
             logged_step=self._globalstep_last_logged,
         )
         if self.args.should_save and not self.args.save_only_model:

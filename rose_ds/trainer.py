@@ -136,6 +136,11 @@ class RoseTrainer(ResumableTrainer):
             rose = RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
         return asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
 
+    def optimizer_steps(self) -> int:
+        """Optimizer steps taken, by the state that lies on this rank."""
+        optimizer = self._rose_optimizer()
+        return 0 if optimizer is None else optimizer.steps_taken()
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's; a DeepSpeedEngine exists by now and has not loaded a checkpoint: ROSE attaches to it."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -143,6 +148,14 @@ class RoseTrainer(ResumableTrainer):
         if wrapped is not None:
             self._stepper_for(wrapped.engine)
         return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; for FSDP1, which reads into the state that the optimizer has: with none, it would read nothing."""
+        optimizer = self._rose_optimizer()
+        if checkpoint is not None and self.engine_name == "fsdp1" and optimizer is not None:
+            for param in (p for group in optimizer.param_groups for p in group["params"] if p.numel()):
+                optimizer.init_state(param)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # --- the step ---
 

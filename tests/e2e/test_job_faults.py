@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ BATCH = 8  # of 32 rows: an epoch has 4 steps
 TIMEOUT = 200
 
 
-def fsdp2(folder: Path, ranks: int) -> tuple[list[str], list[str]]:
+def fsdp(config: str, folder: Path, ranks: int) -> tuple[list[str], list[str]]:
     """Launcher and flags."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / "ds_configs" / "fsdp2.yaml").read_text())
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "ds_configs" / config).read_text())
     settings |= {"use_cpu": True, "num_processes": ranks}
-    path = folder / f"fsdp2_{ranks}.yaml"
+    path = folder / config
     path.write_text(yaml.safe_dump(settings))
     launch = [str(BIN / "accelerate"), "launch", "--config_file", str(path), "--main_process_port", str(free_port())]
     return [*launch, "tests/e2e/scripts/cpu_fsdp.py"], []
@@ -53,7 +54,11 @@ def zero2(folder: Path, ranks: int) -> tuple[list[str], list[str]]:
     return launch, ["--deepspeed", "ds_configs/zero2.json"]
 
 
-ENGINES: dict[str, Callable[[Path, int], tuple[list[str], list[str]]]] = {"fsdp2": fsdp2, "zero2": zero2}
+ENGINES: dict[str, Callable[[Path, int], tuple[list[str], list[str]]]] = {
+    "fsdp1": partial(fsdp, "fsdp1.yaml"),
+    "fsdp2": partial(fsdp, "fsdp2.yaml"),
+    "zero2": zero2,
+}
 
 
 @dataclass
@@ -123,7 +128,7 @@ class Life:
     """The checkpoint that --resume auto would choose after each job."""
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=["fsdp2", "zero2"])
 def life(
     request: pytest.FixtureRequest,
     minilm: str,
@@ -239,3 +244,15 @@ def test_on_another_number_of_ranks_everything_is_carried_over(life: Life) -> No
     assert len(rows(job, ranks)) == BATCH
     assert f"resuming on {ranks} ranks from a checkpoint of 2: dropout goes on with seed" in job.output
     assert f"resuming with another setting: world_size 2 -> {ranks}" in job.output
+
+
+def test_fsdp1_resumed_is_the_uninterrupted_run(minilm: str, snippets: str, tmp_path: Path) -> None:
+    """accelerate alone loads no optimizer state into an FSDP1 optimizer that has none yet."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert launch("fsdp1", whole, {}).code == 0
+    shutil.copytree(whole / "checkpoint-3", half / "checkpoint-3")
+    job = launch("fsdp1", half, {}, "--resume", "auto")
+    assert job.code == 0, job.output[-4000:]
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, half))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert history(half) == history(whole)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 
 
 def record(step: int, files: dict[str, int], **more: Any) -> Record:
-    return Record(step, world_size=2, engine="fsdp2", files=files, fixed={"seed": 1}, free={}, **more)
+    return Record(step, step, world_size=2, engine="fsdp2", files=files, fixed={"seed": 1}, free={}, **more)
 
 
 def make(output_dir: Path, step: int) -> Path:
