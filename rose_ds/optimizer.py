@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +93,7 @@ class RoseAdamW(torch.optim.Optimizer):
             if rose.pop(option, None):
                 raise ValueError(f"RoseAdamW does not support {option}: {reason}")
         self.config = RoseConfig.from_mapping(rose)
-        betas = tuple(betas)  # type: ignore[assignment]  # JSON has lists
+        betas = tuple(betas) if isinstance(betas, list) else betas  # type: ignore[assignment]  # JSON has lists
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -109,6 +111,20 @@ class RoseAdamW(torch.optim.Optimizer):
         self._slices_of = {}
         for i in sorted(range(len(slices)), key=lambda i: slices[i].offset):
             self._slices_of.setdefault(slices[i].param, []).append(i)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which compares only the groups' sizes; a state that does not fit its parameter is refused whole.
+
+        Raises:
+            ValueError: names the parameter's position, and what is missing or has another shape.
+        """
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        held = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, held, strict=False):  # torch refuses other counts
+            state = state_dict["state"].get(index)
+            if state:
+                _check_state(index, state, param)
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps what it knows; a copy has no engine yet, so it is attached to nothing and has no plan
@@ -264,16 +280,55 @@ class _Batch:
             self.free = []
 
 
+def _check_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
+    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
+    if missing:
+        raise ValueError(f"the saved optimizer state of parameter {index} has no {', '.join(missing)}")
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = state[name]
+        if not isinstance(moment, Tensor) or local(moment).shape != local(param).shape:
+            found = tuple(local(moment).shape) if isinstance(moment, Tensor) else type(moment).__name__
+            raise ValueError(
+                f"the saved {name} of parameter {index} is {found}, the parameter {tuple(local(param).shape)}: the "
+                "checkpoint is of another model, or sharded differently"
+            )
+    step = state["step"]
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+        raise ValueError(f"the saved step of parameter {index} is {step!r}, not a count")
+
+
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if float(lr) < 0:
-        raise ValueError(f"{lr=} must be >= 0")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    """Raise ValueError or TypeError, naming the setting; integers become floats, whatever their size."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not (name == "lr" and isinstance(group["lr"], Tensor)):
+            group[name] = _number(name, group[name])
+        if float(group[name]) < 0:
+            raise ValueError(f"{name}={group[name]!r} must be >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{betas=} must be two numbers in [0, 1)")
-    if eps < 0:
-        raise ValueError(f"{eps=} must be >= 0")
-    if weight_decay < 0:
-        raise ValueError(f"{weight_decay=} must be >= 0")
+    group["betas"] = tuple(_number("betas", beta) for beta in betas)
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"{betas=} must be two numbers in [0, 1)")
+    if not (group["foreach"] is None or isinstance(group["foreach"], bool)):
+        raise TypeError(f"foreach={group['foreach']!r} must be true, false or null")
+    unknown = sorted(set(RoseConfig.field_names()) & set(group))
+    if unknown:
+        raise ValueError(f"{unknown} in a parameter group: ROSE's settings hold for the whole model, as keywords")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r:.40} must be finite")
+    return number
 
 
 def register_with_deepspeed() -> None:

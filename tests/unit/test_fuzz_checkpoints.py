@@ -205,7 +205,6 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 OTHER = st.none() | st.sampled_from([torch.zeros(s) for s in [(), (1,), (3,), (2, 3), (3, 2), (4,), (6,), (12,)]])
 
 
-@pytest.mark.xfail(strict=True, reason="RoseAdamW.load_state_dict takes states of other shapes, as torch's")
 @FUZZ
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from(STATE), OTHER | st.just("gone")), max_size=2),

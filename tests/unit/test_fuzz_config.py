@@ -152,7 +152,6 @@ def two_steps(make: Callable[[list[tuple[str, torch.nn.Parameter]]], torch.optim
     return weight.detach()
 
 
-@pytest.mark.xfail(strict=True, reason="RoseAdamW takes NaN, and refuses other types without naming the setting")
 @FUZZ
 @given(BLOCKS)
 def test_an_optimizer_block_is_adamw_or_names_the_setting(block: dict[str, Any]) -> None:
