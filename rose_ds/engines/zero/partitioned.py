@@ -37,6 +37,7 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
         z.micro_step_id = -1
         try:
             run()
+            z._wait_for_offload_copies()  # from a GPU they are asynchronous
             for i, total in enumerate(sums):
                 total.add_(self._waiting(i))
         finally:
