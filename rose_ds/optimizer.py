@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rose_ds.config import RoseConfig
 from rose_ds.core.mask import mask_values
-from rose_ds.core.update import adamw_, masked_adamw_
+from rose_ds.core.update import UpdateBatch
 
 #: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
 _REFUSED = {
@@ -24,7 +24,6 @@ _REFUSED = {
     "differentiable": "the masks are not differentiable",
     "fused": "use foreach=True; masked parameters cannot go through the fused kernel",
 }
-_BATCH = 1 << 21  # masked elements updated at a time: bounds the fp32 scratch memory
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ class RoseAdamW(torch.optim.Optimizer):
         return True
 
     def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
-        batches: dict[int, _Batch] = {}
+        batches: dict[int, UpdateBatch] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -207,7 +206,7 @@ class RoseAdamW(torch.optim.Optimizer):
             # not in place: DeepSpeed's checkpoint loader shares one step tensor between partitions
             state["step"] = state["step"] + 1
             step = int(state["step"])
-            batch = batches.setdefault(step, _Batch(group, step, mask_values(self.config)))
+            batch = batches.setdefault(step, UpdateBatch(group, step, mask_values(self.config)))
             for code, views in self._segments(param, state, plan):
                 batch.add(code, views)
         for batch in batches.values():
@@ -233,51 +232,6 @@ class RoseAdamW(torch.optim.Optimizer):
             end = offset + numel
         if end < whole[0].numel():
             yield 3, tuple(t[end:] for t in flat)
-
-
-class _Batch:
-    """Collects views and updates them together: one foreach call for many tensors, bounded scratch memory."""
-
-    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...]) -> None:
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
-        self.scalars = dict(
-            step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
-        )
-        self.foreach, self.values = group["foreach"], values
-        self.free: list[tuple[Tensor, ...]] = []
-        self.masked: list[tuple[Tensor, ...]] = []
-        self.pending = 0
-
-    def add(self, code: Tensor | int, views: tuple[Tensor, ...]) -> None:
-        if isinstance(code, Tensor):
-            for start in range(0, code.numel(), _BATCH):
-                part = slice(start, start + _BATCH)
-                self._add_masked(code[part], tuple(v[part] for v in views))
-        elif self.values[code] == 1.0:
-            self.free.append(views)
-        else:
-            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views)
-
-    def _add_masked(self, code: Tensor, views: tuple[Tensor, ...]) -> None:
-        if self.pending + views[0].numel() > _BATCH:
-            self._flush_masked()
-        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device)
-        self.masked.append((*views, table[code.int()]))
-        self.pending += views[0].numel()
-
-    def _flush_masked(self) -> None:
-        if self.masked:
-            params, grads, exp_avgs, exp_avg_sqs, masks = (list(column) for column in zip(*self.masked, strict=True))
-            masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
-        self.masked, self.pending = [], 0
-
-    def flush(self) -> None:
-        self._flush_masked()
-        if self.free:
-            params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))
-            adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
-            self.free = []
 
 
 def _check_state(index: Any, state: dict[str, Any], param: Tensor) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+_BATCH = 1 << 21  # masked elements updated at a time: bounds the fp32 scratch memory
 
 
 def masked_adamw_(
@@ -77,3 +80,56 @@ def adamw_(
         eps=eps,
         maximize=False,
     )
+
+
+class UpdateBatch:
+    """Collects views and updates them together: one foreach call for many tensors, bounded scratch memory.
+
+    Args:
+        group: a parameter group's lr, betas, eps, weight_decay and foreach.
+        step: of the views' parameters, from 1.
+        values: what the mask is where the code is 0, 1, 2, 3.
+    """
+
+    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...]) -> None:
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        self.scalars = dict(
+            step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
+        )
+        self.foreach, self.values = group["foreach"], values
+        self.free: list[tuple[Tensor, ...]] = []
+        self.masked: list[tuple[Tensor, ...]] = []
+        self.pending = 0
+
+    def add(self, code: Tensor | int, views: tuple[Tensor, ...]) -> None:
+        """Take a mask code and what it masks: views of a parameter, its gradient, exp_avg and exp_avg_sq."""
+        if isinstance(code, Tensor):
+            for start in range(0, code.numel(), _BATCH):
+                part = slice(start, start + _BATCH)
+                self._add_masked(code[part], tuple(v[part] for v in views))
+        elif self.values[code] == 1.0:
+            self.free.append(views)
+        else:
+            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views)
+
+    def _add_masked(self, code: Tensor, views: tuple[Tensor, ...]) -> None:
+        if self.pending + views[0].numel() > _BATCH:
+            self._flush_masked()
+        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device)
+        self.masked.append((*views, table[code.int()]))
+        self.pending += views[0].numel()
+
+    def _flush_masked(self) -> None:
+        if self.masked:
+            params, grads, exp_avgs, exp_avg_sqs, masks = (list(column) for column in zip(*self.masked, strict=True))
+            masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
+        self.masked, self.pending = [], 0
+
+    def flush(self) -> None:
+        """Update what was taken."""
+        self._flush_masked()
+        if self.free:
+            params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
+            self.free = []

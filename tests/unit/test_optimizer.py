@@ -229,7 +229,7 @@ def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch, ba
     """Masked elements are updated a bounded number at a time."""
     results = []
     for size in (batch, 1 << 24):
-        monkeypatch.setattr("rose_ds.optimizer._BATCH", size)
+        monkeypatch.setattr("rose_ds.core.update._BATCH", size)
         p = nn.Parameter(torch.linspace(-1, 1, 10))
         rose = RoseAdamW([p], lr=0.1, strategy="ensemble")
         rose.attach([Slice("p", 0, p, 0, 10)])
