@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # before torch is imported, and for every process a test starts
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,13 +28,21 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wait for that lock for ever. Needed by every test that starts DeepSpeed.
     """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(given) if given else tmp_path_factory.mktemp("torch_extensions")
+    folder = Path(given) if given else _shared(tmp_path_factory)
     if any(folder.glob("*/lock")):
-        folder = tmp_path_factory.mktemp("torch_extensions")
+        folder = _shared(tmp_path_factory)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    if not list(folder.glob("deepspeed_shm_comm/*.so")):
-        subprocess.run([sys.executable, "-c", _BUILD], check=True, timeout=400, stdout=subprocess.DEVNULL)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "tests.lock"):
+        if not list(folder.glob("deepspeed_shm_comm/*.so")):
+            subprocess.run([sys.executable, "-c", _BUILD], check=True, timeout=400, stdout=subprocess.DEVNULL)
     return folder
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that pytest-xdist's workers have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "torch_extensions"
 
 
 _PARITY = pytest.StashKey[list[str]]()
@@ -42,6 +52,16 @@ _PARITY = pytest.StashKey[list[str]]()
 def parity_log(request: pytest.FixtureRequest) -> list[str]:
     """Lines that the terminal summary shows: how close engines come to the twin, and risks near tau."""
     return request.config.stash.setdefault(_PARITY, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, whose terminal nobody sees
+        session.config.workeroutput["parity"] = session.config.stash.get(_PARITY, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash.setdefault(_PARITY, []).extend(getattr(node, "workeroutput", {}).get("parity", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
