@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class ResumableTrainer(Trainer):
             if folder is None:
                 raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._resumed = None if folder is None else self._check_resumable(folder)
-        with self._stop.listening():
+        # a run that saves nothing has nothing to finish
+        with nullcontext() if self.args.save_strategy == "no" else self._stop.listening():
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._stop.stopping:
             if self.is_world_process_zero():

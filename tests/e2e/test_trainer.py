@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,26 @@ def make(cls: type[Trainer], parts: dict[str, Any], out: Path, more: dict[str, A
         data_collator=parts["data_collator"],
         **kwargs,
     )
+
+
+class SignalHandler(TrainerCallback):
+    """What SIGTERM does while training."""
+
+    handler: Any = None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_sigterm_is_caught_only_where_there_is_something_to_save(
+    save_strategy: str, parts: dict[str, Any], tmp_path: Path
+) -> None:
+    seen = SignalHandler()
+    more = {"save_strategy": save_strategy, "max_steps": 1, "save_steps": 10}
+    make(RoseTrainer, parts, tmp_path, more, rose=RoseConfig(strategy="second"), callbacks=[seen]).train()
+    assert (seen.handler is signal.SIG_DFL) == (save_strategy == "no")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 FEATURES: dict[str, dict[str, Any]] = {
