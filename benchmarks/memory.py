@@ -215,7 +215,7 @@ def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        port = str(probe.getsockname()[1] - 12000)  # below those that the system hands out to others in the meantime
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(job["ranks"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -16,6 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: Imported once, in a process without threads from which the ranks are forked: for most of them half of their life.
+_PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.checkpoint",
+    "deepspeed",
+]
 _GRACE = 10.0  # seconds that the other ranks get to end after one has failed
 
 
@@ -24,10 +32,15 @@ class RanksFailed(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, below those that the system hands out to others in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_ranks(
@@ -49,8 +62,10 @@ def run_ranks(
     Raises:
         RanksFailed: with rank and traceback of everything that went wrong.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     variables = {
+        **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
@@ -62,17 +77,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         job = (worker, world, args, variables, process_group, folder)
         children = [context.Process(target=_rank, args=(rank, *job), daemon=True) for rank in range(world)]
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)  # read while the child imports, before it runs anything of ours
-        try:
-            for child in children:
-                child.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        for child in children:
+            child.start()
         late = _wait(children, time.monotonic() + timeout)
         return _collect(Path(folder), children, late)
 

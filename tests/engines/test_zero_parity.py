@@ -21,6 +21,8 @@ STRATEGIES = (
     *itertools.product(("none",), ("element",), (1, 2)),
 )
 MATRIX = [Job(Case(*settings), stage) for stage in STAGES for settings in STRATEGIES]
+#: three ranks: every strategy; a second micro-batch is nothing new there, nor is its absence
+THREE = [job for job in MATRIX if job.case.accumulation == 2]
 #: one rank, where nothing is split
 ALONE = [job for job in MATRIX if job.case.strategy in ("ensemble", "none") and job.case.accumulation == 2]
 
@@ -62,7 +64,7 @@ LAYOUT = [job for job in VARIANTS if job.case.two_groups or job.case.frozen]
 @pytest.fixture(scope="session")
 def ranks(extensions: object) -> Callable[[str, int], list[dict[str, Run | str]]]:
     """Every job of a list on a number of ranks, in one spawn; remembered."""
-    lists = {"matrix": MATRIX, "alone": ALONE, "variants": VARIANTS, "layout": LAYOUT}
+    lists = {"matrix": MATRIX, "three": THREE, "alone": ALONE, "variants": VARIANTS, "layout": LAYOUT}
 
     @cache
     def of(name: str, world: int) -> list[dict[str, Run | str]]:
@@ -92,7 +94,9 @@ def check_reports(runs: list[Run], twin: Twin, case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("which", "world", "job"),
-    [("alone", 1, job) for job in ALONE] + [("matrix", world, job) for world in (2, 3) for job in MATRIX],
+    [("alone", 1, job) for job in ALONE]
+    + [("matrix", 2, job) for job in MATRIX]
+    + [("three", 3, job) for job in THREE],
     ids=str,
 )
 def test_matrix(which: str, world: int, job: Job, ranks: Any, parity_log: list[str]) -> None:
