@@ -14,12 +14,14 @@ back to the system when it is freed, so the mark follows live tensors. Only Linu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import hashlib
 import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -207,15 +209,22 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 # --- all ranks of a job ---
 
 
+def _free_port() -> str:
+    """A port below those that the system hands out to others in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+
+
 def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     """Start the job's ranks, wait, and put their results together.
 
     Raises:
         RuntimeError: a rank failed or none was done in time; with what it wrote last.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1] - 12000)  # below those that the system hands out to others in the meantime
+    port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(job["ranks"]):
