@@ -6,5 +6,5 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/venv.sh" test
 cd "$root"
-# files side by side: half of a launch is the imports of one process
-exec python -m pytest -n "${ROSE_DS_TEST_WORKERS:-2}" --dist loadfile "$@"
+# files side by side, as half of a launch is the imports of one process; in their order, the longest (e2e) first
+exec python -m pytest -n "${ROSE_DS_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
