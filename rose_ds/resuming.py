@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds import checkpoints
@@ -46,6 +46,16 @@ _FREE = (
     "logging_steps",
     "save_steps",
 )
+
+
+def precision_of(args: TrainingArguments) -> str:
+    """fp32, bf16 or fp16."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def schedule_of(args: TrainingArguments) -> str:
+    """The learning-rate schedule's name."""
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
 class ResumableTrainer(Trainer):
@@ -125,11 +135,11 @@ class ResumableTrainer(Trainer):
             **self.method_settings(),
             "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
             "global batch": self.get_total_train_batch_size(args),
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "precision": precision_of(args),
             **{name: getattr(args, name) for name in _FIXED},
         }
         free = {name: getattr(args, name) for name in _FREE}
-        free["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        free["lr_scheduler_type"] = schedule_of(args)
         return fixed, free
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:

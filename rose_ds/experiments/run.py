@@ -19,6 +19,7 @@ from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import load_model, load_tokenizer
 from rose_ds.experiments.settings import METHODS, MethodSettings, RunSettings
+from rose_ds.resuming import precision_of, schedule_of
 from rose_ds.trainer import RoseTrainer
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         seed=args.seed,
         engine=trainer.engine_name,
         world_size=args.world_size,
-        precision=_precision(args),
+        precision=precision_of(args),
         steps=trainer.state.global_step,
         train_seconds=meter.earlier_seconds + result.metrics["train_runtime"],
         step_seconds=statistics.median(meter.step_seconds[2:] or meter.step_seconds) if meter.step_seconds else None,
@@ -110,7 +111,7 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         model=run.model,
         engine="plain" if args.world_size == 1 else None,
         world_size=args.world_size,
-        precision=_precision(args),
+        precision=precision_of(args),
         config=asdict(run),
         **accuracies(trainer, data, tokenizer, run),
     )
@@ -237,13 +238,9 @@ _RECORDED = (
 )
 
 
-def _precision(args: TrainingArguments) -> str:
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-
-
 def _config(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> dict[str, Any]:
     training = {name: getattr(args, name) for name in _RECORDED}
-    training["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    training["lr_scheduler_type"] = schedule_of(args)
     rose = {} if METHODS[method.method] == "none" else asdict(method.rose())
     return {**asdict(run), **training, "rose": rose, "deepspeed": args.deepspeed}
 

@@ -1,14 +1,48 @@
-"""Starting the project's programs as a user does."""
+"""Starting the project's programs as a user does, and the files they read."""
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
+from spawn import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def torchrun(ranks: int = 2) -> list[str]:
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+
+
+def deepspeed(ranks: int = 2) -> list[str]:
+    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+def accelerate(config: str, folder: Path, **settings: Any) -> list[str]:
+    """accelerate launch with a config of ds_configs, made to run on CPUs; ``settings`` are over the config's."""
+    path = folder / config
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load((ROOT / "ds_configs" / config).read_text()), "use_cpu": True, **settings})
+    )
+    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(path), "--main_process_port", str(free_port())]
+    return [*launch, "tests/e2e/scripts/cpu_fsdp.py"]
+
+
+def rows_file(dataset: Any, path: Path, count: int) -> Path:
+    """A CSV file with ``count`` rows from all over a dataset: sentence and label."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "label"])
+        step = len(dataset) // count
+        writer.writerows([row["sentence"], row["label"]] for row in dataset.select(range(0, step * count, step)))
+    return path
 
 
 def run(command: list[str], timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import ROOT, run
-from spawn import free_port
+from launching import ROOT, accelerate, deepspeed, rows_file, run, torchrun
 
 from rose_ds.data import load_task
 from rose_ds.experiments.models import resolve
 
 SCRIPTS = "tests/e2e/scripts"
-BIN = Path(sys.executable).parent
 PLAIN = [sys.executable]
-
-
-def torchrun(ranks: int = 2) -> list[str]:
-    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-
-
-def deepspeed(*flags: str) -> list[str]:
-    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()), *flags]
-
-
-def accelerate(config: str, folder: Path) -> list[str]:
-    """accelerate launch with a config of ds_configs, made to run on CPUs."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / "ds_configs" / config).read_text())
-    settings["use_cpu"] = True
-    path = folder / config
-    path.write_text(yaml.safe_dump(settings))
-    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(path), "--main_process_port", str(free_port())]
-    return [*launch, f"{SCRIPTS}/cpu_fsdp.py"]
 
 
 def launcher(config: str, folder: Path) -> list[str]:
@@ -46,15 +23,6 @@ def launcher(config: str, folder: Path) -> list[str]:
         assert load_config_from_file(str(ROOT / "ds_configs" / config)).num_processes == 2
         return [*torchrun(), "launch/train.py"]
     return [*accelerate(config, folder), "rose_ds", "train"]
-
-
-def rows_file(dataset: Any, path: Path, count: int) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sentence", "label"])
-        step = len(dataset) // count
-        writer.writerows([row["sentence"], row["label"]] for row in dataset.select(range(0, step * count, step)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +41,7 @@ def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: 
         "plain": [*PLAIN, script, *tail],
         "ddp": [*torchrun(), script, *tail],
         "fsdp2": [*accelerate("fsdp2.yaml", tmp_path), script, *tail],
-        "zero2": [*deepspeed(script), *tail, config],
+        "zero2": [*deepspeed(), "--no_local_rank", script, *tail, config],
     }.items():
         done = run(command)
         assert done.returncode == 0, engine
@@ -174,7 +142,7 @@ def test_an_unchanged_script_with_a_json_block(minilm: str, reviews: Path, tmp_p
     config["optimizer"] = {"type": "RoseAdamW", "params": {**automatic, "strategy": "second", "keep_second": 0.7}}
     path = tmp_path / "block.json"
     path.write_text(json.dumps(config))
-    command = [*deepspeed("--module", "rose_ds.run"), *classify(minilm, reviews, tmp_path / "out")]
+    command = [*deepspeed(), "--no_local_rank", "--module", "rose_ds.run", *classify(minilm, reviews, tmp_path / "out")]
     done = run([*command, "--deepspeed", str(path)])
     assert done.returncode == 0
     assert "'rose/kept_second': " in done.stdout

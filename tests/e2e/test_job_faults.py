@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,16 +21,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
-from launching import ROOT
+from launching import BIN, ROOT, accelerate, deepspeed
 from safetensors.torch import load_file
-from spawn import free_port
 
 from rose_ds import checkpoints
 
 pytestmark = pytest.mark.timeout(1200)  # twelve launches; two minutes and a half where nothing else runs
 
-BIN = Path(sys.executable).parent
 FLAGS = ["--max_train_samples", "32", "--max_eval_samples", "8", "--max_length", "32", "--learning_rate", "1e-4"]
 FLAGS += ["--max_steps", "5", "--save_steps", "3", "--save_total_limit", "2", "--logging_steps", "2"]
 FLAGS += ["--disable_tqdm", "true", "--report_to", "none"]
@@ -41,17 +37,11 @@ TIMEOUT = 200
 
 def fsdp(config: str, folder: Path, ranks: int) -> tuple[list[str], list[str]]:
     """Launcher and flags."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / "ds_configs" / config).read_text())
-    settings |= {"use_cpu": True, "num_processes": ranks}
-    path = folder / config
-    path.write_text(yaml.safe_dump(settings))
-    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(path), "--main_process_port", str(free_port())]
-    return [*launch, "tests/e2e/scripts/cpu_fsdp.py"], []
+    return accelerate(config, folder, num_processes=ranks), []
 
 
 def zero2(folder: Path, ranks: int) -> tuple[list[str], list[str]]:
-    launch = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--no_local_rank", "--master_port", str(free_port())]
-    return launch, ["--deepspeed", "ds_configs/zero2.json"]
+    return [*deepspeed(ranks), "--no_local_rank"], ["--deepspeed", "ds_configs/zero2.json"]
 
 
 ENGINES: dict[str, Callable[[Path, int], tuple[list[str], list[str]]]] = {

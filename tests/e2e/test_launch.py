@@ -6,25 +6,18 @@ import contextlib
 import io
 import json
 import os
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, run
-from spawn import free_port, run_ranks
+from launching import ROOT, deepspeed, run
+from spawn import run_ranks
 from transformers import AutoModelForSequenceClassification
 
 FLAGS = ["--max_train_samples", "400", "--per_device_train_batch_size", "4", "--max_length", "48", "--seed", "0"]
 FLAGS += ["--learning_rate", "1e-4", "--disable_tqdm", "true", "--report_to", "none"]
-
-
-def deepspeed(config: str, out: Path, *flags: str, ranks: int = 2) -> list[str]:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
-    launcher += ["--master_port", str(free_port()), "launch/train.py", "--deepspeed", config]
-    return [*launcher, "--output_dir", str(out), *FLAGS, *flags]
 
 
 # --- every config, one after the other in the same two processes: a launch is mostly imports ---
@@ -121,8 +114,8 @@ def test_a_config_that_would_train_or_save_wrongly_is_refused(
 def test_zero3_learns_sst2_and_is_measured_on_advglue(minilm: str, glue: str, tmp_path: Path, extensions: Path) -> None:
     flags = ["--task", "sst2", "--data", glue, "--model", minilm, "--method", "rose-ensemble", "--max_steps", "40"]
     flags += ["--max_train_samples", "2000", "--max_eval_samples", "300"]
-    flags += ["--per_device_train_batch_size", "8", "--learning_rate", "2e-4"]
-    done = run(deepspeed("ds_configs/zero3.json", tmp_path, *flags), timeout=500)
+    flags += ["--per_device_train_batch_size", "8", "--learning_rate", "2e-4", "--output_dir", str(tmp_path)]
+    done = run([*deepspeed(), "launch/train.py", "--deepspeed", "ds_configs/zero3.json", *FLAGS, *flags], timeout=500)
     assert done.returncode == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["glue_accuracy"] > 0.6

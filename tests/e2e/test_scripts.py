@@ -6,7 +6,6 @@ examples/pytorch/text-classification, and install ``evaluate``; without them its
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, run
-from spawn import free_port
+from launching import BIN, ROOT, deepspeed, rows_file, run, torchrun
 
 from rose_ds.data import load_task
 from rose_ds.experiments.models import resolve
 
-BIN = Path(sys.executable).parent
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 ROSE = ["--rose", "strategy=ensemble", "keep_first=0.5"]
@@ -47,16 +44,8 @@ def files(snippets: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """train.csv and validation.csv with the columns sentence and label."""
     folder = tmp_path_factory.mktemp("csv")
     data = load_task(snippets, splits=("train", "validation"))
-    paths = {}
-    for split, count in (("train", 200), ("validation", 40)):
-        rows = getattr(data, split)
-        paths[split] = folder / f"{split}.csv"
-        with paths[split].open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["sentence", "label"])
-            for row in rows.select(range(0, len(rows), len(rows) // count)):
-                writer.writerow([row["sentence"], row["label"]])
-    return paths
+    sizes = {"train": 200, "validation": 40}
+    return {split: rows_file(getattr(data, split), folder / f"{split}.csv", sizes[split]) for split in sizes}
 
 
 def arguments(files: dict[str, Path], out: Path) -> list[str]:
@@ -92,14 +81,12 @@ def launcher(name: str, folder: Path) -> tuple[list[str], list[str]]:
     if name == "accelerate":
         return [*ACCELERATE, "-m", "rose_ds.run", *ROSE], []
     if name == "torchrun":
-        ranks = ["--nproc_per_node", "2", "--master_port", str(free_port())]
-        return [str(BIN / "torchrun"), *ranks, "-m", "rose_ds.run", *ROSE], []
+        return [*torchrun(), "-m", "rose_ds.run", *ROSE], []
     config: dict[str, Any] = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     automatic = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     config["optimizer"] = {"type": "RoseAdamW", "params": {**automatic, "strategy": "ensemble", "keep_first": 0.5}}
     (folder / "block.json").write_text(json.dumps(config))
-    deepspeed = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    return [*deepspeed, "--module", "rose_ds.run"], ["--deepspeed", str(folder / "block.json")]
+    return [*deepspeed(), "--module", "rose_ds.run"], ["--deepspeed", str(folder / "block.json")]
 
 
 @pytest.mark.parametrize("name", ["python", "accelerate", "torchrun", "deepspeed"])

@@ -30,6 +30,7 @@ from checkpoint_jobs import (
     trained,
 )
 from tiny import DROPOUT_SEED, Case, micro_batch, parameter_groups, rows
+from torch_jobs import message_of
 from zero_jobs import Job, ds_config
 
 # --- damaged files ---
@@ -89,18 +90,9 @@ class Refusal:
 def refused(stepper: Any, engine: Any, folder: Path, **arguments: Any) -> Refusal:
     """Try to load from ``folder``."""
     before, begun = state_of(stepper, engine), time.monotonic()
-    error = attempt(lambda: engine.load_checkpoint(str(folder), **arguments))
+    error = message_of(lambda: engine.load_checkpoint(str(folder), **arguments))
     seconds = time.monotonic() - begun
     return Refusal(error, seconds, differences(before, state_of(stepper, engine)))
-
-
-def attempt(run: Callable[[], Any]) -> str:
-    """What it raised."""
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def damaged(rank: int, world: int, folder: Path, good: dict[str, Path]) -> dict[str, Any]:
@@ -156,7 +148,7 @@ def failing(rank: int, world: int, folder: Path, good: dict[str, Path]) -> dict[
     ds_to_universal.main = convert
     if rank == 1:
         engine.checkpoint_engine.load = fail
-    found["load"] = attempt(lambda: engine.load_checkpoint(str(good["2"])))
+    found["load"] = message_of(lambda: engine.load_checkpoint(str(good["2"])))
     engine.destroy()
     return found
 
@@ -304,13 +296,13 @@ def within_accumulation(rank: int, world: int, folder: Path, good: Path) -> dict
     for t in (1, 2):
         for micro in (0, 1):
             backward(stepper, engine, job.case, t, micro, rank, world)
-            errors.append(attempt(lambda: engine.save_checkpoint(str(folder))))
+            errors.append(message_of(lambda: engine.save_checkpoint(str(folder))))
             report = stepper.step()
             if report is None:
-                errors.append(attempt(lambda: engine.save_checkpoint(str(folder))))
-                errors.append(attempt(lambda: engine.load_checkpoint(str(good))))
+                errors.append(message_of(lambda: engine.save_checkpoint(str(folder))))
+                errors.append(message_of(lambda: engine.load_checkpoint(str(good))))
     disturbed, there = state_of(stepper, engine), folder.exists()
-    errors.append(attempt(lambda: engine.save_checkpoint(str(folder))))
+    errors.append(message_of(lambda: engine.save_checkpoint(str(folder))))
     engine.destroy()
     engine, stepper = build(job, world)
     torch.manual_seed(DROPOUT_SEED)
@@ -338,7 +330,7 @@ def load_first(rank: int, world: int, jobs: dict[str, Job], good: dict[str, Path
     job, folder = jobs["2"], good["2"]
     raw = engine_alone(replace(job, config={"checkpoint": {"load_universal": True}}), world)
     raw.load_checkpoint(str(folder), tag=f"{TAG}_universal")
-    found["universal"] = attempt(lambda: rose_ds.prepare(raw))
+    found["universal"] = message_of(lambda: rose_ds.prepare(raw))
     raw.destroy()
     engine, _ = build(job, world, other_weights=True)
     stepper = rose_ds.prepare(engine)
@@ -347,7 +339,7 @@ def load_first(rank: int, world: int, jobs: dict[str, Job], good: dict[str, Path
     found["twice"] = (state_of(stepper, engine), messages)
     found["nothing there"] = engine.load_checkpoint(str(folder / TAG))
     engine.optimizer.elastic_checkpoint = True
-    found["elastic"] = attempt(lambda: engine.save_checkpoint(str(folder / "elastic")))
+    found["elastic"] = message_of(lambda: engine.save_checkpoint(str(folder / "elastic")))
     engine.destroy()
     return found
 
@@ -379,6 +371,6 @@ def small_group(rank: int, world: int, folder: Path) -> str:
     stepper = rose_ds.prepare(engine)
     steps(stepper, engine, job.case, 1, 1)
     engine.save_checkpoint(str(folder))
-    error = attempt(lambda: engine.load_checkpoint(str(folder)))
+    error = message_of(lambda: engine.load_checkpoint(str(folder)))
     engine.destroy()
     return error

@@ -14,7 +14,7 @@ import torch
 import torch_jobs
 import zero_jobs
 from plain_jobs import build
-from reference import Run, check_parity, near_tau, reference, train
+from reference import reference, train
 from spawn import run_ranks
 from tiny import Case
 
@@ -37,23 +37,6 @@ ZERO = [
 HALF = [zero_jobs.Job(case, stage, {}, BF16, "bf16") for stage in (1, 3) for case in (CASES[0], CASES[5])]
 
 
-def check(runs: list[Run], case: Case, log: list[str], name: str) -> None:
-    """The ranks agree, and with the twin: losses, reports, parameters, what is left of the random numbers."""
-    twin = reference(case)
-    zero_jobs.check_ranks_agree(runs)
-    close = near_tau(twin)[0]
-    for report, want in zip(runs[0].reports, twin.steps, strict=True):
-        assert math.isclose(report.grad_norm, want.grad_norm, rel_tol=1e-4) and not report.skipped
-        for order in want.tau:
-            assert math.isclose(getattr(report, f"tau_{order}"), want.tau[order], rel_tol=1e-3, abs_tol=1e-6)
-            assert abs(getattr(report, f"kept_{order}") - want.kept[order]) <= close
-    mean = sum(sum(run.losses) for run in runs) / len(runs) / case.accumulation
-    assert math.isclose(mean, sum(step.loss for step in twin.steps), rel_tol=1e-4)
-    found = check_parity(runs[0].parameters, twin)
-    log.append(f"{name} x{len(runs)}: {found}")
-    assert torch.equal(runs[0].stream, twin.stream), "the RNG stream after the last step"
-
-
 @pytest.fixture(scope="module")
 def torch_runs() -> Callable[[], Any]:
     """torch's wrappers on two ranks, in one spawn; remembered, a failure too."""
@@ -73,19 +56,19 @@ def zero_runs(extensions: object) -> Callable[[], Any]:
 def test_plain(case: Case, parity_log: list[str]) -> None:
     """One process."""
     model, stepper = build(case)
-    check([train(stepper, model, case)], case, parity_log, f"plain-{case}")
+    torch_jobs.check_runs([train(stepper, model, case)], case, f"plain-{case}", parity_log)
 
 
 @pytest.mark.parametrize("job", TORCH, ids=str)
 def test_torch(job: torch_jobs.Job, torch_runs: Any, parity_log: list[str]) -> None:
     """DDP reduces its KL gradient once a step, FSDP with every micro-batch: the same step."""
-    check(zero_jobs.runs_of(torch_runs(), job), job.case, parity_log, str(job))
+    torch_jobs.check_runs(zero_jobs.runs_of(torch_runs(), job), job.case, str(job), parity_log)
 
 
 @pytest.mark.parametrize("job", ZERO, ids=str)
 def test_zero(job: zero_jobs.Job, zero_runs: Any, parity_log: list[str]) -> None:
     """The KL pass leaves what earlier micro-batches accumulated as it was, wherever DeepSpeed keeps it."""
-    check(zero_jobs.runs_of(zero_runs(), job), job.case, parity_log, str(job))
+    torch_jobs.check_runs(zero_jobs.runs_of(zero_runs(), job), job.case, str(job), parity_log)
 
 
 @pytest.mark.parametrize("job", HALF, ids=str)

@@ -206,8 +206,13 @@ def run_all(rank: int, world: int, jobs: Sequence[Job]) -> dict[str, Run | str]:
 
 
 def check(results: list[dict[str, Run | str]], job: Job, log: list[str]) -> None:
+    """See ``check_runs``."""
+    check_runs(runs_of(results, job), job.case, str(job), log)
+
+
+def check_runs(runs: list[Run], case: Case, name: str, log: list[str]) -> None:
     """The ranks agree, and with the twin: reports, losses, parameters, and what is left of the random numbers."""
-    runs, twin = runs_of(results, job), reference(job.case)
+    twin = reference(case)
     check_ranks_agree(runs)
     close = near_tau(twin)[0]
     for report, want in zip(runs[0].reports, twin.steps, strict=True):
@@ -219,10 +224,10 @@ def check(results: list[dict[str, Run | str]], job: Job, log: list[str]) -> None
                 assert math.isclose(tau, want.tau[order], rel_tol=1e-3, abs_tol=1e-6)
                 assert abs(kept - want.kept[order]) <= close
                 assert report.eligible == sum(risk.numel() for risk in want.risks[order].values())
-    mean = sum(sum(run.losses) for run in runs) / len(runs) / job.case.accumulation
+    mean = sum(sum(run.losses) for run in runs) / len(runs) / case.accumulation
     assert math.isclose(mean, sum(step.loss for step in twin.steps), rel_tol=1e-4)
     found = check_parity(runs[0].parameters, twin)
-    log.append(f"{job} x{len(runs)}: {found}")
+    log.append(f"{name} x{len(runs)}: {found}")
     assert torch.equal(runs[0].stream, twin.stream), "the RNG stream after the last step"
 
 

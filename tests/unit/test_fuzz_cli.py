@@ -104,34 +104,32 @@ def test_wrong_command_lines(words: list[str], message: str, script: Path, capsy
     assert message in printed
 
 
+def exit_code(path: Path, script: str) -> Any:
+    """Of rose_ds.run, for a script."""
+    path.write_text(script)
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(path)])
+    return stop.value.code
+
+
 @pytest.mark.parametrize("ending", ["", "import sys; sys.exit(0)", "raise SystemExit"])
 def test_a_script_that_exits_without_training_is_an_error(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "idle.py"
-    path.write_text(ending)
-    with pytest.raises(SystemExit) as stop:
-        run.main([str(path)])
-    assert stop.value.code == 1
+    assert exit_code(path, ending) == 1
     assert "ROSE did nothing" in capsys.readouterr().err
     run.main([str(path), "--help"])  # whoever asks a script for help does not want to train
 
 
 def test_a_script_that_fails_keeps_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "failing.py"
-    path.write_text("import sys; sys.exit(7)")
-    with pytest.raises(SystemExit) as stop:
-        run.main([str(path)])
-    assert stop.value.code == 7
+    assert exit_code(tmp_path / "failing.py", "import sys; sys.exit(7)") == 7
     assert "ROSE did nothing" not in capsys.readouterr().err
 
 
 def test_a_refusal_within_the_script_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "refused.py"
-    path.write_text("import rose_ds; raise rose_ds.RefusedConfiguration('keep one of them')")
-    with pytest.raises(SystemExit) as stop:
-        run.main([str(path)])
-    assert stop.value.code == 2
+    script = "import rose_ds; raise rose_ds.RefusedConfiguration('keep one of them')"
+    assert exit_code(tmp_path / "refused.py", script) == 2
     assert capsys.readouterr().err == "rose_ds.run: error: keep one of them\n"
 
 
