@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from rose_ds import __version__
+from rose_ds.ending import ending_process_group
 from rose_ds.engines.base import RefusedConfiguration
-from rose_ds.exchange import end_process_group
 from rose_ds.experiments.settings import MethodSettings, RunSettings
 
 _TRAIN = """Fine-tune a classifier and measure it on clean, adversarial and perturbed text.
@@ -73,10 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in _COMMANDS:
         _overview(arguments)
         return
-    command, rest = arguments[0], arguments[1:]
+    with ending_process_group():
+        _run(arguments[0], arguments[1:])
+
+
+def _run(command: str, arguments: list[str]) -> None:
     try:
-        {"train": _train, "evaluate": _evaluate, "report": _report}[command](rest)
-        atexit.register(end_process_group)
+        {"train": _train, "evaluate": _evaluate, "report": _report}[command](arguments)
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):

@@ -51,12 +51,6 @@ class GroupExchange:
         return summed.unsqueeze(0)
 
 
-def end_process_group() -> None:
-    """Take the process group down at the end of a program: gloo's threads may abort an interpreter that just exits."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 class RankLost(RuntimeError):
     """Another rank did not take part in a collective: it died, or it made fewer steps."""
 

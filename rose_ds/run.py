@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from rose_ds.config import RoseConfig
+from rose_ds.ending import ending_process_group
 from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.trainer import RoseTrainer
 
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    with ending_process_group():
+        _run_and_check(script, rest, rose)
+
+
+def _run_and_check(script: Path, rest: Sequence[str], rose: RoseConfig | None) -> None:
     try:
         trained = run(script, rest, rose)
     except RefusedConfiguration as error:  # names the setting and the way out; where the script met it does not matter

@@ -51,3 +51,6 @@ if __name__ == "__main__":
         runpy.run_path(target, run_name="__main__")
     else:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # a script that ends its process group itself still has gloo's threads: see rose_ds/ending.py

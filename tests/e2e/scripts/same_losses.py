@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
 
 from rose_ds import RoseConfig
+from rose_ds.ending import ending_process_group
 from rose_ds.trainer import RoseTrainer
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,4 +73,5 @@ def main(name: str, train_file: str, steps: str, batch: str, out: str, deepspeed
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with ending_process_group():
+        main(*sys.argv[1:])
