@@ -2,7 +2,7 @@
 
 import sys
 
-from rose_ds.cli import main
+from rose_ds.cli import program
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    program(["train", *sys.argv[1:]])

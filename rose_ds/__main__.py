@@ -1,6 +1,6 @@
 """``python -m rose_ds`` is ``rose-ds``."""
 
-from rose_ds.cli import main
+from rose_ds.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -65,6 +65,12 @@ class RunArguments(TrainingArguments):
     )
 
 
+def program(argv: Sequence[str] | None = None) -> None:
+    """``main`` as a process of its own, which ends with it."""
+    with ending_process_group():
+        main(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``rose-ds``; exits with 2 and one line on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -72,13 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in _COMMANDS:
         _overview(arguments)
         return
-    with ending_process_group():
-        _run(arguments[0], arguments[1:])
-
-
-def _run(command: str, arguments: list[str]) -> None:
+    command, rest = arguments[0], arguments[1:]
     try:
-        {"train": _train, "evaluate": _evaluate, "report": _report}[command](arguments)
+        {"train": _train, "evaluate": _evaluate, "report": _report}[command](rest)
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):

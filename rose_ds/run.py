@@ -42,11 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    with ending_process_group():
-        _run_and_check(script, rest, rose)
-
-
-def _run_and_check(script: Path, rest: Sequence[str], rose: RoseConfig | None) -> None:
     try:
         trained = run(script, rest, rose)
     except RefusedConfiguration as error:  # names the setting and the way out; where the script met it does not matter
@@ -144,4 +139,5 @@ def _literal(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_process_group():
+        main()

@@ -121,6 +121,6 @@ if __name__ == "__main__":
     import rose_ds.experiments.run as run
 
     run.RoseTrainer = FaultyTrainer  # type: ignore[misc]
-    from rose_ds.cli import main
+    from rose_ds.cli import program
 
-    main(sys.argv[1:])
+    program(sys.argv[1:])
