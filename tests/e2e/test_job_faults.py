@@ -89,7 +89,7 @@ def launch(engine: str, output_dir: Path, faults: dict[str, Any], *flags: str, r
             (out / "go").touch()
         family = psutil.Process(process.pid).children(recursive=True)
         process.wait(timeout=TIMEOUT)
-        assert not psutil.wait_procs(family, timeout=5)[1], "a process outlived its launcher"
+        assert not psutil.wait_procs(family, timeout=30)[1], "a process outlived its launcher"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -131,7 +131,7 @@ def failing(rank: int, world: int, folder: Path, good: dict[str, Path]) -> dict[
         raise OSError("No space left on device")
 
     def slowly(options: Any) -> None:
-        time.sleep(8)
+        time.sleep(16)
         convert(options)
 
     ds_to_universal.main = fail
@@ -141,7 +141,7 @@ def failing(rank: int, world: int, folder: Path, good: dict[str, Path]) -> dict[
     found["node local"] = refused(stepper, engine, copy)
     engine.use_node_local_storage = node_local
     ds_to_universal.main = slowly
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=12))
     engine.load_checkpoint(str(copy))
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=90))
     found["slow"] = state_of(stepper, engine)
