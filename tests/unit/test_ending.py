@@ -33,9 +33,9 @@ with ending_process_group():
 """
 
 
-def end(kind: str, how: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, kind, how]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "."})
+def end(kind: str, how: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command, env = [sys.executable, "-c", PROGRAM, kind, how], {**os.environ, "PYTHONPATH": ".", **env}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 @pytest.mark.parametrize(("how", "code"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(143)", 143)])
@@ -43,6 +43,12 @@ def test_the_interpreter_is_not_taken_apart_under_gloo(how: str, code: int) -> N
     done = end("gloo", how)
     assert done.stdout.splitlines() == ["worked", "thread", "exit function, process group: False"], done.stderr
     assert done.returncode == code
+
+
+def test_nor_where_the_program_has_ended_its_process_group() -> None:
+    done = end("gloo", "dist.destroy_process_group()", RANK="0")
+    assert done.stdout.splitlines() == ["worked", "thread", "exit function, process group: False"], done.stderr
+    assert done.returncode == 0
 
 
 def test_exceptions_pass_through() -> None:

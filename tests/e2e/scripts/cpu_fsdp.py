@@ -45,12 +45,12 @@ def _config_init(self: FullStateDictConfig, *args: Any, **kwargs: Any) -> None:
 FullStateDictConfig.__init__ = _config_init
 
 if __name__ == "__main__":
+    from rose_ds.ending import ending_process_group
+
     target, sys.argv = sys.argv[1], sys.argv[1:]
-    if target.endswith(".py"):
-        sys.path.insert(0, str(Path(target).resolve().parent))
-        runpy.run_path(target, run_name="__main__")
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)  # a script that ends its process group itself still has gloo's threads: see rose_ds/ending.py
+    with ending_process_group():
+        if target.endswith(".py"):
+            sys.path.insert(0, str(Path(target).resolve().parent))
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
