@@ -199,7 +199,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             print(f"    step {t + 1}/{job['steps']}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     return {
         "parameters": parameters,
-        "eligible": stepper.engine.shards.element_count,
+        "eligible": stepper.engine.layout.element_count,
         "kept_fraction": report.kept_fraction,
         "step_seconds": seconds,
         "phases": found,

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 from rose_ds.config import RoseConfig
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import kth_smallest
 from rose_ds.objectives.divergence import symmetric_kl
 from rose_ds.optimizer import RoseAdamW, register_with_deepspeed
-from rose_ds.report import StepReport, write_scalars
-from rose_ds.stepper import Stepper, prepare
+from rose_ds.training.step_report import StepReport, write_scalars
+from rose_ds.training.stepper import Stepper, prepare
 
 if TYPE_CHECKING:
-    from rose_ds.trainer import RoseTrainer
+    from rose_ds.training.trainer import RoseTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,7 @@ register_with_deepspeed()
 def __getattr__(name: str) -> Any:
     """RoseTrainer on first use: transformers' Trainer takes seconds to import, and loops of one's own do without."""
     if name == "RoseTrainer":
-        from rose_ds.trainer import RoseTrainer
+        from rose_ds.training.trainer import RoseTrainer
 
         return RoseTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

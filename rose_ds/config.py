@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Strategy = Literal["none", "first", "second", "ensemble"]
+Strategy = Literal[
+    "none", "first", "second", "ensemble", "child-tuning", "random", "gradient-mask", "gallop", "cautious"
+]
 Granularity = Literal["element", "tensor"]
 
 #: The authors mask the encoder blocks' weight matrices and LayerNorm weights; embeddings, biases, pooler and head are
@@ -15,33 +17,67 @@ Granularity = Literal["element", "tensor"]
 #: fill the kept quota.
 DEFAULT_INCLUDE = (r"layer.*weight",)
 
+#: Where a strategy's own defaults are not ROSE's.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "child-tuning": {"keep_first": 0.3, "include": ("layer",)},  # biases too, as its authors
+    "cautious": {"include": (".*",)},
+}
+_ROSE = ("first", "second", "ensemble")
+_ELEMENT_ONLY = ("child-tuning", "cautious")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoseConfig:
-    """Settings of Robust Selective Fine-tuning (Jiang et al., EMNLP 2022); bad values raise ValueError or TypeError."""
+    """Which parameters a step updates. Every field is a keyword of RoseAdamW, a key of a DeepSpeed JSON's optimizer
+    block, and a flag of ``rose-ds train``; bad values raise ValueError or TypeError.
+    """
 
-    strategy: Strategy = "ensemble"
-    """Which parameters a step updates: ``first`` (small KL gradient, Eq. 2), ``second`` (gradient agrees with momentum,
-    Eq. 4), ``ensemble`` (both, softly, Eq. 5) or ``none`` (all of them: plain AdamW)."""
-    granularity: Granularity = "element"
-    """What "the i-th parameter" is: every scalar (``element``) or every weight tensor (``tensor``, as the authors'
-    released code)."""
-    keep_first: float = 0.6
-    """Fraction of eligible parameters kept by first-order risk, in (0, 1]: the paper's upper threshold c_F."""
-    keep_second: float = 0.6
-    """Fraction of eligible parameters kept by second-order risk, in (0, 1]: the paper's upper threshold c_S."""
-    gamma: float = 0.5
-    """Weight of the first-order mask in the ensemble, in [0, 1] (Eq. 5)."""
-    include: tuple[str, ...] = DEFAULT_INCLUDE
-    """Regular expressions; a parameter is eligible for masking when one is found in its qualified name."""
-    exclude: tuple[str, ...] = ()
-    """Regular expressions that take names out again."""
-    mask_warmup_steps: int = 0
-    """Optimizer steps at the start that update everything, as AdamW (no second forward pass either)."""
+    strategy: Strategy = _setting(
+        "ensemble",
+        "Which parameters a step updates: first (small KL gradient between two dropout passes, Eq. 2), second "
+        "(gradient agrees with momentum, Eq. 4), ensemble (both, softly, Eq. 5), none (all of them: plain AdamW), "
+        "child-tuning (largest Fisher information, found once), random, gradient-mask (largest gradient), gallop "
+        "(largest |gradient / weight|, found once) or cautious (gradient and update have one sign).",
+    )
+    granularity: Granularity = _setting(
+        "element",
+        'What "the i-th parameter" is: every scalar (element), or every weight tensor (tensor, as the authors\' '
+        "released code).",
+    )
+    keep_first: float = _setting(
+        None,
+        "Fraction of eligible parameters kept, in (0, 1], by first-order risk (the paper's upper threshold c_F) or by "
+        "the score of a strategy that is not ROSE's. Default 0.6; child-tuning 0.3.",
+    )
+    keep_second: float = _setting(
+        0.6, "Fraction of eligible parameters kept by second-order risk, in (0, 1]: the paper's upper threshold c_S."
+    )
+    gamma: float = _setting(0.5, "Weight of the first-order mask in the ensemble, in [0, 1] (Eq. 5).")
+    include: tuple[str, ...] = _setting(
+        None,
+        "Regular expressions; a parameter is eligible for masking when one is found in its qualified name. Default "
+        r"layer.*weight; child-tuning layer; cautious .* (all).",
+    )
+    exclude: tuple[str, ...] = _setting((), "Regular expressions that take names out again.")
+    mask_warmup_steps: int = _setting(
+        0, "Optimizer steps at the start that update everything, as AdamW (no second forward pass either)."
+    )
+    keep_largest: bool = _setting(
+        False, "A control for first, second and ensemble: keep the highest risks instead of the lowest."
+    )
+    mask_seed: int = _setting(0, "Seed of the random strategy's masks, an integer >= 0.")
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(Strategy))
         _one_of("granularity", self.granularity, get_args(Granularity))
+        defaults = {"keep_first": 0.6, "include": DEFAULT_INCLUDE, **_DEFAULTS.get(self.strategy, {})}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         _in_range("keep_first", self.keep_first, low_open=True)
         _in_range("keep_second", self.keep_second, low_open=True)
         _in_range("gamma", self.gamma, low_open=False)
@@ -51,9 +87,16 @@ class RoseConfig:
             raise ValueError(
                 'include=() leaves nothing to mask: use strategy="none" for plain AdamW, or include=(".*",) for all'
             )
-        steps = self.mask_warmup_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"mask_warmup_steps={steps!r} must be an integer >= 0")
+        for name in ("mask_warmup_steps", "mask_seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be an integer >= 0")
+        if not isinstance(self.keep_largest, bool):
+            raise TypeError(f"keep_largest={self.keep_largest!r} must be true or false")
+        if self.keep_largest and self.strategy not in _ROSE:
+            raise ValueError(f"keep_largest=True inverts a risk of ROSE; strategy={self.strategy!r} has none")
+        if self.granularity == "tensor" and self.strategy in _ELEMENT_ONLY:
+            raise ValueError(f'strategy={self.strategy!r} is defined for scalars only: use granularity="element"')
 
     @property
     def uses_first(self) -> bool:

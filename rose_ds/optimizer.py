@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from rose_ds.config import RoseConfig
-from rose_ds.core.mask import mask_values
+from rose_ds.core.layout import Block
+from rose_ds.core.select import Rule
 from rose_ds.core.update import UpdateBatch
+from rose_ds.objectives import Objective, resolve
 
 #: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
 _REFUSED = {
@@ -42,6 +44,8 @@ class Slice(NamedTuple):
     """The tensor in ``param_groups``: the parameter itself, or a flat partition of many."""
     offset: int
     numel: int
+    block: Block
+    """Where the piece lies in the whole named tensor."""
 
     def view(self, like_param: Tensor) -> Tensor:
         """This slice of a tensor that is shaped and sharded like ``param`` (its gradient, exp_avg, ...), 1-D."""
@@ -60,6 +64,11 @@ class Plan:
 
     codes: list[Tensor] | list[int] | None = None
     skip: bool = False
+    values: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    """Of the mask, for codes 0 to 3."""
+    rule: Rule = "robust"
+    scales: Sequence[float] | None = None
+    """A factor for each slice's mask values."""
 
 
 class RoseAdamW(torch.optim.Optimizer):
@@ -71,6 +80,8 @@ class RoseAdamW(torch.optim.Optimizer):
             names them later (DeepSpeed).
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
         foreach: as torch's, for parameters that are not masked.
+        objective: what ``rose_ds.prepare`` trains on unless told otherwise: a name such as "r-drop", or an object with
+            a name and constants. It is here so that a DeepSpeed JSON can carry it.
         rose: the fields of RoseConfig as flat keywords, so that a DeepSpeed JSON can carry them.
 
     Raises:
@@ -86,12 +97,14 @@ class RoseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         foreach: bool | None = None,
+        objective: str | Mapping[str, Any] | Objective = "task",
         **rose: Any,
     ) -> None:
         for option, reason in _REFUSED.items():
             if rose.pop(option, None):
                 raise ValueError(f"RoseAdamW does not support {option}: {reason}")
         self.config = RoseConfig.from_mapping(rose)
+        self.objective = resolve(objective)
         betas = tuple(betas) if isinstance(betas, list) else betas  # type: ignore[assignment]  # JSON has lists
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
         super().__init__(params, defaults)
@@ -101,8 +114,6 @@ class RoseAdamW(torch.optim.Optimizer):
         self._slices: list[Slice] = []
         self._slices_of: dict[Tensor, list[int]] = {}
         register_with_deepspeed()
-
-    # --- what an engine tells it ---
 
     def attach(self, slices: list[Slice]) -> None:
         """Say which pieces of which eligible tensors lie in this process's ``param_groups``."""
@@ -127,7 +138,7 @@ class RoseAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps what it knows; a copy has no engine yet, so it is attached to nothing and has no plan
-        return {**super().__getstate__(), "config": self.config}
+        return {**super().__getstate__(), "config": self.config, "objective": self.objective}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -206,32 +217,33 @@ class RoseAdamW(torch.optim.Optimizer):
             # not in place: DeepSpeed's checkpoint loader shares one step tensor between partitions
             state["step"] = state["step"] + 1
             step = int(state["step"])
-            batch = batches.setdefault(step, UpdateBatch(group, step, mask_values(self.config)))
-            for code, views in self._segments(param, state, plan):
-                batch.add(code, views)
+            batch = batches.setdefault(step, UpdateBatch(group, step, plan.values, plan.rule))
+            for code, views, scale in self._segments(param, state, plan):
+                batch.add(code, views, scale)
         for batch in batches.values():
             batch.flush()
 
     def _segments(
         self, param: Tensor, state: dict[str, Any], plan: Plan
-    ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...]]]:
-        """Cut a parameter into (mask code, views of it, its gradient and moments); code 3 is a mask of ones."""
+    ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...], float]]:
+        """Cut a parameter into (mask code, views of it, its gradient and moments, factor); code 3 is a mask of ones."""
         assert param.grad is not None
         whole = tuple(local(t).detach() for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         indices = self._slices_of.get(param, []) if plan.codes is not None else []
         if not indices:
-            yield 3, whole
+            yield 3, whole, 1.0
             return
         flat = tuple(t.view(-1) for t in whole)
         end = 0
         for i in indices:
             offset, numel = self._slices[i].offset, self._slices[i].numel
             if offset > end:
-                yield 3, tuple(t[end:offset] for t in flat)
-            yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat)  # type: ignore[index]
+                yield 3, tuple(t[end:offset] for t in flat), 1.0
+            scale = 1.0 if plan.scales is None else plan.scales[i]
+            yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat), scale  # type: ignore[index]
             end = offset + numel
         if end < whole[0].numel():
-            yield 3, tuple(t[end:] for t in flat)
+            yield 3, tuple(t[end:] for t in flat), 1.0
 
 
 def _check_state(index: Any, state: dict[str, Any], param: Tensor) -> None:

@@ -4,8 +4,14 @@
     deepspeed --module rose_ds.run script.py ...
     accelerate launch -m rose_ds.run script.py ...
 
-While the script runs, transformers.Trainer is RoseTrainer. Settings are RoseConfig's fields, from --rose or from the
-RoseAdamW optimizer block of the script's own DeepSpeed config. A script that never trained through it is an error.
+While the script runs, transformers.Trainer is RoseTrainer. Settings come from --rose, or from the RoseAdamW optimizer
+block of the script's own DeepSpeed config: RoseConfig's fields, objective=NAME (task, r-drop, smart, freelb) and that
+objective's constants by their names.
+
+    python -m rose_ds.run --rose strategy=first keep_first=0.7 script.py ...
+    python -m rose_ds.run --rose objective=r-drop alpha=0.5 strategy=none script.py ...
+
+A script that never trained through it is an error.
 """
 
 from __future__ import annotations
@@ -14,21 +20,35 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
+from rose_ds.cli.ending import ending_process_group
 from rose_ds.config import RoseConfig
-from rose_ds.ending import ending_process_group
-from rose_ds.engines.base import RefusedConfiguration
-from rose_ds.trainer import RoseTrainer
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.objectives import OBJECTIVES, Objective, resolve
+from rose_ds.training.trainer import RoseTrainer
 
 
 class _Usage(ValueError):
     """What is wrong with the command line."""
+
+
+class Command(NamedTuple):
+    """A command line, taken apart."""
+
+    rose: RoseConfig | None
+    """None: --rose was not given."""
+    objective: Objective | None
+    """None: it was not named."""
+    script: Path
+    arguments: list[str]
+    """The script's."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,26 +58,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__)
         raise SystemExit(0 if arguments else 2)
     try:
-        rose, script, rest = parse(arguments)
+        command = parse(arguments)
     except (ValueError, TypeError) as error:
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
-        trained = run(script, rest, rose)
+        trained = run(command)
     except RefusedConfiguration as error:  # names the setting and the way out; where the script met it does not matter
         print(f"rose_ds.run: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if not trained and not {"-h", "--help"} & set(rest):
+    if not trained and not {"-h", "--help"} & set(command.arguments):
         print(
-            f"rose_ds.run: error: {script} ended without a training step of transformers.Trainer, so ROSE did nothing. "
-            "A Trainer of another kind (Seq2SeqTrainer, a loop of its own) needs rose_ds.prepare() or RoseTrainer",
+            f"rose_ds.run: error: {command.script} ended without a training step of transformers.Trainer, so ROSE did "
+            "nothing. A Trainer of another kind (Seq2SeqTrainer, a loop of its own) needs rose_ds.prepare() or "
+            "RoseTrainer",
             file=sys.stderr,
         )
         raise SystemExit(1)
 
 
-def parse(arguments: Sequence[str]) -> tuple[RoseConfig | None, Path, list[str]]:
-    """The settings given with --rose (None: none were), the script, and its arguments."""
+def parse(arguments: Sequence[str]) -> Command:
+    """The settings given with --rose, the script, and its arguments.
+
+    Raises:
+        ValueError/TypeError: what is wrong, in one line.
+    """
     values: dict[str, Any] = {}
     launcher: list[str] = []  # the deepspeed launcher puts --local_rank before everything else
     rest = list(arguments)
@@ -81,18 +106,44 @@ def parse(arguments: Sequence[str]) -> tuple[RoseConfig | None, Path, list[str]]
     script = Path(rest[0])
     if not os.path.isfile(script):  # noqa: PTH113  Path.is_file() raises where the name is too long
         raise _Usage(f"script {script} does not exist, or is not a file")
-    return RoseConfig.from_mapping(values) if values else None, script, [*launcher, *rest[1:]]
+    rose, objective = _settings(values) if values else (None, None)
+    return Command(rose, objective, script, [*launcher, *rest[1:]])
 
 
-def run(script: Path, arguments: Sequence[str], rose: RoseConfig | None) -> bool:
+def _settings(values: dict[str, Any]) -> tuple[RoseConfig, Objective | None]:
+    """RoseConfig's fields, ``objective``, and its constants, told apart."""
+    rose = {name: value for name, value in values.items() if name in RoseConfig.field_names()}
+    others = {name: value for name, value in values.items() if name not in rose}
+    named = others.pop("objective", None)
+    given = dict(named) if isinstance(named, Mapping) else {"name": "task" if named is None else named}
+    objective = resolve(given)
+    known = [f.name for f in fields(objective)]
+    for name in others:
+        if name in known:
+            continue
+        owners = [owner for owner, cls in OBJECTIVES.items() if name in {f.name for f in fields(cls)}]
+        if owners:
+            raise _Usage(
+                f"--rose {name} is a constant of objective {' and '.join(owners)}, not of {objective.name}: add "
+                f"objective={owners[0]}, or leave it out"
+            )
+        raise _Usage(
+            f"unknown setting {name!r} after --rose; known: {list(RoseConfig.field_names())}, objective, and the "
+            f"constants of objective {objective.name}: {known}"
+        )
+    return RoseConfig.from_mapping(rose), None if named is None else resolve({**given, **others})
+
+
+def run(command: Command) -> bool:
     """Run the script as ``__main__`` with transformers.Trainer replaced; whether it trained through ROSE."""
+    rose, objective, script, arguments = command
     trained = False
 
     class Trainer(RoseTrainer):
         """transformers.Trainer with ROSE, under the name that scripts import."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"rose": rose, **kwargs})
+            super().__init__(*args, **{"rose": rose, "objective": objective, **kwargs})
             if rose is not None and self._deepspeed_optimizer_block() is not None:
                 raise RefusedConfiguration(
                     "settings come from --rose or from the DeepSpeed config's optimizer block, and both are given: "

@@ -16,7 +16,7 @@ from torch import Tensor
 #: Takes this rank's tensor, returns one row a rank (or a single, summed row): shape (rows, *local.shape).
 Exchange = Callable[[Tensor], Tensor]
 #: Values that one set of ranks shares out among its members, and how these ranks exchange counts.
-Part = tuple[Iterable[Tensor], Exchange]
+Spread = tuple[Iterable[Tensor], Exchange]
 
 _ROUNDS = ((20, 12), (10, 10), (0, 10))  # (shift, width) in bits, most significant first
 _INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on negative numbers and from 0xFF8 on NaNs
@@ -30,7 +30,7 @@ class Threshold:
     value: float
     """The k-th smallest, an fp32 value; NaN when there are NaNs."""
     kept: int
-    """How many values are <= value, ties included."""
+    """How many values are <= value (or >= value, where the largest are kept), ties included."""
     kept_per_rank: tuple[int, ...] | None
     """The same by rank, where the exchange tells the ranks apart."""
     infinite: int
@@ -44,37 +44,43 @@ def local_only(counts: Tensor) -> Tensor:
     return counts.unsqueeze(0)
 
 
-def kth_smallest(parts: Sequence[Part], k: int) -> Threshold:
-    """The k-th smallest (1-based) of all values in ``parts``; ``chunks`` are iterated once for each round.
+def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fixed: float | None = None) -> Threshold:
+    """The k-th smallest (1-based) of all values in ``spreads``; ``chunks`` are iterated once for each round.
 
     Args:
-        parts: each a re-iterable of floating tensors (any shape; empty is fine) and the exchange between its ranks.
+        spreads: each a re-iterable of floating tensors (any shape; empty is fine) and the exchange between its ranks.
         k: 1 <= k <= number of values over all ranks.
+        largest: count the values from the k-th smallest upwards as kept, instead of those up to it.
+        fixed: count by this value instead of looking for the k-th smallest.
 
     Raises:
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
+    wanted = None if fixed is None else int(torch.tensor(fixed).view(torch.int32))
     prefix, below, infinite = 0, 0, 0
-    kept_rows = torch.zeros((), dtype=torch.int64)
+    totals = rows_below = torch.zeros((), dtype=torch.int64)
     for depth, (shift, width) in enumerate(_ROUNDS):
-        per_part = [exchange(_histogram(chunks, prefix, shift, width)) for chunks, exchange in parts]
-        counts = torch.stack([rows.sum(0) for rows in per_part]).sum(0)
+        rows = [exchange(_histogram(chunks, prefix, shift, width)) for chunks, exchange in spreads]
+        counts = torch.stack([r.sum(0) for r in rows]).sum(0)
         if depth == 0:
             infinite, nan, total = int(counts[_INFINITY]), _check(counts), int(counts.sum())
             if not 1 <= k <= total:
                 raise ValueError(f"k={k} must be in [1, {total}], the number of values over all ranks")
             if nan:
                 return Threshold(float("nan"), 0, None, infinite, nan)
+            totals = rows[0].sum(1)
         cumulative = counts.cumsum(0)
-        digit = int(torch.searchsorted(cumulative, k - below))
-        kept_rows = kept_rows.to(counts.device) + per_part[0][:, :digit].sum(1)
+        digit = int(torch.searchsorted(cumulative, k - below)) if wanted is None else wanted >> shift & (1 << width) - 1
+        rows_below = rows_below.to(counts.device) + rows[0][:, :digit].sum(1)
         below += int(cumulative[digit - 1]) if digit else 0
         prefix = (prefix << width) | digit
-    kept = below + int(counts[digit])
-    rows = (kept_rows + per_part[0][:, digit]).tolist()
+    if largest:
+        kept, kept_rows = total - below, totals - rows_below
+    else:
+        kept, kept_rows = below + int(counts[digit]), rows_below + rows[0][:, digit]
     value = torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
-    alone = len(parts) > 1 or (len(rows) == 1 and parts[0][1] is not local_only)
-    return Threshold(value, kept, None if alone else tuple(rows), infinite, 0)
+    alone = len(spreads) > 1 or (len(kept_rows) == 1 and spreads[0][1] is not local_only)
+    return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0)
 
 
 def _histogram(chunks: Iterable[Tensor], prefix: int, shift: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masked AdamW (Algorithm 1, lines 8-13)."""
+"""Masked AdamW: ROSE's (Algorithm 1, lines 8-13), and masks that multiply the gradient or the step."""
 
 from __future__ import annotations
 
@@ -82,6 +82,34 @@ def adamw_(
     )
 
 
+def adamw_masked_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masks: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW whose moments and weight decay know no mask; the step itself is multiplied with it. In place."""
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominator = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominator, math.sqrt(1 - beta2**step))
+    torch._foreach_add_(denominator, eps)
+    update = torch._foreach_div(exp_avgs, denominator)
+    torch._foreach_mul_(update, masks)
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, update, alpha=-lr / (1 - beta1**step))
+
+
 class UpdateBatch:
     """Collects views and updates them together: one foreach call for many tensors, bounded scratch memory.
 
@@ -89,41 +117,50 @@ class UpdateBatch:
         group: a parameter group's lr, betas, eps, weight_decay and foreach.
         step: of the views' parameters, from 1.
         values: what the mask is where the code is 0, 1, 2, 3.
+        rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
+            multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
     """
 
-    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...]) -> None:
+    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...], rule: str = "robust") -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
         self.scalars = dict(
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
         )
-        self.foreach, self.values = group["foreach"], values
+        self.foreach, self.values, self.rule = group["foreach"], values, rule
         self.free: list[tuple[Tensor, ...]] = []
         self.masked: list[tuple[Tensor, ...]] = []
         self.pending = 0
 
-    def add(self, code: Tensor | int, views: tuple[Tensor, ...]) -> None:
-        """Take a mask code and what it masks: views of a parameter, its gradient, exp_avg and exp_avg_sq."""
+    def add(self, code: Tensor | int, views: tuple[Tensor, ...], scale: float = 1.0) -> None:
+        """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
+        for the mask's values.
+        """
         if isinstance(code, Tensor):
             for start in range(0, code.numel(), _BATCH):
                 part = slice(start, start + _BATCH)
-                self._add_masked(code[part], tuple(v[part] for v in views))
-        elif self.values[code] == 1.0:
+                self._add_masked(code[part], tuple(v[part] for v in views), scale)
+        elif self.values[code] * scale == 1.0:
             self.free.append(views)
         else:
-            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views)
+            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views, scale)
 
-    def _add_masked(self, code: Tensor, views: tuple[Tensor, ...]) -> None:
+    def _add_masked(self, code: Tensor, views: tuple[Tensor, ...], scale: float) -> None:
         if self.pending + views[0].numel() > _BATCH:
             self._flush_masked()
-        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device)
+        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device).mul_(scale)
         self.masked.append((*views, table[code.int()]))
         self.pending += views[0].numel()
 
     def _flush_masked(self) -> None:
         if self.masked:
             params, grads, exp_avgs, exp_avg_sqs, masks = (list(column) for column in zip(*self.masked, strict=True))
-            masked_adamw_(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
+            if self.rule == "gradient":
+                grads = [g * m for g, m in zip(grads, masks, strict=True)]
+                adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
+            else:
+                update = masked_adamw_ if self.rule == "robust" else adamw_masked_update_
+                update(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
         self.masked, self.pending = [], 0
 
     def flush(self) -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.json"
+#: Of the format. 1 had no version, status, commit, packages and peak memory.
+VERSION = 2
 
 _TYPES = {"str": str, "int": int, "dict": dict}
 
 
 @dataclass
 class Metrics:
-    """One run. Accuracies are fractions in [0, 1]; None where there is no such set or the run did not train."""
+    """One run. Accuracies are fractions in [0, 1]; None where there is no such set or the run did not train. A file of
+    an older version is read with the defaults for what it lacks.
+    """
 
     task: str
     model: str
@@ -32,6 +36,8 @@ class Metrics:
     kept_fraction: float | None = None
     """Mean over steps of the fraction of eligible parameters kept; None without masks."""
     skipped_steps: int | None = None
+    peak_memory_bytes: int | None = None
+    """Most that one rank held during training: allocated on its CUDA device, else resident on the host."""
     glue_accuracy: float | None = None
     """Accuracy on the task's clean dev set."""
     advglue_accuracy: float | None = None
@@ -40,6 +46,13 @@ class Metrics:
     perturbed_by_family: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """The settings used."""
+    version: int = VERSION
+    status: str = "done"
+    """A record is written once its run has come to its end; a run that was stopped or failed leaves none."""
+    commit: str | None = None
+    """Of rose_ds, with "-dirty" where files were changed; None where it is not a git checkout."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """Versions of what computed it, by name."""
 
     def write(self, folder: Path) -> Path:
         """Write folder/metrics.json whole or not at all."""
@@ -55,7 +68,10 @@ class Metrics:
         """Read folder/metrics.json. Raises ValueError naming the file when it is missing, unreadable or not one."""
         path = folder / FILE
         try:
-            metrics = cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = {"version": 1, **json.loads(path.read_text(encoding="utf-8"))}
+            if record["version"] not in range(1, VERSION + 1):
+                raise ValueError(f"version={record['version']!r} is not known here, only 1 to {VERSION} are")
+            metrics = cls(**record)
             metrics._check()
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
@@ -76,6 +92,8 @@ class Metrics:
                 _check_number(f.name, value, fraction=f.name.endswith(("accuracy", "fraction")))
             elif not isinstance(value, _TYPES[kind.partition(" ")[0].partition("[")[0]]) or isinstance(value, bool):
                 raise ValueError(f"{f.name}={value!r} is not a {kind}")
+        if not all(isinstance(version, str) for version in self.packages.values()):
+            raise ValueError(f"packages={self.packages!r} are not versions by name")
 
     def summary(self) -> str:
         """The accuracies on one line."""

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rose_ds.config import RoseConfig
+from rose_ds.experiments.methods import COMBINABLE_MASKS, COMBINABLE_OBJECTIVES, METHODS, method_named, method_with
+from rose_ds.experiments.presets import PRESETS, FilledIn, fill_in
+from rose_ds.objectives import OBJECTIVES, Objective, resolve
 
-#: Method -> ROSE strategy. "vanilla" is AdamW.
-METHODS = {"vanilla": "none", "rose-first": "first", "rose-second": "second", "rose-ensemble": "ensemble"}
 ENGINES = ("auto", "plain", "ddp", "fsdp1", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
+_Class = TypeVar("_Class", bound=type)
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+
+def _help(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
 
 
 @dataclass
 class RunSettings:
     """Task, data and model."""
+
+    _argument_group_name: ClassVar[str] = "task, data and model"
 
     task: str = field(default="snippets", metadata=_help("sst2, rte, qnli, qqp (GLUE and AdvGLUE) or snippets."))
     data: str | None = field(
@@ -51,53 +58,159 @@ class RunSettings:
                 raise ValueError(f"{name}={value} must be at least 1")
 
 
-@dataclass
-class MethodSettings:
-    """How it is trained. keep_*, gamma, granularity and the patterns only matter to ROSE."""
+def constant_flag(objective: str, constant: str) -> str:
+    """The flag of an objective's constant: rdrop_alpha for alpha of r-drop."""
+    return f"{objective.replace('-', '')}_{constant}"
 
-    method: str = field(default="", metadata=_help("One of: " + ", ".join(METHODS) + ". Default: rose-ensemble."))
-    strategy: str | None = field(
-        default=None, metadata=_help("The same by RoseConfig's names: none, first, second or ensemble.")
+
+def _generated() -> Iterator[tuple[str, Any, str]]:
+    """Name, type and help of the flags for RoseConfig's fields and the objectives' constants."""
+    for prefix, settings in (("", RoseConfig), *OBJECTIVES.items()):
+        kinds = get_type_hints(settings)
+        for f in fields(settings):
+            text = f.metadata["help"]
+            if f.name == "mask_seed":
+                text += " Default: --seed."
+            elif any(f.name in method.rose for method in METHODS.values()):
+                text += " Default: the method's."
+            elif f.default not in (None, (), MISSING):
+                text += f" Default: {f.default}."
+            yield constant_flag(prefix, f.name) if prefix else f.name, _flag_type(kinds[f.name]), text
+
+
+def _flag_type(kind: Any) -> Any:
+    """What HfArgumentParser turns into a flag that may be left out (None)."""
+    if kind is bool:
+        return bool  # "bool | None" would demand a value after the flag
+    if get_origin(kind) is Literal:
+        return str | None  # RoseConfig says what is wrong with a value, argparse would say it differently
+    if get_origin(kind) is tuple:
+        return list[get_args(kind)[0]] | None  # type: ignore[misc]
+    return kind | None
+
+
+def _with_generated_flags(cls: _Class) -> _Class:
+    """Class decorator, before dataclass(): those fields, None where a flag is not given."""
+    for name, kind, text in _generated():
+        cls.__annotations__[name] = kind
+        setattr(cls, name, field(default=None, metadata=_help(text)))
+    return cls
+
+
+@dataclass
+@_with_generated_flags
+class MethodSettings:
+    """How it is trained. What is None is the method's own; ``rose()`` and ``objective()`` say what that comes to."""
+
+    _argument_group_name: ClassVar[str] = "method"
+
+    method: str = field(
+        default="",
+        metadata=_help(
+            f"One of: {', '.join(METHODS)}; or OBJECTIVE+MASK, e.g. r-drop+rose-first, with OBJECTIVE of "
+            f"{', '.join(COMBINABLE_OBJECTIVES)} and MASK of {', '.join(COMBINABLE_MASKS)}. Default: rose-ensemble. "
+            "--objective and --strategy say the same by the library's names."
+        ),
     )
-    granularity: str = field(default="element", metadata=_help("What is kept or frozen: element or tensor."))
-    keep_first: float = field(default=0.6, metadata=_help("Fraction kept by first-order risk, in (0, 1]."))
-    keep_second: float = field(default=0.6, metadata=_help("Fraction kept by second-order risk, in (0, 1]."))
-    gamma: float = field(default=0.5, metadata=_help("Weight of the first-order mask in the ensemble, in [0, 1]."))
-    include: list[str] = field(
-        default_factory=lambda: list(RoseConfig().include),
-        metadata=_help("Regular expressions over parameter names; only these may be frozen."),
+    objective_name: str | None = field(
+        default=None,
+        metadata=_help(
+            f"What is minimised, in place of --method: {', '.join(OBJECTIVES)}. Default: task. With --strategy it "
+            "makes a method: r-drop and first are r-drop+rose-first, r-drop and none are r-drop.",
+            aliases=["--objective"],
+        ),
     )
-    exclude: list[str] = field(default_factory=list, metadata=_help("Regular expressions that take names out again."))
-    mask_warmup_steps: int = field(default=0, metadata=_help("First steps that update everything."))
+    preset: str | None = field(
+        default=None,
+        metadata=_help(
+            f"Fill in what was published for the method and task on this size of model: {', '.join(PRESETS)}. "
+            "Whatever is given as a flag stays."
+        ),
+    )
     resume: str | None = field(
         default=None,
         metadata=_help("auto: go on from the newest whole checkpoint in --output_dir; start afresh if there is none."),
     )
+    filled_in: FilledIn | None = field(default=None, init=False)
+    """What the preset added."""
+    chosen: bool = field(default=False, init=False)
+    """Whether the method was said, by any of its flags, or is the default."""
 
     def __post_init__(self) -> None:
-        by_strategy = {strategy: method for method, strategy in METHODS.items()}
-        if self.strategy is not None and self.strategy not in by_strategy:
-            raise ValueError(f"strategy={self.strategy!r} is not one of {list(by_strategy)}")
-        self.method = self.method or by_strategy[self.strategy or "ensemble"]
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {list(METHODS)}")
-        if self.strategy not in (None, METHODS[self.method]):
-            raise ValueError(f"method={self.method!r} has another strategy than {self.strategy!r}: give one of the two")
         if self.resume not in (None, "auto"):
             raise ValueError(f"resume={self.resume!r} must be auto; for a certain checkpoint: --resume_from_checkpoint")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not one of {list(PRESETS)}")
+        given = self._rose_flags()
+        self.chosen = bool(self.method or self.objective_name or "strategy" in given)
+        if not self.method:
+            self.method = method_with(self.objective_name or "task", RoseConfig(**given)).name
+        method = method_named(self.method)
+        said = {"objective": self.objective_name, **given}
+        for name, value in {"objective": method.objective, **method.rose}.items():
+            if said.get(name) not in (None, value):
+                raise ValueError(
+                    f"method={self.method!r} has {name}={value!r}, not {said[name]!r}: give one of the two"
+                )
+        self._refuse_foreign_constants(method.objective)
         self.rose()
+        self.objective()
 
-    def rose(self) -> RoseConfig:
-        """The settings of ROSE that the flags ask for."""
-        return RoseConfig.from_mapping(
-            {
-                "strategy": METHODS[self.method],
-                "granularity": self.granularity,
-                "keep_first": self.keep_first,
-                "keep_second": self.keep_second,
-                "gamma": self.gamma,
-                "include": tuple(self.include),
-                "exclude": tuple(self.exclude),
-                "mask_warmup_steps": self.mask_warmup_steps,
-            }
-        )
+    def rose(self, seed: int | None = None) -> RoseConfig:
+        """Which parameters a step updates. ``seed``: the run's, which random masks follow unless they have their own.
+
+        Raises:
+            ValueError/TypeError: a setting has a bad value.
+        """
+        values = {**method_named(self.method).rose, **self._rose_flags()}
+        if values["strategy"] == "random" and seed is not None:
+            values.setdefault("mask_seed", seed)
+        return RoseConfig.from_mapping(values)
+
+    def objective(self) -> Objective:
+        """What is minimised.
+
+        Raises:
+            ValueError/TypeError: a constant has a bad value.
+        """
+        name = method_named(self.method).objective
+        constants = {f.name: getattr(self, constant_flag(name, f.name)) for f in fields(OBJECTIVES[name])}
+        try:
+            return resolve({"name": name, **{key: value for key, value in constants.items() if value is not None}})
+        except (ValueError, TypeError) as error:  # the message begins with the constant
+            raise type(error)(f"--{constant_flag(name, str(error))}") from error
+
+    def _rose_flags(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in RoseConfig.field_names()}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _refuse_foreign_constants(self, objective: str) -> None:
+        for other, constants in OBJECTIVES.items():
+            for f in fields(constants):
+                flag = constant_flag(other, f.name)
+                if other != objective and getattr(self, flag) is not None:
+                    raise ValueError(
+                        f"--{flag} is a constant of objective {other}, but method {self.method} has objective "
+                        f"{objective}: leave it out, or choose --method {other} or {other}+MASK"
+                    )
+
+
+def recorded(rose: RoseConfig, objective: Objective) -> dict[str, Any]:
+    """A method's settings as metrics.json has them."""
+    return {
+        "rose": {} if rose.strategy == "none" else asdict(rose),
+        "objective": {"name": objective.name, **asdict(objective)},
+    }
+
+
+def from_preset(given: Mapping[str, Any], world_size: int) -> FilledIn | None:
+    """What --preset adds to the flags ``given``, by name; None where there is no --preset.
+
+    Raises:
+        ValueError: see ``rose_ds.experiments.presets.fill_in``; or a flag of the method has a bad value.
+    """
+    if given.get("preset") is None:
+        return None
+    names = {f.name for f in fields(MethodSettings)}
+    method = MethodSettings(**{name: value for name, value in given.items() if name in names})
+    return fill_in(given["preset"], method_named(method.method), given, world_size)

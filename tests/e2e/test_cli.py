@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -41,11 +42,38 @@ def test_train_writes_a_model_and_metrics(trained: Path) -> None:
     assert 0 <= metrics["perturbed_accuracy"] <= 1
     assert 0.59 < metrics["kept_fraction"] < 0.75  # the first step keeps all by second order: there is no history
     assert metrics["config"]["rose"]["strategy"] == "ensemble"
+    assert metrics["config"]["objective"] == {"name": "task"}
+    assert metrics["config"]["preset"] is None
+    assert (metrics["version"], metrics["status"]) == (2, "done")
+    assert metrics["packages"]["rose_ds"] == __version__
+    assert (metrics["commit"] is not None) == (ROOT / ".git").exists()
+    assert 2**28 < metrics["peak_memory_bytes"] < 2**36
     model = AutoModelForSequenceClassification.from_pretrained(trained)
     assert model.config.id2label == {0: "negative", 1: "positive"}
     logits = model(**AutoTokenizer.from_pretrained(trained)("a fine film", return_tensors="pt")).logits
     assert logits.shape == (1, 2)
     assert torch.isfinite(logits).all()
+
+
+def test_any_method_trains_and_is_recorded(minilm: str, snippets: str, tmp_path: Path) -> None:
+    flags = ["train", "--task", snippets, "--model", minilm, "--max_steps", "2", "--output_dir", str(tmp_path), *FLAGS]
+    main([*flags, "--objective", "r-drop", "--strategy", "random", "--rdrop_alpha", "0.5", "--seed", "5"])
+    metrics = Metrics.read(tmp_path)
+    assert metrics.method == "r-drop+random-mask"
+    assert metrics.config["objective"] == {"name": "r-drop", "alpha": 0.5, "kl_reduction": "mean"}
+    assert (metrics.config["rose"]["strategy"], metrics.config["rose"]["mask_seed"]) == ("random", 5)
+    assert metrics.kept_fraction == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_preset_is_recorded(minilm: str, glue: str, tmp_path: Path) -> None:
+    flags = ["--task", "sst2", "--data", glue, "--model", minilm, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    main(["train", "--preset", "paper-base", "--method", "rose-first", *flags, *FLAGS])
+    metrics = Metrics.read(tmp_path)
+    preset = metrics.config["preset"]
+    assert (preset["name"], preset["settings"]["keep_first"]) == ("paper-base", 0.6)
+    assert not {"model", "learning_rate", "max_length", "per_device_train_batch_size"} & set(preset["settings"])
+    assert (metrics.config["adam_beta2"], metrics.config["learning_rate"]) == (0.98, 1e-4)
+    assert metrics.config["rose"]["granularity"] == "tensor"
 
 
 def test_tensorboard_has_the_thresholds(trained: Path) -> None:
@@ -101,6 +129,9 @@ BAD = [
     (["--method", "rose-third"], "method='rose-third' is not one of"),
     (["--strategy", "third"], "strategy='third' is not one of"),
     (["--strategy", "first", "--method", "rose-second"], "give one of the two"),
+    (["--objective", "rdrop"], "objective='rdrop' is not one of"),
+    (["--rdrop_alpha", "0.5"], "--rdrop_alpha is a constant of objective r-drop"),
+    (["--preset", "paper-base"], "preset paper-base has no published settings for rose-ensemble on snippets"),
     (["--keep_first", "0"], "keep_first=0.0 must be in (0, 1]"),
     (["--keep_second", "1.5"], "keep_second=1.5 must be in (0, 1]"),
     (["--gamma", "-0.1"], "gamma=-0.1 must be in [0, 1]"),

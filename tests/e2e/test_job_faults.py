@@ -24,7 +24,7 @@ import torch
 from launching import BIN, ROOT, accelerate, deepspeed
 from safetensors.torch import load_file
 
-from rose_ds import checkpoints
+from rose_ds.training import checkpoints
 
 pytestmark = pytest.mark.timeout(1200)  # twelve launches; two minutes and a half where nothing else runs
 

@@ -19,8 +19,8 @@ import torch
 from launching import ROOT
 from safetensors.torch import load_file
 
-from rose_ds import checkpoints
 from rose_ds.cli import main
+from rose_ds.training import checkpoints
 
 FLAGS = ["--task", "snippets", "--max_train_samples", "40", "--max_eval_samples", "8", "--max_length", "32"]
 FLAGS += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-4", "--seed", "3", "--save_steps", "3"]

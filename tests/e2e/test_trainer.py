@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from rose_ds import RefusedConfiguration, RoseConfig
 from rose_ds.data import get_task, load_task, padding_collator, tokenize
 from rose_ds.experiments.models import resolve
-from rose_ds.trainer import RoseTrainer
+from rose_ds.training.trainer import RoseTrainer
 
 
 @pytest.fixture(scope="module")

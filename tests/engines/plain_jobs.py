@@ -14,7 +14,14 @@ def build(case: Case, **options: Any) -> tuple[Tiny, Any]:
     """The case's model and stepper."""
     model = make_model(case)
     optimizer = RoseAdamW(parameter_groups(case, model, named=True), **{**case.rose, **options})
-    return model, prepare(model, optimizer, accumulation_steps=case.accumulation, max_grad_norm=case.clip)
+    stepper = prepare(
+        model,
+        optimizer,
+        objective=case.objective,
+        accumulation_steps=case.accumulation,
+        max_grad_norm=case.clip,
+    )
+    return model, stepper
 
 
 def one_step(model: Tiny, stepper: Any, t: int, loss: Any = None, forward: Any = None) -> Any:

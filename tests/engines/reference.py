@@ -1,34 +1,23 @@
-"""A single-process twin of Algorithm 1 that reads like the paper, and what it takes to compare an engine with it.
+"""What it takes to compare an engine with ``rose_ds.reference``, the single-process twin.
 
-Nothing of rose_ds is used for the twin. An engine runs the same case through ``train``, with the same weights, batches
-and dropout masks (see ``tiny``), so its parameters must come out the same.
+An engine runs a case through ``train``, with the same weights, batches and random numbers (see ``tiny``), so its
+parameters must come out the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import DROPOUT_SEED, HYPER, Case, group_of, make_model, micro_batch, rows
+from tiny import DROPOUT_SEED, FISHER_CLIP, FISHER_STEPS, HYPER, Case, group_of, make_model, micro_batch, rows
 from torch import Tensor
 
-# --- the paper ---
-
-
-@dataclass
-class TwinStep:
-    """What Algorithm 1 saw in one step: thresholds, kept counts, and risks by eligible name."""
-
-    loss: float
-    grad_norm: float
-    kl: float | None = None
-    tau: dict[str, float] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
-    risks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+from rose_ds.config import RoseConfig
+from rose_ds.reference import Reference, Step
 
 
 @dataclass
@@ -36,103 +25,42 @@ class Twin:
     """The run of the twin."""
 
     parameters: dict[str, Tensor]
-    steps: list[TwinStep]
+    steps: list[Step]
     stream: Tensor
     """Random numbers drawn after the last step."""
-
-
-def kl_both_ways(a: Tensor, b: Tensor) -> Tensor:
-    """Eq. 1, written out."""
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    there = (log_p.exp() * (log_p - log_q)).sum(-1)
-    back = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return (there + back).mean()
-
-
-def magnitude(case: Case, x: Tensor) -> Tensor:
-    """||.||_F of "the i-th parameter": a scalar's absolute value, or a tensor's norm."""
-    return x.abs() if case.granularity == "element" else x.double().norm().float().reshape(1)
-
-
-def keep_lowest(risks: dict[str, Tensor], fraction: float) -> tuple[float, dict[str, Tensor]]:
-    """Eq. 3 over all eligible parameters of the model together."""
-    every = torch.cat([r.flatten() for r in risks.values()])
-    tau = every.kthvalue(max(1, int(fraction * every.numel() + 1e-9))).values
-    return tau.item(), {name: (r <= tau).float() for name, r in risks.items()}
+    rounding: float
+    """Relative rounding error of its scores."""
+    once: Step | None = None
+    """What a mask that was found before the first step saw."""
 
 
 @cache
-def reference(case: Case) -> Twin:
-    """Algorithm 1 in one process, fp32."""
+def reference(case: Case, segments: tuple[tuple[int, int], ...] = ()) -> Twin:
+    """The case in one process, fp32.
+
+    Args:
+        segments: (first step, number of steps) of each part of a run that was interrupted, which draws its random
+            numbers anew; default: one part.
+    """
     model = make_model(case)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hyper = {name: HYPER[group_of(case, name)] for name in named}
-    eligible = [name for name in named if "layer" in name and "weight" in name]
-    m = {name: torch.zeros_like(p) for name, p in named.items()}
-    v = {name: torch.zeros_like(p) for name, p in named.items()}
-    steps = []
-    torch.manual_seed(DROPOUT_SEED)
-    for t in range(1, case.steps + 1):
-        masking = case.strategy != "none" and t > case.mask_warmup_steps
-        first, second = (masking and case.strategy in (order, "ensemble") for order in ("first", "second"))
-        g = {name: torch.zeros_like(p) for name, p in named.items()}
-        g_kl = {name: torch.zeros_like(named[name]) for name in eligible}
-        losses, divergences = [], []
-        for micro in range(case.accumulation):
-            ids, labels = micro_batch(case, t, micro)
-            with rows(len(ids), slice(0, len(ids))):
-                logits = model(ids)
-                if first:
-                    kl = kl_both_ways(logits, model(ids))
-                    grads = torch.autograd.grad(kl, [named[n] for n in eligible], retain_graph=True)
-                    for name, grad in zip(eligible, grads, strict=True):
-                        g_kl[name] += grad / case.accumulation
-                    divergences.append(kl.item())
-                loss = F.cross_entropy(logits, labels)
-                for name, grad in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
-                    g[name] += grad / case.accumulation
-                losses.append(loss.item())
-        norm = torch.stack([x.norm() for x in g.values()]).norm().item()
-        if case.clip:
-            g = {name: x * min(1.0, case.clip / (norm + 1e-6)) for name, x in g.items()}
-        seen = TwinStep(sum(losses) / len(losses), norm, sum(divergences) / len(divergences) if first else None)
+    run = Reference(model, RoseConfig(**case.rose), case.objective, lambda name: HYPER[group_of(case, name)], case.clip)
 
-        mask_f: dict[str, Tensor] = {}
-        mask_s: dict[str, Tensor] = {}
-        if first:  # Eq. 2
-            risks = {name: magnitude(case, g_kl[name]) for name in eligible}
-            seen.risks["first"] = risks
-            seen.tau["first"], mask_f = keep_lowest(risks, case.keep_first)
-        if second:  # Eq. 4
-            risks = {}
-            for name in eligible:
-                alpha = 1 - hyper[name].betas[0]
-                ratio = alpha * magnitude(case, g[name]) / magnitude(case, m[name])
-                history = magnitude(case, m[name]) != 0
-                risks[name] = torch.where(history, (ratio - 1).abs(), torch.zeros_like(ratio))
-            seen.risks["second"] = risks
-            seen.tau["second"], mask_s = keep_lowest(risks, case.keep_second)
-        for order, masks in (("first", mask_f), ("second", mask_s)):
-            if masks:
-                seen.kept[order] = int(sum(mask.sum().item() for mask in masks.values()))
+    def closures(step: int, micro: int) -> tuple[Any, Any]:
+        ids, labels = micro_batch(case, step, micro)
+        return lambda: model(ids), lambda logits: F.cross_entropy(logits, labels)
 
-        with torch.no_grad():
-            for name, p in named.items():
-                h = hyper[name]
-                beta1, beta2 = h.betas
-                M = torch.ones_like(p)
-                if name in mask_f and name in mask_s:  # Eq. 5
-                    M = case.gamma * mask_f[name] + (1 - case.gamma) * mask_s[name]
-                elif name in mask_f or name in mask_s:
-                    M = mask_f[name] if first else mask_s[name]
-                used = M * g[name] + (1 - M) * m[name]  # line 8
-                m[name] = beta1 * m[name] + (1 - beta1) * used  # line 9
-                v[name] = beta2 * v[name] + (1 - beta2) * used**2  # line 10
-                m_hat, v_hat = m[name] / (1 - beta1**t), v[name] / (1 - beta2**t)  # line 11
-                p -= h.lr * (m_hat / (v_hat.sqrt() + h.eps) + h.weight_decay * p) * M  # lines 12 and 13
-        steps.append(seen)
-    stream = torch.rand(4)
-    return Twin({name: p.detach().clone() for name, p in model.named_parameters()}, steps, stream)
+    size, steps = case.batch // case.accumulation, []
+    with rows(size, slice(0, size)):
+        for first, count in segments or ((1, case.steps),):
+            torch.manual_seed(DROPOUT_SEED)
+            if case.strategy == "child-tuning" and run.static is None:
+                run.fisher_pass((closures(t, 0) for t in FISHER_STEPS), FISHER_CLIP)
+            once = run.static[0] if run.static else None
+            steps += [run.step([closures(t, i) for i in range(case.accumulation)]) for t in range(first, first + count)]
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    # R-Drop's task gradient is a difference of two larger ones
+    rounding = 2e-4 if case.objective.name == "r-drop" and case.strategy in ("second", "ensemble") else 2e-5
+    return Twin(parameters, steps, torch.rand(4), rounding, once)
 
 
 # --- an engine's run of the same case, and the comparison ---
@@ -167,18 +95,27 @@ def train(
     """
     reports, losses = [], []
     torch.manual_seed(DROPOUT_SEED)
+
+    def closures(ids: Tensor, labels: Tensor, mine: slice) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        return lambda: model(ids[mine]), lambda logits: F.cross_entropy(logits.float(), labels[mine])
+
+    def share_of(ids: Tensor) -> slice:
+        share = len(ids) // world
+        return slice(rank * share, (rank + 1) * share)
+
+    if stepper.needs_fisher_pass:
+        size = case.batch // case.accumulation
+        batches = [micro_batch(case, t, 0) for t in FISHER_STEPS]
+        with rows(size, share_of(batches[0][0])):
+            stepper.fisher_pass((closures(*batch, share_of(batch[0])) for batch in batches), FISHER_CLIP)
     for t in range(first_step, first_step + case.steps):
         for micro in range(case.accumulation):
             ids, labels = micro_batch(case, t, micro)
-            share = len(ids) // world
-            mine = slice(rank * share, (rank + 1) * share)
+            mine = share_of(ids)
             if reseed:
                 torch.manual_seed(DROPOUT_SEED + 10 * t + micro)
             with rows(len(ids), mine):
-                values = stepper.backward(
-                    lambda ids=ids, mine=mine: model(ids[mine]),
-                    lambda logits, labels=labels, mine=mine: F.cross_entropy(logits.float(), labels[mine]),
-                )
+                values = stepper.backward(*closures(ids, labels, mine))
                 report = stepper.step()
             losses.append(values["loss"].item())
             assert (report is not None) == (micro == case.accumulation - 1), "a report at the boundary and only there"
@@ -208,16 +145,16 @@ class Comparison:
         )
 
 
-def near_tau(twin: Twin, rtol: float = 2e-5) -> tuple[int, int]:
-    """How many risks lie within ``rtol`` of tau but are not tau, and how many there are. A risk of Eq. 4 is the
+def near_tau(twin: Twin) -> tuple[int, int]:
+    """How many risks lie within rounding of tau but are not tau, and how many there are. A risk of Eq. 4 is the
     difference of two numbers near 1, so its rounding error is that of 1, not its own."""
     near = ranked = 0
-    for step in twin.steps:
-        for order, risks in step.risks.items():
+    for step in [*twin.steps, *([twin.once] if twin.once else [])]:
+        for order, risks in step.scores.items():
             every = torch.cat([r.flatten() for r in risks.values()])
             gap = (every - step.tau[order]).abs()
             scale = step.tau[order] if order == "first" else max(step.tau[order], 1.0)
-            near += int(((gap > 0) & (gap <= rtol * scale)).sum())
+            near += int(((gap > 0) & (gap <= twin.rounding * scale)).sum())
             ranked += every.numel()
     return near, ranked
 

@@ -44,7 +44,7 @@ OTHERS = [f"fsdp1-{strategy}-{kind}" for strategy in ("SHARD_GRAD_OP", "NO_SHARD
 FLAT_EXTRAS = [case for case in EXTRAS if not (case.two_groups or case.frozen)]
 ENSEMBLE = [case for case in MATRIX if case.strategy == "ensemble"]
 TWO = [
-    *(Job(case, FULL) for case in MATRIX + [case for case in EXTRAS if not case.frozen]),
+    *(Job(case, FULL) for case in FEW + [case for case in EXTRAS if not case.frozen]),  # test_methods.py: strategies
     *(Job(case, FLAT) for case in ENSEMBLE + FLAT_EXTRAS),
     *(Job(case, how) for how in OTHERS for case in FEW + ENSEMBLE[1:2]),
 ]

@@ -43,13 +43,14 @@ import rose_ds
 
 #: rows that do not divide by columns sharding's ranks are refused by torch
 EVEN = [replace(case, hidden=20) for case in FEW]
-TWO = [
-    *(Job(case, "fsdp2") for case in MATRIX + EXTRAS),
-    *(Job(case, how) for how in ("fsdp2-kept", "fsdp2-checkpoint-wrapper", "fsdp2-offload") for case in FEW),
+#: test_methods.py has every strategy
+JOBS = [
+    *(Job(case, "fsdp2") for case in EXTRAS),
+    *(Job(case, how) for how in ("fsdp2", "fsdp2-kept", "fsdp2-checkpoint-wrapper", "fsdp2-offload") for case in FEW),
     *(Job(case, "fsdp2-columns") for case in EVEN),
 ]
 BF16 = [Job(case, "fsdp2-bf16") for case in FEW]
-THREE = [Job(case, "fsdp2") for case in MATRIX]
+ALONE = [case for case in MATRIX if case.accumulation == 1]
 
 
 def adamw(rank: int, world: int) -> bool:
@@ -162,14 +163,14 @@ REFUSALS = {
 }
 
 
-def everything(rank: int, world: int, jobs: list[Job], extras: bool) -> dict[str, Any]:
+def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = {"jobs": run_all(rank, world, jobs)}
-    if extras and not any(isinstance(run, str) for run in results["jobs"].values()):
+    if not any(isinstance(run, str) for run in results["jobs"].values()):
         results["risks"] = risks_of_all(rank, world, ["fsdp2", "fsdp2-bf16"])
         results["leak"] = leak(rank, world, "fsdp2")
         results["adamw"] = adamw(rank, world)
-        results["few"] = [few_eligible(rank, world, case) for case in MATRIX if case.accumulation == 1]
+        results["few"] = [few_eligible(rank, world, case) for case in ALONE]
         results["accelerate"] = as_accelerate(rank, world)
         results["refused"] = refused(rank, world)
     return results
@@ -177,19 +178,18 @@ def everything(rank: int, world: int, jobs: list[Job], extras: bool) -> dict[str
 
 @pytest.fixture(scope="module")
 def ranks() -> Callable[[int], list[dict[str, Any]]]:
-    """Everything on 2 or 3 ranks, in one spawn; remembered."""
-
-    return once(lambda world: run_ranks(everything, world, TWO + BF16 if world == 2 else THREE, world == 2))
+    """Everything on 2 ranks, in one spawn; remembered."""
+    return once(lambda world: run_ranks(everything, world, JOBS + BF16))
 
 
 def jobs_of(results: list[dict[str, Any]]) -> list[dict[str, Run | str]]:
     return [result["jobs"] for result in results]
 
 
-@pytest.mark.parametrize(("world", "job"), [(2, job) for job in TWO] + [(3, job) for job in THREE], ids=str)
-def test_parity(world: int, job: Job, ranks: Any, parity_log: list[str]) -> None:
-    """Invariant 1, for every strategy and for fully_shard's settings; weights of one element leave ranks empty."""
-    check(jobs_of(ranks(world)), job, parity_log)
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_parity(job: Job, ranks: Any, parity_log: list[str]) -> None:
+    """Invariant 1, for fully_shard's settings; weights of one element leave ranks empty."""
+    check(jobs_of(ranks(2)), job, parity_log)
 
 
 @pytest.mark.parametrize("job", BF16, ids=str)
@@ -222,7 +222,7 @@ def test_none_is_adamw(ranks: Any) -> None:
 
 def test_a_rank_without_eligible_elements(ranks: Any) -> None:
     """It joins every exchange, and the run is that of one process."""
-    for i, case in enumerate(case for case in MATRIX if case.accumulation == 1):
+    for i, case in enumerate(ALONE):
         runs = [result["few"][i] for result in ranks(2)]
         check_ranks_agree(runs)
         model = make_model(case)

@@ -14,7 +14,7 @@ from spawn import run_ranks
 from tiny import Case
 from torch_jobs import Job, check, check_taus, mesh_2d, once, risks_of_all, run_all, start
 
-from rose_ds.engines.sharded import Composed
+from rose_ds.engines.torch.sharded import Composed
 from rose_ds.exchange import GroupExchange, group_exchange
 
 STRATEGIES = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
@@ -37,7 +37,7 @@ RISKS = ["hsdp", "tp", HYBRID1[0], "fsdp2"]
 
 def exchanges(how: str) -> list[type]:
     """Types of the exchanges that a model's thresholds need."""
-    return [type(exchange) for exchange in start(Job(Case(), how))[1].engine.shards.exchanges]
+    return [type(exchange) for exchange in start(Job(Case(), how))[1].engine.layout.exchanges]
 
 
 def composed(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ def test_names() -> None:
     assert stepper.eligible == [name for name in names if "layer" in name and "weight" in name]
     head, *lines = stepper.describe().splitlines()
     eligible = [p.numel() for name, p in model.named_parameters() if name in stepper.eligible]
-    assert head.startswith("ROSE ensemble (element) on plain: ")
+    assert head.startswith("task, ensemble (element) on plain: ")
     assert f"{len(eligible)} tensors, {sum(eligible):,} elements" in head
     said = [line.split() for line in lines]
     want = [
@@ -52,7 +52,7 @@ def test_a_layer_without_gradient_is_kept() -> None:
     stepper = prepare(model, RoseAdamW(model.named_parameters(), strategy="first", keep_first=0.5))
     torch.manual_seed(0)
     report = one_step(model, stepper, 1)
-    twin = reference(Case()).steps[0].risks["first"]
+    twin = reference(Case()).steps[0].scores["first"]
     assert report.eligible == sum(risk.numel() for risk in twin.values()) + spare.numel()
     assert report.kept_first == keep_count(0.5, report.eligible)
     assert torch.equal(spare, value)

@@ -19,7 +19,7 @@ from tiny import Case, make_model, micro_batch, rows
 from torch import Tensor
 from zero_jobs import Job, check_ranks_agree, run_all, runs_of, start
 
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -78,7 +78,7 @@ class Trace:
     states: list[dict[str, Tensor]] = field(default_factory=list)
     counters: list[tuple[float, int, float]] = field(default_factory=list)
     """Loss scale, DeepSpeed's skipped steps, learning rate."""
-    kl_left: list[bool] = field(default_factory=list)
+    left_apart: list[bool] = field(default_factory=list)
 
 
 def overflow(rank: int, world: int, job: Job, what: str) -> Trace:
@@ -122,8 +122,8 @@ def overflow(rank: int, world: int, job: Job, what: str) -> Trace:
         }
         trace.states.append({**stepper.gather_parameters(), **moments})
         lr = engine.get_lr()[0]
-        trace.counters.append((stepper.engine.adapter.loss_scale, int(engine.skipped_steps), lr))
-        trace.kl_left.append(stepper.engine.take_kl_grads() is not None)
+        trace.counters.append((stepper.engine.loss_scale, int(engine.skipped_steps), lr))
+        trace.left_apart.append(stepper.engine.take_risk_grads() is not None)
     engine.destroy()
     return trace
 
@@ -145,15 +145,14 @@ class Seen:
 @contextmanager
 def watching(stepper: Any) -> Iterator[list[Seen]]:
     """Selections, and the gradients of the updates that follow; everything but an arriving gradient is fp32."""
-    import rose_ds.stepper
+    import rose_ds.training.stepper
 
-    original, steps = rose_ds.stepper.select, []
+    original, steps = rose_ds.training.stepper.select, []
 
-    def recording(config: Any, shards: Any, kl_grads: Any, second: Any) -> Any:
-        grads = [g.float() * second.scale for g in second.grads] if second is not None else []
-        assert all(g.dtype == torch.float32 for g in kl_grads)
-        assert all(m.dtype == torch.float32 for m in (second.exp_avgs if second is not None else []))
-        selection = original(config, shards, kl_grads, second)
+    def recording(selectors: Any, granularity: str, inputs: Any) -> Any:
+        grads = [g.float() * inputs.scale for g in inputs.grads]
+        assert all(g.dtype == torch.float32 for g in (*inputs.risk_grads, *inputs.exp_avgs, *inputs.weights))
+        selection = original(selectors, granularity, inputs)
         codes = torch.cat([torch.as_tensor(code).flatten() for code in selection.codes])
         steps.append(Seen(codes, grads))
         return selection
@@ -164,12 +163,12 @@ def watching(stepper: Any) -> Iterator[list[Seen]]:
             if piece.param in held and piece.param.grad is not None and steps:
                 steps[-1].updated_with[i] = piece.grad().clone()
 
-    rose_ds.stepper.select = recording
+    rose_ds.training.stepper.select = recording
     hook = stepper.optimizer.register_step_pre_hook(before_update)
     try:
         yield steps
     finally:
-        rose_ds.stepper.select = original
+        rose_ds.training.stepper.select = original
         hook.remove()
 
 
@@ -190,7 +189,7 @@ def watched(rank: int, world: int, stage: int, scale: str, zero: dict[str, Any])
     with watching(stepper) as steps:
         run = train(stepper, engine, job.case, rank, world, reseed=True)
     assert len(steps) == 3
-    after = stepper.engine.adapter.loss_scale
+    after = stepper.engine.loss_scale
     engine.destroy()
     return steps, run, after
 
@@ -247,7 +246,7 @@ def test_overflow_on_one_rank(job: Job, what: str, under_zero: Any) -> None:
         trace, without = result[f"{job}-{what}"], result[f"{job}-without"]
         assert [report.skipped for report in trace.reports] == [False, True, False, False]
         assert [report.step for report in trace.reports] == [1, 1, 2, 3]
-        assert not any(trace.kl_left), "the KL gradient is dropped with its step"
+        assert not any(trace.left_apart), "the KL gradient is dropped with its step"
         for name, value in trace.states[0].items():
             assert torch.equal(value, trace.states[1][name]), name
         before, after = (SCALE, SCALE / 2) if job in HALF else (1.0, 1.0)

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rose_ds.objectives import Objective, Task, base
+
 GLOBAL_BATCH, VOCABULARY, LENGTH, CLASSES = 12, 31, 5, 3
 DIM, HIDDEN = 13, 19  # odd, so that no parameter divides by 2 or 3 ranks
 DATA_SEED, DROPOUT_SEED = 11, 1234
+FISHER_STEPS, FISHER_CLIP = (101, 102, 103), 0.5  # batches that Child-Tuning_D looks at first
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,26 @@ class Case:
     """Embeddings do not train."""
     batch: int = GLOBAL_BATCH
     """Rows of a step, over all ranks and micro-batches."""
+    objective: Objective = Task()
+    keep_largest: bool = False
 
     @property
     def rose(self) -> dict[str, Any]:
         """The settings that RoseAdamW takes."""
-        names = ("strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps")
+        names = ("strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps", "keep_largest")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
         extra += [f"batch{self.batch}"] if self.batch != GLOBAL_BATCH else []
+        extra += ["inverted"] if self.keep_largest else []
+        settings = [f"{name}{value}" for name, value in vars(self.objective).items() if value != _default(self, name)]
+        extra += [] if self.objective == Task() else [self.objective.name, *settings]
         return "-".join([self.strategy, self.granularity, f"ga{self.accumulation}", *extra])
+
+
+def _default(case: Case, name: str) -> Any:
+    return getattr(type(case.objective)(), name)
 
 
 # --- the model ---
@@ -66,6 +78,18 @@ def rows(total: int, mine: slice) -> Iterator[None]:
         yield
     finally:
         _rows = before
+
+
+def _global(draw: Any) -> Any:
+    def mine(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        assert _rows is not None, "run the model inside rows()"
+        return draw((_rows[0], *shape[1:]), generator)[_rows[1]]
+
+    return mine
+
+
+# noise of the global batch, as GlobalDropout's masks: an objective on a rank gets that of its rows
+base.normal_noise, base.uniform_noise = _global(base.normal_noise), _global(base.uniform_noise)
 
 
 class GlobalDropout(nn.Dropout):
@@ -112,6 +136,9 @@ class Tiny(nn.Module):
         self.layer = nn.ModuleList([Block(case.hidden, case.dropout) for _ in range(case.depth)])
         self.head = nn.Linear(DIM, CLASSES)
         self.checkpointing = case.checkpointing
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.dropout(self.embeddings(ids).mean(1))

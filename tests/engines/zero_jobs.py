@@ -59,7 +59,7 @@ def start(job: Job, world: int, model: Tiny | None = None, **rose: Any) -> tuple
     model = model or make_model(job.case)
     groups: Any = parameter_groups(job.case, model, named=False) if job.case.two_groups else model.parameters()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(job, world, **rose))
-    return engine, rose_ds.prepare(engine)
+    return engine, rose_ds.prepare(engine, objective=job.case.objective)
 
 
 def quiet() -> None:

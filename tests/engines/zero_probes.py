@@ -22,33 +22,29 @@ from zero_jobs import Job, start
 @contextlib.contextmanager
 def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
     """This rank's risks of each step, written out from what the engine hands to the selection."""
-    import rose_ds.stepper
+    import rose_ds.training.stepper
 
-    original, steps = rose_ds.stepper.select, []
+    original, steps = rose_ds.training.stepper.select, []
 
-    def recording(config: Any, shards: Any, kl_grads: Any, second: Any) -> Any:
-        seen = {"index": torch.tensor(list(shards.tensor_index)).repeat_interleave(_sizes(kl_grads, second))}
-        if kl_grads is not None:
-            seen["first"] = torch.cat([g.abs().float().flatten() for g in kl_grads] + [torch.zeros(0)])
-        if second is not None:
+    def recording(selectors: Any, granularity: str, inputs: Any) -> Any:
+        sizes = torch.tensor([g.numel() for g in inputs.grads], dtype=torch.long)
+        seen = {"index": torch.tensor(list(inputs.layout.tensor_index)).repeat_interleave(sizes)}
+        if inputs.risk_grads is not None:
+            seen["first"] = torch.cat([g.abs().float().flatten() for g in inputs.risk_grads] + [torch.zeros(0)])
+        if len(selectors) == 2 or inputs.risk_grads is None:
             parts = [torch.zeros(0)]
-            for grad, m, beta1 in zip(second.grads, second.exp_avgs, second.beta1s, strict=True):
-                risk = ((1 - beta1) * (grad.float() * second.scale).abs() / m.abs() - 1).abs()
+            for grad, m, beta1 in zip(inputs.grads, inputs.exp_avgs, inputs.beta1s, strict=True):
+                risk = ((1 - beta1) * (grad.float() * inputs.scale).abs() / m.abs() - 1).abs()
                 parts.append(torch.where(m == 0, torch.zeros_like(risk), risk).flatten())
             seen["second"] = torch.cat(parts)
         steps.append({name: value.clone() for name, value in seen.items()})
-        return original(config, shards, kl_grads, second)
+        return original(selectors, granularity, inputs)
 
-    rose_ds.stepper.select = recording
+    rose_ds.training.stepper.select = recording
     try:
         yield steps
     finally:
-        rose_ds.stepper.select = original
-
-
-def _sizes(kl_grads: Any, second: Any) -> Tensor:
-    slices = kl_grads if kl_grads is not None else second.grads
-    return torch.tensor([g.numel() for g in slices], dtype=torch.long)
+        rose_ds.training.stepper.select = original
 
 
 def thresholds(rank: int, world: int, job: Job, method: str) -> tuple[Run, list[dict[str, Tensor]]]:

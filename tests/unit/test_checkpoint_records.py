@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rose_ds import RefusedConfiguration, checkpoints
-from rose_ds.checkpoints import Record
+from rose_ds import RefusedConfiguration
+from rose_ds.training import checkpoints
+from rose_ds.training.checkpoints import Record
 
 pytestmark = pytest.mark.fast
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -18,7 +19,12 @@ pytestmark = pytest.mark.fast
 
 #: (settings, exception, words of its message)
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"strategy": "third"}, ValueError, r"strategy='third' is not one of \['none', 'first', 'second', 'ensemble'\]"),
+    (
+        {"strategy": "third"},
+        ValueError,
+        r"strategy='third' is not one of \['none', 'first', 'second', 'ensemble', 'child-tuning', "
+        r"'random', 'gradient-mask', 'gallop', 'cautious'\]",
+    ),
     ({"strategy": None}, ValueError, "strategy=None"),
     ({"granularity": "row"}, ValueError, r"granularity='row' is not one of \['element', 'tensor'\]"),
     *(
@@ -31,6 +37,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({name: value}, TypeError, f"{name}=.* must be a number")
         for name in ("keep_first", "keep_second", "gamma")
         for value in ("0.5", None, True, [0.5])
+        if not (name == "keep_first" and value is None)  # the strategy's own default
     ),
     ({"include": ()}, ValueError, r'include=\(\) .*strategy="none"'),
     ({"include": []}, ValueError, "include"),
@@ -38,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({name: value}, TypeError, f"{name}=.* must be a regular expression")
         for name in ("include", "exclude")
         for value in (3, None, ("a", 3), {"a": 1})
+        if not (name == "include" and value is None)
     ),
     ({"include": "layer("}, ValueError, r"include pattern 'layer\(' is not a regular expression"),
     ({"exclude": ("ok", "[")}, ValueError, r"exclude pattern '\[' is not a regular expression"),
@@ -159,3 +167,28 @@ def test_the_public_names() -> None:
     assert len(found.stdout.split()) == 10
     with pytest.raises(AttributeError, match="no attribute 'Rose'"):
         rose_ds.Rose  # noqa: B018
+
+
+def test_a_strategys_own_defaults() -> None:
+    """None, and JSON's null, are the default of the strategy; what is given stays."""
+    child = RoseConfig(strategy="child-tuning")
+    assert (child.keep_first, child.include) == (0.3, ("layer",))
+    assert RoseConfig(strategy="cautious").include == (".*",)
+    given = RoseConfig.from_mapping({"strategy": "child-tuning", "keep_first": 0.7, "include": None})
+    assert (given.keep_first, given.include) == (0.7, ("layer",))
+    assert dataclasses.replace(child, keep_second=0.5).keep_first == 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strategy": "random", "keep_largest": True}, "keep_largest=True inverts a risk of ROSE"),
+        ({"strategy": "child-tuning", "granularity": "tensor"}, 'use granularity="element"'),
+        ({"strategy": "cautious", "granularity": "tensor"}, 'use granularity="element"'),
+        ({"strategy": "random", "mask_seed": -1}, "mask_seed=-1 must be an integer >= 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_together(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RoseConfig(**settings)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from rose_ds import RoseConfig
-from rose_ds.core.mask import FIRST, SECOND, add_mask_, keep_count, mask_values
+from rose_ds.core.layout import Block, Layout
+from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, uniform
+from rose_ds.core.mask import FIRST, SECOND, add_mask_, keep_count
 from rose_ds.core.risk import first_order_risk, second_order_risk, squared_norms
-from rose_ds.core.select import SecondOrderInputs, Shards, select
+from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import local_only
 from rose_ds.core.update import adamw_, masked_adamw_
+from rose_ds.masks import policy_of
 
 pytestmark = pytest.mark.fast
 
@@ -127,14 +130,16 @@ VALUES = [
     ("ensemble", 0.3, {0: 0.0, 1: 0.3, 2: 0.7, 3: 1.0}),
     ("ensemble", 0.0, {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0}),
     ("ensemble", 1.0, {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0}),
-    ("none", 0.3, {3: 1.0}),
+    ("random", 0.3, {0: 0.0, 1: 1.0}),
 ]
 
 
 @pytest.mark.parametrize(("strategy", "gamma", "values"), VALUES)
 def test_mask_values(strategy: Any, gamma: float, values: dict[int, float]) -> None:
     """Eq. 5, and hard masks; code 3 is always 1."""
-    table = mask_values(RoseConfig(strategy=strategy, gamma=gamma))
+    policy = policy_of(RoseConfig(strategy=strategy, gamma=gamma))
+    assert policy is not None
+    table = policy.values
     assert {code: table[code] for code in values} == pytest.approx(values)
 
 
@@ -226,10 +231,18 @@ def test_mask_of_ones_is_adamw() -> None:
 # --- selection ---
 
 
-def shards_of(tensors: list[Tensor], granularity: str) -> Shards:
-    count = len(tensors)
-    exchanges = [local_only] * count
-    return Shards(list(range(count)), exchanges, [local_only], count, sum(t.numel() for t in tensors))
+def select_for(config: RoseConfig, grads: list[Tensor], **inputs: Any) -> Selection:
+    """Masks of whole tensors that lie in this process."""
+    count = len(grads)
+    blocks = [Block.flat(g.numel(), 0, g.numel()) for g in grads]
+    names = [f"layer.{i}.weight" for i in range(count)]
+    total = sum(g.numel() for g in grads)
+    layout = Layout(list(range(count)), [local_only] * count, [local_only], count, total, names, blocks)
+    zeros = [torch.zeros_like(g) for g in grads]
+    given = {"exp_avgs": zeros, "weights": zeros, "beta1s": [0.9] * count, **inputs}
+    policy = policy_of(config)
+    assert policy is not None
+    return select(policy.selectors, config.granularity, StepInputs(layout, grads, **given))
 
 
 @pytest.mark.parametrize("granularity", ["element", "tensor"])
@@ -238,7 +251,7 @@ def test_kl_gradient_not_finite(granularity: Any) -> None:
     for bad in (math.nan, INF):
         grads = [randn(4), torch.tensor([1.0, bad])]
         config = RoseConfig(strategy="first", granularity=granularity)
-        found = select(config, shards_of(grads, granularity), grads, None)
+        found = select_for(config, grads, risk_grads=grads)
         assert not found.finite and found.codes == []
 
 
@@ -247,8 +260,8 @@ def test_momentum_not_finite(granularity: Any) -> None:
     """NaN in exp_avg can never get well: raised, not skipped."""
     grads, moments = [randn(4), randn(3)], [randn(4, seed=5), torch.tensor([1.0, math.nan, 2.0])]
     config = RoseConfig(strategy="second", granularity=granularity)
-    with pytest.raises(FloatingPointError, match="1 second-order risks are NaN"):
-        select(config, shards_of(grads, granularity), None, SecondOrderInputs(grads, moments, [0.9, 0.9]))
+    with pytest.raises(FloatingPointError, match="1 scores are NaN"):
+        select_for(config, grads, exp_avgs=moments)
 
 
 def test_alpha_is_each_groups() -> None:
@@ -256,6 +269,71 @@ def test_alpha_is_each_groups() -> None:
     grads, moments = [torch.tensor([1.0]), torch.tensor([1.0])], [torch.tensor([0.1]), torch.tensor([0.1])]
     for granularity in ("element", "tensor"):
         config = RoseConfig(strategy="second", granularity=granularity, keep_second=0.5)  # type: ignore[arg-type]
-        found = select(config, shards_of(grads, granularity), None, SecondOrderInputs(grads, moments, [0.5, 0.9]))
-        assert found.second is not None and found.second.value == pytest.approx(0.0, abs=1e-6)
+        found = select_for(config, grads, exp_avgs=moments, beta1s=[0.5, 0.9])
+        assert found.thresholds[SECOND].value == pytest.approx(0.0, abs=1e-6)
         assert [int(code) for code in found.codes] == [0, SECOND]
+
+
+def test_what_an_objective_added_is_taken_out() -> None:
+    """R-Drop's share of the ranked gradient, clipped alike, leaves the task gradient to Eq. 4."""
+    task, kl, clip, share = [randn(5, seed=1), randn(7, seed=2)], [randn(5, seed=3), randn(7, seed=4)], 0.25, 1.5
+    moments = [randn(5, seed=5), randn(7, seed=6)]
+    whole = [(g + share * k) * clip for g, k in zip(task, kl, strict=True)]
+    for granularity in ("element", "tensor"):
+        config = RoseConfig(strategy="second", granularity=granularity)  # type: ignore[arg-type]
+        want = select_for(config, [g * clip for g in task], exp_avgs=moments)
+        for scale in (1.0, 0.125):  # ZeRO's gradients wait unclipped, still multiplied with a loss scale
+            grads = [w / scale for w in whole]
+            found = select_for(config, grads, exp_avgs=moments, risk_grads=kl, scale=scale, share=share, clip=clip)
+            assert found.thresholds[SECOND].value == pytest.approx(want.thresholds[SECOND].value, rel=1e-4)
+            assert [torch.as_tensor(c).tolist() for c in found.codes] == [
+                torch.as_tensor(c).tolist() for c in want.codes
+            ]
+
+
+@pytest.mark.parametrize(("strategy", "want"), [("gradient-mask", [0, 0, 1, 1]), ("gallop", [0, 1, 0, 1])])
+def test_largest_scores_are_kept(strategy: Any, want: list[int]) -> None:
+    """|grad|, and |grad| / |weight|; a gradient of 0 on a weight of 0 scores 0."""
+    grads, weights = [torch.tensor([0.0, 1.0, 2.0, -3.0])], [torch.tensor([0.0, 0.1, -5.0, 1.0])]
+    found = select_for(RoseConfig(strategy=strategy, keep_first=0.5), grads, weights=weights)
+    assert found.codes[0].tolist() == want  # type: ignore[union-attr]
+    assert found.thresholds[FIRST].kept == 2
+
+
+def test_random_mask_is_of_names_and_positions() -> None:
+    """The same elements whatever the slices; another seed, step or name gives others."""
+    config = RoseConfig(strategy="random", keep_first=0.5)
+    whole = select_for(config, [torch.zeros(6, 10)]).codes[0]
+    parts = []
+    for columns in (slice(0, 3), slice(3, 10)):  # a column shard is not contiguous in its tensor
+        extent = (6, columns.stop - columns.start)
+        block = Block((6, 10), (0, columns.start), extent)
+        layout = Layout([0], [local_only], [local_only], 1, 60, ["layer.0.weight"], [block])
+        zeros = [torch.zeros(block.numel)]
+        inputs = StepInputs(layout, zeros, zeros, zeros, [0.9])
+        parts.append(ElementMagnitudes(inputs, 0, slice(None)).uniform.view(extent))
+    drawn = torch.cat(parts, 1).flatten()
+    assert drawn.min() >= 0 and drawn.max() < 1 and drawn.unique().numel() == 60
+    assert torch.equal(whole, (drawn <= drawn.kthvalue(30).values).to(torch.uint8))  # type: ignore[arg-type]
+    for other in ({"seed": 1}, {"step": 2}):
+        assert not torch.equal(whole, select_for(config, [torch.zeros(6, 10)], **other).codes[0])  # type: ignore[arg-type]
+
+
+def test_uniform_is_uniform() -> None:
+    """Mean, spread and neighbours of 100,000 positions."""
+    layout = Layout([], [], [], 0, 0)
+    drawn = uniform(StepInputs(layout, [], [], [], []), "name", torch.arange(100_000)).double()
+    assert abs(drawn.mean() - 0.5) < 0.005 and abs(drawn.var() - 1 / 12) < 0.002
+    centred = drawn - drawn.mean()
+    assert abs((centred[1:] * centred[:-1]).mean()) < 0.002
+    counts = torch.histc(drawn, 100, 0, 1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 150  # chi-square of 99 degrees: 0.999 quantile 149
+
+
+def test_block_positions() -> None:
+    """Row-major positions of a box in its tensor, whole and by parts."""
+    whole = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    block = Block((4, 5, 6), (1, 2, 0), (2, 3, 5))
+    want = whole[1:3, 2:5, 0:5].flatten()
+    assert torch.equal(block.positions(), want) and torch.equal(block.positions(slice(7, 19)), want[7:19])
+    assert torch.equal(Block.flat(100, 40, 5).positions(), torch.arange(40, 45))

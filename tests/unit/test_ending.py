@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import atexit, sys, threading, time
 import torch.distributed as dist
-from rose_ds.ending import ending_process_group
+from rose_ds.cli.ending import ending_process_group
 
 class Witness:
     def __del__(self):

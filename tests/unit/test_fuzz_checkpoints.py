@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rose_ds import RoseAdamW, cli
-from rose_ds.experiments import compare
-from rose_ds.experiments.metrics import FILE, Metrics
+from rose_ds.experiments import report
+from rose_ds.experiments.metrics import FILE, VERSION, Metrics
 from rose_ds.experiments.models import ModelError, load_tokenizer, resolve
 
 pytestmark = pytest.mark.fast
@@ -34,21 +34,25 @@ FULL: dict[str, Any] = {
     "step_seconds": 0.5,
     "kept_fraction": 0.6,
     "skipped_steps": 0,
+    "peak_memory_bytes": 2**31,
     "glue_accuracy": 0.75,
     "advglue_accuracy": None,
     "perturbed_accuracy": 1,
     "perturbed_by_family": {"swap": 1.0},
     "config": {"task": "snippets"},
+    "version": VERSION,
+    "status": "done",
+    "commit": "0123abc-dirty",
+    "packages": {"torch": "2.13.0"},
 }
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("seed", "world_size", "steps", "skipped_steps"), (int, type(None))),
-    **dict.fromkeys(("method", "engine", "precision"), (str, type(None))),
+    **dict.fromkeys(("seed", "world_size", "steps", "skipped_steps", "peak_memory_bytes"), (int, type(None))),
+    **dict.fromkeys(("method", "engine", "precision", "commit"), (str, type(None))),
     **dict.fromkeys((name for name in FULL if "seconds" in name), (int, float, type(None))),
     **dict.fromkeys((name for name in FULL if "accuracy" in name or "fraction" in name), (int, float, type(None))),
-    "task": (str,),
-    "model": (str,),
-    "perturbed_by_family": (dict,),
-    "config": (dict,),
+    **dict.fromkeys(("task", "model", "status"), (str,)),
+    **dict.fromkeys(("perturbed_by_family", "config", "packages"), (dict,)),
+    "version": (int,),
 }
 
 
@@ -60,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use(metrics: Metrics, folder: Path) -> None:
     """What ``rose-ds report`` and ``evaluate`` do with a record, short of the chart."""
-    assert metrics.task in compare.table([metrics, metrics])
+    assert metrics.task in report.table([metrics, metrics])
     assert metrics.task in metrics.summary()
     metrics.write(folder)
     assert repr(Metrics.read(folder)) == repr(metrics)  # config may hold a NaN, which is not itself
@@ -77,6 +81,10 @@ def test_a_record_with_a_value_of_anything(run: Path, name: str, value: Any) -> 
         fits = 0 <= value <= 1
     if fits and name == "perturbed_by_family":
         fits = all(type(v) in (int, float) and 0 <= v <= 1 for v in value.values())
+    if fits and name == "packages":
+        fits = all(isinstance(v, str) for v in value.values())
+    if fits and name == "version":
+        fits = value in (1, VERSION)
     if fits:
         metrics = Metrics.read(run)
         assert repr(getattr(metrics, name)) == repr(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rose_ds import RefusedConfiguration, RoseConfig, cli, run
+from rose_ds.cli.arguments import precision_flags
+from rose_ds.objectives import OBJECTIVES, FreeLB, RDrop, Smart, Task
 
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).resolve().parents[2]
 FITTING = {
-    "strategy": st.sampled_from(["none", "first", "second", "ensemble"]),
+    "strategy": st.sampled_from(["none", "first", "second", "ensemble", "random", "gallop"]),
     "granularity": st.sampled_from(["element", "tensor"]),
     "keep_first": st.floats(0, 1) | st.integers(0, 1),
     "gamma": st.floats(0, 1) | st.integers(0, 1),
@@ -39,18 +42,23 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @FUZZ
 @given(
-    st.lists(st.text(max_size=8) | st.sampled_from(["--rose", "gamma=0.5", "=", "-", "--", "strategy="]), max_size=5)
+    st.lists(
+        st.text(max_size=8)
+        | st.sampled_from(["--rose", "gamma=0.5", "=", "-", "--", "strategy=", "objective=r-drop", "alpha=2"]),
+        max_size=5,
+    )
 )
 def test_any_command_line_is_parsed_or_explained(script: Path, words: list[str]) -> None:
     """Nothing but a message comes out of a wrong one, and the script's own arguments are never touched."""
     try:
-        rose, found, rest = run.parse([*words, str(script), "--flag", "key=value"])
+        rose, objective, found, rest = run.parse([*words, str(script), "--flag", "key=value"])
     except (ValueError, TypeError) as error:
         assert str(error)
         return
     assert found == script
     assert rest[-2:] == ["--flag", "key=value"]
     assert (rose is None) == ("--rose" not in words)
+    assert (objective is None) == ("objective=r-drop" not in words)
 
 
 @FUZZ
@@ -65,6 +73,7 @@ def test_rose_settings_arrive_as_given(script: Path, values: dict[str, Any]) -> 
             run.parse(command)
         return
     assert run.parse(command)[0] == wanted
+    assert run.parse(command).objective is None
 
 
 PAIRS: list[tuple[str, Any]] = [
@@ -78,8 +87,33 @@ PAIRS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("pair", "value"), PAIRS, ids=[pair for pair, _ in PAIRS])
 def test_rose_values(pair: str, value: Any, script: Path) -> None:
-    rose, _, _ = run.parse(["--rose", pair, str(script)])
+    rose = run.parse(["--rose", pair, str(script)]).rose
     assert getattr(rose, pair.partition("=")[0]) == value
+
+
+OBJECTIVE_WORDS: list[tuple[list[str], Any]] = [
+    (["objective=task"], Task()),
+    (["objective=r-drop"], RDrop()),
+    (["alpha=0.5", "objective=r-drop"], RDrop(alpha=0.5)),
+    (["objective=r-drop", "kl_reduction=sum", "strategy=first"], RDrop(kl_reduction="sum")),
+    (["objective=smart", "step_size=.5"], Smart(step_size=0.5)),
+    (["objective=freelb", "passes=2", "step_size=.5"], FreeLB(passes=2, step_size=0.5)),
+    (['objective={"name": "r-drop", "alpha": 2}', "kl_reduction=sum"], RDrop(alpha=2, kl_reduction="sum")),
+    (["strategy=first"], None),
+]
+
+
+@pytest.mark.parametrize(("words", "objective"), OBJECTIVE_WORDS, ids=[" ".join(words) for words, _ in OBJECTIVE_WORDS])
+def test_rose_objectives(words: list[str], objective: Any, script: Path) -> None:
+    found = run.parse(["--rose", *words, str(script)])
+    assert found.objective == objective
+    assert found.rose == (RoseConfig(strategy="first") if "strategy=first" in words else RoseConfig())
+
+
+def test_plain_names_are_not_ambiguous() -> None:
+    """A constant that were also a field of RoseConfig could not be meant."""
+    for objective in OBJECTIVES.values():
+        assert not {f.name for f in fields(objective)} & {*RoseConfig.field_names(), "objective", "name"}
 
 
 USAGE: list[tuple[list[str], str]] = [
@@ -88,6 +122,13 @@ USAGE: list[tuple[list[str], str]] = [
     (["--rose"], "--rose needs settings"),
     (["--rose", "include=" + "[" * 100_000], "is not a regular expression"),
     (["--rose", "gamma={[]:1}"], "gamma='{[]:1}' must be a number"),
+    (["--rose", "keep_frist=0.5"], "unknown setting 'keep_frist' after --rose; known: ['strategy', "),
+    (["--rose", "alpha=0.5"], "--rose alpha is a constant of objective r-drop, not of task: add objective=r-drop"),
+    (["--rose", "objective=r-drop", "passes=2"], "a constant of objective freelb, not of r-drop"),
+    (["--rose", "step_size=1"], "a constant of objective smart and freelb, not of task"),
+    (["--rose", "objective=rdrop"], "objective='rdrop' is not one of ['task', 'r-drop', 'smart', 'freelb']"),
+    (["--rose", "objective=3"], "objective=3 must be a name"),
+    (["--rose", "objective=r-drop", "alpha=-1"], "alpha=-1 must be finite and >= 0"),
     (["x" * 5000], "does not exist, or is not a file"),
     (["."], "does not exist, or is not a file"),
     (["--Rose", "gamma=1"], "unknown option --Rose"),
@@ -143,7 +184,7 @@ def flags(path: Path, content: bytes) -> list[str] | None:
     """The precision flags for a config file; None where it is refused, after checking how."""
     path.write_bytes(content)
     try:
-        return cli._precision_flags(["--deepspeed", str(path)])
+        return precision_flags(["--deepspeed", str(path)])
     except RefusedConfiguration as error:
         assert str(error).startswith(f"--deepspeed {path}")
         return None
@@ -234,3 +275,40 @@ def test_json_text_in_place_of_a_path_is_refused(tmp_path: Path, capsys: pytest.
         cli.main(["train", "--deepspeed", text, "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert "file name too long" in capsys.readouterr().err
+
+
+# --- rose-ds ---
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"\n  rose-ds {command} " in printed  # as it was written, not filled into a paragraph
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert cli.COMMANDS[command][0].split(",")[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_train_help_lists_methods_and_every_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for flag in (*RoseConfig.field_names(), "objective", "preset", "rdrop_alpha", "smart_radius", "freelb_passes"):
+        assert len(re.findall(rf"^  --{flag} ", printed, re.MULTILINE)) == 1, flag
+    assert "  gallop          largest" in printed
+    assert "--max-steps" not in printed  # the second spelling of every flag doubles the text
+    assert "(default: None)" not in printed
+    assert "Weight of R-Drop's divergence between the two passes." in " ".join(printed.split())
+
+
+def test_an_unknown_flag_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "evaluate"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--output_dir", str(tmp_path / "out"), "--keep_frist", "0.5"])
+        assert stop.value.code == 2
+        usage, *lines = capsys.readouterr().err.splitlines()
+        assert usage == f"usage: rose-ds {command} [--flag value ...]"
+        assert lines == [f"rose-ds {command}: error: unrecognized arguments: --keep_frist 0.5"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rose_ds import RoseAdamW, RoseConfig
+from rose_ds.core.layout import Block
 from rose_ds.optimizer import Plan, Slice
 
 pytestmark = pytest.mark.fast
@@ -125,7 +126,7 @@ REFUSED = [
     ({"capturable": True}, ValueError, "does not support capturable"),
     ({"differentiable": True}, ValueError, "does not support differentiable"),
     ({"fused": True}, ValueError, "does not support fused: use foreach"),
-    ({"keep": 0.5}, ValueError, r"unknown ROSE setting\(s\) \['keep'\]; known: \['strategy'.*'mask_warmup_steps'\]"),
+    ({"keep": 0.5}, ValueError, r"unknown ROSE setting\(s\) \['keep'\]; known: \['strategy'.*'mask_seed'\]"),
     ({"keep_first": 2}, ValueError, "keep_first=2"),
     ({"lr": -1.0}, ValueError, r"lr=-1\.0 must be >= 0"),
     ({"betas": (0.9, 1.0)}, ValueError, r"betas=\(0\.9, 1\.0\) must be two numbers in \[0, 1\)"),
@@ -210,10 +211,12 @@ def test_masks_reach_their_slices_only() -> None:
     flat, twin = (nn.Parameter(torch.arange(1.0, 13.0)) for _ in range(2))
     rose = RoseAdamW([flat], lr=0.1, strategy="ensemble", gamma=0.25)
     adam = torch.optim.AdamW([twin], lr=0.1)
-    rose.attach([Slice("b", 1, flat, 8, 2), Slice("a", 0, flat, 2, 3)])  # not in the order they lie in
+    rose.attach(
+        [Slice("b", 1, flat, 8, 2, Block.flat(2, 0, 2)), Slice("a", 0, flat, 2, 3, Block.flat(3, 0, 3))]
+    )  # not in the order they lie in
     codes = [torch.tensor([0, 3], dtype=torch.uint8), torch.tensor([0, 3, 1], dtype=torch.uint8)]
     flat.grad, twin.grad = torch.ones(12), torch.ones(12)
-    rose.plan = Plan(codes)
+    rose.plan = Plan(codes, values=(0.0, 0.25, 0.75, 1.0))
     rose.step()
     adam.step()
     mask = torch.ones(12)
@@ -224,18 +227,20 @@ def test_masks_reach_their_slices_only() -> None:
     torch.testing.assert_close(rose.state[flat]["exp_avg"][4].item(), 0.25 * adam.state[twin]["exp_avg"][4].item())
 
 
+@pytest.mark.parametrize("rule", ["robust", "gradient", "update"])
 @pytest.mark.parametrize("batch", [1, 3, 4, 1000])
-def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch, batch: int, rule: Any) -> None:
     """Masked elements are updated a bounded number at a time."""
     results = []
     for size in (batch, 1 << 24):
         monkeypatch.setattr("rose_ds.core.update._BATCH", size)
         p = nn.Parameter(torch.linspace(-1, 1, 10))
         rose = RoseAdamW([p], lr=0.1, strategy="ensemble")
-        rose.attach([Slice("p", 0, p, 0, 10)])
+        rose.attach([Slice("p", 0, p, 0, 10, Block.flat(10, 0, 10))])
         for step in range(3):
             p.grad = torch.linspace(1, 2, 10) * (step + 1)
-            rose.plan = Plan([torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 3], dtype=torch.uint8)])
+            codes = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 3], dtype=torch.uint8)
+            rose.plan = Plan([codes], values=(0.0, 0.5, 0.5, 1.0), rule=rule)
             rose.step()
         results.append(p.detach().clone())
     assert torch.equal(*results)

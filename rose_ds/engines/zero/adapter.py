@@ -10,53 +10,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rose_ds.engines.base import Planner
+from rose_ds.engines.base import Decision
+from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.optimizer import RoseAdamW, Slice
 
 
 class Adapter(ABC):
-    """One of DeepSpeed's optimizer wrappers. Made once an engine; ``slices`` is filled in by ``find_slices``."""
+    """One of DeepSpeed's optimizer wrappers. Made once an engine, which then attaches the eligible slices."""
 
     #: Whether two backward passes may share the first pass's graph; otherwise it is run again.
     shares_graph = True
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        self.engine, self.outer, self.base = engine, engine.optimizer, base
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        self.ds, self.ds_optimizer, self.rose_optimizer = ds, ds.optimizer, rose_optimizer
         self.slices: list[Slice] = []
+        """Of the eligible parameters."""
         self.params: list[nn.Parameter] = []
-        """The model's parameter behind each slice."""
-        self.on_plan: Planner | None = None
+        """The model's parameter behind each of these."""
+        self.on_gradients: Decision | None = None
         """Set while a step runs through the stepper."""
 
-    def find_slices(self, index: dict[str, int]) -> list[Slice]:
-        """This rank's slices of the named parameters."""
-        for name, param in self.engine.module.named_parameters():
-            if name in index:
-                piece = self._slice_of(name, index[name], param)
-                if piece is not None:
-                    self.slices.append(piece)
-                    self.params.append(param)
-        return self.slices
+    def find_slices(self, names: Sequence[str]) -> list[tuple[Slice, nn.Parameter]]:
+        """This rank's slices of the named parameters, each with the model's parameter."""
+        index = {name: i for i, name in enumerate(names)}
+        named = [(name, p) for name, p in self.ds.module.named_parameters() if name in index]
+        found = [(self._slice_of(name, index[name], param), param) for name, param in named]
+        return [(piece, param) for piece, param in found if piece is not None]
+
+    def attach(self, found: Sequence[tuple[Slice, nn.Parameter]]) -> None:
+        """Say which slices are eligible."""
+        self.slices, self.params = [piece for piece, _ in found], [param for _, param in found]
 
     @abstractmethod
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share out each tensor; None where every rank holds all of it."""
 
-    def kl_sums(self) -> list[Tensor]:
-        """Zeros to add the KL gradient to, fp32, one 1-D tensor a slice, where the optimizer's state lies."""
+    def risk_sums(self) -> list[Tensor]:
+        """Zeros to add the gradient kept apart to, fp32, one 1-D tensor a slice, where the optimizer's state lies."""
         return [torch.zeros(piece.numel, device=piece.param.device) for piece in self.slices]
 
     @abstractmethod
-    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+    def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
 
     def rearmed(self) -> Callable[[], None]:
-        """Called after two forward passes; the result is called before the backward pass of each."""
+        """Called after a forward pass; the result is called before the backward pass of it."""
         return lambda: None
 
     def beta1_of(self) -> dict[Tensor, float]:
         """beta1 of each tensor that the optimizer steps; asked between steps."""
-        return {p: group["betas"][0] for group in self.base.param_groups for p in group["params"]}
+        return {p: group["betas"][0] for group in self.rose_optimizer.param_groups for p in group["params"]}
 
     def to_backward(self, loss: Tensor) -> Tensor:
         """What to give to DeepSpeed's ``engine.backward``, which applies the loss scale."""
@@ -64,9 +67,14 @@ class Adapter(ABC):
 
     def after_load(self) -> None:
         """DeepSpeed has loaded a checkpoint, which may be one of a run that had no states yet."""
-        for group in self.base.param_groups:
+        for group in self.rose_optimizer.param_groups:
             for param in group["params"]:
-                self.base.init_state(param)
+                self.rose_optimizer.init_state(param)
+
+    def publish(self) -> None:
+        """Bring the fp32 weights that the optimizer holds to the parameters that forward passes use."""
+        if hasattr(self.ds_optimizer, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
+            self.ds_optimizer.update_lp_params()
 
     @abstractmethod
     def full_parameter(self, param: nn.Parameter) -> Tensor:
@@ -78,15 +86,17 @@ class Adapter(ABC):
     @property
     def loss_scale(self) -> float:
         """What gradients are multiplied with until the step; 1 but for fp16."""
-        return float(getattr(self.outer, "loss_scale", 1.0))
+        return float(getattr(self.ds_optimizer, "loss_scale", 1.0))
 
-    def _plan(self, grads: Sequence[Tensor], norm: float | None, scale: Tensor | float = 1.0) -> bool:
-        """Make the step's plan; whether it is to skip. DeepSpeed then counts a skipped step, and its lr waits."""
-        assert self.on_plan is not None
-        plan, self.on_plan = self.on_plan, None
-        plan(grads, norm, scale)
-        self.outer.overflow = self.base.skips
-        return bool(self.outer.overflow)
+    def _decide(
+        self, grads: Sequence[Tensor], norm: float | None, scale: Tensor | float = 1.0, clip: float | None = None
+    ) -> bool:
+        """Have the step's plan made; whether it is to skip. DeepSpeed then counts a skipped step, and its lr waits."""
+        assert self.on_gradients is not None
+        decide, self.on_gradients = self.on_gradients, None
+        decide(grads, norm, scale, clip_factor(norm, self.ds.gradient_clipping()) if clip is None else clip)
+        self.ds_optimizer.overflow = self.rose_optimizer.skips
+        return bool(self.ds_optimizer.overflow)
 
 
 class ScaledAdapter(Adapter):
@@ -94,13 +104,13 @@ class ScaledAdapter(Adapter):
 
     They call their ``_update_scale`` once a step, on every rank alike: gradients are reduced and their norm is known,
     nothing is unscaled, clipped or updated yet, and whether the step is skipped is about to be decided. The plan is
-    made there, so that a KL gradient that overflowed is to DeepSpeed what an overflow of the task gradient is.
+    made there, so that a gradient kept apart that overflowed is to DeepSpeed what an overflow of the task gradient is.
     """
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
-        self._update_scale = self.outer._update_scale
-        self.outer._update_scale = self._plan_and_update_scale
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer)
+        self._update_scale = self.ds_optimizer._update_scale
+        self.ds_optimizer._update_scale = self._decide_and_update_scale
 
     @abstractmethod
     def _waiting(self, i: int) -> Tensor:
@@ -112,23 +122,24 @@ class ScaledAdapter(Adapter):
 
     def _multiplier(self, norm: Any) -> Tensor | float:
         """What the step multiplies gradients with. DeepSpeed's formula, to the last bit."""
-        outer = self.outer
+        outer = self.ds_optimizer
         if outer.clip_grad > 0.0 and norm is not None:
             clip = ((norm / outer.loss_scale) + 1e-6) / outer.clip_grad
             return 1.0 / (torch.clamp(torch.as_tensor(clip), min=1.0) * outer.loss_scale)
         return 1.0 / outer.loss_scale
 
-    def _plan_and_update_scale(self, overflow: bool) -> None:
-        if overflow or self.on_plan is None:
+    def _decide_and_update_scale(self, overflow: bool) -> None:
+        if overflow or self.on_gradients is None:
             self._update_scale(overflow)
             return
-        scaler = vars(getattr(self.outer, "loss_scaler", None) or self.outer.loss_scale_config)
-        before, norm = dict(scaler), self._scaled_norm()
-        unscaled_norm = None if norm is None else finite_norm(norm / self.outer.loss_scale)
+        scaler = vars(getattr(self.ds_optimizer, "loss_scaler", None) or self.ds_optimizer.loss_scale_config)
+        before, norm, scale_of_grads = dict(scaler), self._scaled_norm(), self.loss_scale
+        unscaled_norm = None if norm is None else finite_norm(norm / self.ds_optimizer.loss_scale)
         # First as after a good step: where the scale grows now, DeepSpeed unscales with the new one.
         self._update_scale(False)
         waiting = [self._waiting(i) for i in range(len(self.slices))]
-        if self._plan(waiting, unscaled_norm, self._multiplier(norm)):
+        multiplier = self._multiplier(norm)
+        if self._decide(waiting, unscaled_norm, multiplier, float(multiplier) * scale_of_grads):
             scaler.update(before)
             self._update_scale(True)
 

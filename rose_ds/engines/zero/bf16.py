@@ -18,12 +18,12 @@ from rose_ds.optimizer import RoseAdamW
 class Bf16Adapter(FlatAdapter):
     """BF16_Optimizer."""
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base, engine.optimizer.fp32_groups_flat_partition)
-        base.register_step_pre_hook(self._before_step)
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer, ds.optimizer.fp32_groups_flat_partition)
+        rose_optimizer.register_step_pre_hook(self._before_step)
 
-    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
-        z = self.outer
+    def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        z = self.ds_optimizer
         has_gradients = [list(flags) for flags in z.fp32_groups_has_gradients]
         # The backward pass accumulates into these buffers, the whole model's: copied where earlier micro-batches are in
         # them, zero otherwise.
@@ -53,6 +53,6 @@ class Bf16Adapter(FlatAdapter):
 
     def _before_step(self, *_: Any) -> None:
         """Gradients are reduced and clipped, nothing is updated yet; called once a step."""
-        if self.on_plan is not None:
+        if self.on_gradients is not None:
             grads = [s.view(s.param.grad) for s in self.slices]  # type: ignore[arg-type]
-            self._plan(grads, finite_norm(self.outer._global_grad_norm))
+            self._decide(grads, finite_norm(self.ds_optimizer._global_grad_norm))

@@ -15,18 +15,18 @@ from rose_ds.optimizer import RoseAdamW
 class PartitionedAdapter(FlatAdapter, ScaledAdapter):
     """DeepSpeedZeroOptimizer, with and without CPU offload."""
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base, engine.optimizer.single_partition_of_fp32_groups)
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer, ds.optimizer.single_partition_of_fp32_groups)
         self._norm: Any = None
-        self._global_norm = self.outer.scaled_global_norm
-        self.outer.scaled_global_norm = self._remember_norm
+        self._global_norm = self.ds_optimizer.scaled_global_norm
+        self.ds_optimizer.scaled_global_norm = self._remember_norm
 
     def _remember_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._norm = self._global_norm(*args, **kwargs)
         return self._norm
 
-    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
-        z = self.outer
+    def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        z = self.ds_optimizer
         restore = stash_grads(p for group in z.bit16_groups for p in group)
         averaged, accumulating = dict(z.averaged_gradients), dict(z.all_grad_tensors)
         micro_step_id, epilogue_ran = z.micro_step_id, z._epilogue_ran_this_backward
@@ -55,11 +55,11 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
                     flat.grad.zero_()
 
     def _waiting(self, i: int) -> Tensor:
-        if self.outer.cpu_offload:
+        if self.ds_optimizer.cpu_offload:
             return self.slices[i].grad()
         param: Any = self.params[i]
         fragment: Tensor = param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group)
         return fragment.detach().reshape(-1)
 
     def _scaled_norm(self) -> Any:
-        return self._norm if self.outer.compute_grad_norm else None
+        return self._norm if self.ds_optimizer.compute_grad_norm else None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW
 
 #: Whose private names the adapters use. Another version may have moved them without an error.
@@ -18,7 +18,7 @@ def check_version(version: str) -> None:
     if version.split("+")[0] != SUPPORTED_DEEPSPEED:
         raise RefusedConfiguration(
             f"deepspeed {version} is installed; rose_ds uses private parts of deepspeed {SUPPORTED_DEEPSPEED} to keep "
-            f"the KL gradient apart: pip install deepspeed=={SUPPORTED_DEEPSPEED}"
+            f"a second gradient apart: pip install deepspeed=={SUPPORTED_DEEPSPEED}"
         )
 
 
@@ -32,7 +32,7 @@ def check_engine(engine: Any) -> None:
             raise RefusedConfiguration(message)
 
 
-def base_optimizer(engine: Any) -> RoseAdamW:
+def rose_optimizer_of(engine: Any) -> RoseAdamW:
     """The RoseAdamW inside DeepSpeed's optimizer wrapper."""
     outer = engine.optimizer
     base = outer if isinstance(outer, RoseAdamW) else getattr(outer, "optimizer", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from rose_ds.core.layout import Block
 from rose_ds.engines.zero.adapter import Adapter, ScaledAdapter, stash_grads
 from rose_ds.optimizer import RoseAdamW, Slice
 
@@ -21,10 +22,11 @@ class ReplicatedAdapter(Adapter):
         return None
 
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice:
-        return Slice(name, tensor_index, self._master(param), 0, param.numel())
+        n = param.numel()
+        return Slice(name, tensor_index, self._master(param), 0, n, Block.flat(n, 0, n))
 
-    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
-        restore = stash_grads(self.engine.module.parameters())
+    def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        restore = stash_grads(self.ds.module.parameters())
         try:
             run()
             for param, total in zip(self.params, sums, strict=True):
@@ -44,20 +46,20 @@ class ReplicatedAdapter(Adapter):
 class Fp32Adapter(ReplicatedAdapter):
     """The engine's optimizer is RoseAdamW itself, on the model's parameters."""
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer)
         self._norm: float | None = None
-        base.register_step_pre_hook(self._before_step)
+        rose_optimizer.register_step_pre_hook(self._before_step)
 
     def measure_norm(self) -> None:
         """DeepSpeed clips without telling the norm, so take it first."""
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
         self._norm = get_total_norm(grads).item()
 
     def _before_step(self, *_: Any) -> None:
         """Gradients are reduced and clipped, nothing is updated yet."""
-        if self.on_plan is not None:
-            self._plan([piece.grad() for piece in self.slices], self._norm)
+        if self.on_gradients is not None:
+            self._decide([piece.grad() for piece in self.slices], self._norm)
 
     def _master(self, param: nn.Parameter) -> Tensor:
         return param
@@ -66,18 +68,19 @@ class Fp32Adapter(ReplicatedAdapter):
 class UnfusedAdapter(ScaledAdapter, ReplicatedAdapter):
     """bf16 and fp16: DeepSpeed's FP16_UnfusedOptimizer over fp32 copies of the parameters."""
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer)
         self._masters: dict[nn.Parameter, Tensor] = {}
-        for low, high in zip(self.outer.fp16_groups, self.outer.fp32_groups, strict=True):
+        for low, high in zip(self.ds_optimizer.fp16_groups, self.ds_optimizer.fp32_groups, strict=True):
             self._masters.update(zip(low, high, strict=True))
         self._undo_first_step()
 
     def _undo_first_step(self) -> None:
         """DeepSpeed's unfused optimizer creates the state with a step on zero gradients, which counts, and decays the
         weights: after it, bias correction would be one step ahead of every other engine's."""
-        state = self.base.state
-        if self.base.steps_taken() != 1 or any(state[m]["exp_avg_sq"].count_nonzero() for m in self._masters.values()):
+        state = self.rose_optimizer.state
+        moments = [state[high]["exp_avg_sq"] for high in self._masters.values()]
+        if self.rose_optimizer.steps_taken() != 1 or any(moment.count_nonzero() for moment in moments):
             return
         for low, high in self._masters.items():
             state[high]["step"] = torch.zeros_like(state[high]["step"])
@@ -87,6 +90,10 @@ class UnfusedAdapter(ScaledAdapter, ReplicatedAdapter):
         # engine.backward scales for ZeRO's optimizers alone, though this one's step unscales
         return loss * self.loss_scale
 
+    def publish(self) -> None:
+        for low, high in self._masters.items():
+            low.data.copy_(high.data)
+
     def _master(self, param: nn.Parameter) -> Tensor:
         return self._masters.get(param, param)
 
@@ -94,8 +101,8 @@ class UnfusedAdapter(ScaledAdapter, ReplicatedAdapter):
         return self.slices[i].grad()
 
     def _scaled_norm(self) -> Any:
-        return self.outer._global_grad_norm
+        return self.ds_optimizer._global_grad_norm
 
     def _multiplier(self, norm: Any) -> Tensor | float:
-        scale: Tensor | float = 1.0 / self.outer.unscale_and_clip_grads(norm, apply_scale=False)
+        scale: Tensor | float = 1.0 / self.ds_optimizer.unscale_and_clip_grads(norm, apply_scale=False)
         return scale

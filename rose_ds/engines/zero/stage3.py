@@ -12,6 +12,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from rose_ds.core.layout import Block
 from rose_ds.engines.zero.adapter import ScaledAdapter
 from rose_ds.optimizer import RoseAdamW, Slice
 
@@ -21,42 +22,44 @@ _BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 class Stage3Adapter(ScaledAdapter):
     """DeepSpeedZeroOptimizer_Stage3, with and without CPU offload."""
 
-    shares_graph = False  # a backward pass releases the gathered parameters that the shared graph still refers to
+    shares_graph = False  # a backward pass releases the gathered parameters that other graphs still refer to
 
-    def __init__(self, engine: Any, base: RoseAdamW) -> None:
-        super().__init__(engine, base)
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer)
         self._norm_groups: list[Any] = []
-        self._get_norm_groups = self.outer._get_norm_groups
-        self.outer._get_norm_groups = self._remember_norm_groups
-        for flat in self.outer.fp32_partitioned_groups_flat:
-            base.init_state(flat)
+        self._get_norm_groups = self.ds_optimizer._get_norm_groups
+        self.ds_optimizer._get_norm_groups = self._remember_norm_groups
+        for flat in self.ds_optimizer.fp32_partitioned_groups_flat:
+            rose_optimizer.init_state(flat)
 
     def _remember_norm_groups(self) -> list[Any]:
         self._norm_groups = self._get_norm_groups()
         return self._norm_groups
 
     def group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = self.outer.dp_process_group
+        group: dist.ProcessGroup | None = self.ds_optimizer.dp_process_group
         return group
 
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
-        z = self.outer
+        z = self.ds_optimizer
         sub_group, offset, numel = z.grad_position[z.get_param_id(param)]
         # every rank's partition has the same size; the last ones may be padding in part or whole
-        real = min(numel, max(0, param.ds_numel - z._get_param_partition_rank(param) * numel))  # type: ignore[attr-defined]
+        whole, start = int(param.ds_numel), z._get_param_partition_rank(param) * numel  # type: ignore[attr-defined]
+        real = min(numel, max(0, whole - start))
         if real == 0:
             return None
-        return Slice(name, tensor_index, z.fp32_partitioned_groups_flat[sub_group], offset, real)
+        block = Block.flat(whole, start, real)
+        return Slice(name, tensor_index, z.fp32_partitioned_groups_flat[sub_group], offset, real, block)
 
     def beta1_of(self) -> dict[Tensor, float]:
         # between steps stage 3 keeps its partitions out of the groups
-        z = self.outer
+        z = self.ds_optimizer
         return {
-            flat: self.base.param_groups[z.sub_group_to_group_id[i]]["betas"][0]
+            flat: self.rose_optimizer.param_groups[z.sub_group_to_group_id[i]]["betas"][0]
             for i, flat in enumerate(z.fp32_partitioned_groups_flat)
         }
 
-    def kl_sums(self) -> list[Tensor]:
+    def risk_sums(self) -> list[Tensor]:
         # as long as DeepSpeed's buffers, padding included: the backward pass adds to these themselves
         buffers = self._buffers
         return [
@@ -64,8 +67,8 @@ class Stage3Adapter(ScaledAdapter):
             for piece, p in zip(self.slices, self.params, strict=True)
         ]
 
-    def kl_backward(self, run: Callable[[], None], sums: list[Tensor]) -> None:
-        z, buffers = self.outer, self._buffers
+    def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
+        z, buffers = self.ds_optimizer, self._buffers
         saved, averaged = dict(buffers), dict(z.averaged_gradients)
         micro_step_id, epilogue_ran = z.micro_step_id, z._epilogue_ran_this_backward
         # Lend the backward pass the sums in place of the task gradient's buffers: neither is copied. Gradients of the
@@ -92,7 +95,7 @@ class Stage3Adapter(ScaledAdapter):
     def rearmed(self) -> Callable[[], None]:
         # A module's gathered parameters go when its backward pass has counted this down to 0; a forward pass sets it,
         # and does not add to what an earlier one set.
-        modules = [m for m in self.engine.module.modules() if "ds_grads_remaining" in vars(m)]
+        modules = [m for m in self.ds.module.modules() if "ds_grads_remaining" in vars(m)]
         counts = [m.ds_grads_remaining for m in modules]
 
         def rearm() -> None:
@@ -101,14 +104,22 @@ class Stage3Adapter(ScaledAdapter):
 
         return rearm
 
+    def publish(self) -> None:
+        z = self.ds_optimizer
+        z.empty_partition_cache()
+        for i in range(len(z.fp32_partitioned_groups_flat)):
+            z._reassign_or_swap_out_partitioned_parameters(i)
+        if z.persistent_parameters:  # kept whole on every rank, outside the partitions
+            z.persistent_parameters[0].all_gather(z.persistent_parameters)
+
     @property
     def _buffers(self) -> dict[int, Tensor]:
         """Where DeepSpeed keeps this rank's part of each reduced gradient, by the parameter's number."""
-        buffers: dict[int, Tensor] = getattr(self.outer, _BUFFERS)
+        buffers: dict[int, Tensor] = getattr(self.ds_optimizer, _BUFFERS)
         return buffers
 
     def _waiting(self, i: int) -> Tensor:
-        if self.outer.offload_optimizer:
+        if self.ds_optimizer.offload_optimizer:
             return self.slices[i].grad()
         return self._buffers[self.params[i].ds_id].narrow(0, 0, self.slices[i].numel)  # type: ignore[attr-defined]
 

@@ -45,7 +45,7 @@ def _config_init(self: FullStateDictConfig, *args: Any, **kwargs: Any) -> None:
 FullStateDictConfig.__init__ = _config_init
 
 if __name__ == "__main__":
-    from rose_ds.ending import ending_process_group
+    from rose_ds.cli.ending import ending_process_group
 
     target, sys.argv = sys.argv[1], sys.argv[1:]
     with ending_process_group():

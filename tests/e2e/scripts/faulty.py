@@ -118,7 +118,7 @@ class Reporter(TrainerCallback):
 
 
 if __name__ == "__main__":
-    import rose_ds.experiments.run as run
+    import rose_ds.experiments.train as run
 
     run.RoseTrainer = FaultyTrainer  # type: ignore[misc]
     from rose_ds.cli import program

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
 
 from rose_ds import RoseConfig
-from rose_ds.ending import ending_process_group
-from rose_ds.trainer import RoseTrainer
+from rose_ds.cli.ending import ending_process_group
+from rose_ds.training.trainer import RoseTrainer
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

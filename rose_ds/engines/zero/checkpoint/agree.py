@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.engines.zero.checkpoint.agree import warn
 from rose_ds.engines.zero.checkpoint.saved import Layout, Saved
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW
 
 _SAVED_AT = {

@@ -17,7 +17,7 @@ from deepspeed.checkpoint.constants import (
     PARAM_SHAPES,
 )
 
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 
 #: Under which ROSE's record lies in a checkpoint, beside DeepSpeed's own entries.
 RECORD = "rose_ds"

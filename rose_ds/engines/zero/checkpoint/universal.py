@@ -28,8 +28,8 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.engines.zero.checkpoint.saved import MODEL_FILES, RECORD, Layout, Saved, model_files_of, peek
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW
 
 logger = logging.getLogger(__name__)

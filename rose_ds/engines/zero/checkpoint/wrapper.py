@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from rose_ds.engines.base import RefusedConfiguration
 from rose_ds.engines.zero.checkpoint.agree import everywhere, on_first_rank, warn
 from rose_ds.engines.zero.checkpoint.compare import compare, compare_for_weights, fits, layout_of, record_of
 from rose_ds.engines.zero.checkpoint.saved import RECORD, Saved, find
 from rose_ds.engines.zero.checkpoint.universal import complete, convert, frozen_and_buffers, restore_hyperparameters
-
-if TYPE_CHECKING:
-    from rose_ds.engines.zero.engine import ZeroEngine
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.optimizer import RoseAdamW
 
 #: How long the other ranks wait while one converts: hours, for a model of hundreds of billions of parameters.
 _CONVERSION = timedelta(days=1)
 
 
+class StateFiles(Protocol):
+    """Writes and reads files of its own in a checkpoint's folder; every rank calls both."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's."""
+
+    def load(self, folder: Path) -> None:
+        """Read every rank's, of any number of ranks."""
+
+
 class Checkpoints:
     """Stands in for one engine's ``save_checkpoint`` and ``load_checkpoint``: same arguments, same results."""
 
-    def __init__(self, zero: ZeroEngine) -> None:
-        self.zero, self.engine, self.base = zero, zero.engine, zero.optimizer
+    def __init__(
+        self, ds: Any, optimizer: RoseAdamW, accumulating: Callable[[], bool], after_load: Callable[[], None]
+    ) -> None:
+        self.engine, self.base = ds, optimizer
+        self._accumulating, self._after_load = accumulating, after_load
+        self.state: StateFiles | None = None
+        """What a run's method keeps beside weights and moments: saved and loaded with them."""
         self._save: Callable[..., Any] = self.engine.save_checkpoint
         self._load: Callable[..., Any] = self.engine.load_checkpoint
         earlier = getattr(self._load, "__self__", None)
@@ -63,10 +76,13 @@ class Checkpoints:
                 "checkpoint can be resumed on another number of ranks"
             )
         state = {**(client_state or {}), RECORD: record_of(self.engine, self.base)}
+        tag = tag or f"global_step{self.engine.global_steps}"  # DeepSpeed's own default
+        if self.state is not None:  # before DeepSpeed's "latest" names the checkpoint
+            everywhere(lambda: self.state.save(Path(save_dir) / str(tag)))  # type: ignore[union-attr]
         return self._save(save_dir, tag, state, *args, **kwargs)
 
     def _refuse_within_accumulation(self, what: str) -> None:
-        if self.zero.accumulating:
+        if self._accumulating():
             raise RuntimeError(
                 f"{what} in the middle of an accumulation loses the micro-batches since the last optimizer step, which "
                 "no checkpoint holds: call it when stepper.step() has returned a report"
@@ -124,7 +140,10 @@ class Checkpoints:
             self.engine._config.load_universal_checkpoint = prefer_universal
         if finish is not None:
             finish()
-        self.zero.adapter.after_load()
+        self._after_load()
+        if self.state is not None and load_optimizer_states and not load_module_only:
+            # a converted checkpoint has its files beside the one that it was made of
+            everywhere(lambda: self.state.load(Path(load_dir) / found.tag))  # type: ignore[union-attr]
         self._look_at_clipping()
         return result
 

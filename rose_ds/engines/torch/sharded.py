@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rose_ds.core.layout import Block
 from rose_ds.core.risk import squared_norms
 from rose_ds.core.threshold import Exchange, local_only
-from rose_ds.engines.base import Divergence, Forward, Loss, Losses, RefusedConfiguration
-from rose_ds.engines.plain import PlainEngine
+from rose_ds.engines.passes import Pull
+from rose_ds.engines.torch.plain import TorchEngine
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import group_exchange
 from rose_ds.optimizer import RoseAdamW, Slice, local
 
 #: The process groups over which a tensor is split, one for each mesh dimension that shards it; none: whole here.
-Groups = tuple[dist.ProcessGroup, ...]
+ProcessGroups = tuple[dist.ProcessGroup, ...]
 
 
-class Piece(NamedTuple):
-    """What lies here of one named parameter."""
+class Managed(NamedTuple):
+    """A named parameter that FSDP manages, and what of it lies here."""
 
     name: str
     whole: nn.Parameter
@@ -32,22 +34,25 @@ class Piece(NamedTuple):
     param: nn.Parameter
     """The tensor of the model that holds it; the optimizer should hold the same."""
     offset: int
-    numel: int
-    groups: Groups
+    block: Block
+    """Nothing lies here where it has no element."""
+    groups: ProcessGroups
 
 
-class ShardedEngine(PlainEngine):
-    """Base of the engines for FSDP. Every rank lists every parameter, also one of which nothing lies here."""
+class ShardedEngine(TorchEngine):
+    """Base of the engines for FSDP. Every rank lists every parameter, also one of which nothing lies here.
+
+    Passes are pulled back one by one: a backward pass through two at once would hold every parameter's whole gradient
+    of the first until that of the second is there.
+    """
 
     def __init__(
         self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int, max_grad_norm: float | None
     ) -> None:
-        self.pieces = self._find_pieces(module)
-        self._params = list(dict.fromkeys(piece.param for piece in self.pieces if piece.param.requires_grad))
+        self.managed = self._find_managed(module)
+        self._params = list(dict.fromkeys(m.param for m in self.managed if m.param.requires_grad))
         self._exchanges: dict[tuple[str, ...], Exchange] = {}
-        self._exchange_of: dict[Tensor, Exchange] = {
-            piece.param: self._exchange_over(piece.groups) for piece in self.pieces
-        }
+        self._exchange_of: dict[Tensor, Exchange] = {m.param: self._exchange_over(m.groups) for m in self.managed}
         self._check_params(module, optimizer)
         super().__init__(module, optimizer, accumulation_steps, max_grad_norm)
 
@@ -58,27 +63,24 @@ class ShardedEngine(PlainEngine):
         """Raise RefusedConfiguration where a setting keeps the next backward pass from reducing its gradients."""
 
     @abstractmethod
-    def _find_pieces(self, module: nn.Module) -> list[Piece]:
+    def _find_managed(self, module: nn.Module) -> list[Managed]:
         """Every parameter that FSDP manages, in the model's order."""
-
-    @abstractmethod
-    def _two_gradients(self, forward: Forward, loss: Loss, divergence: Divergence) -> Losses:
-        """Leave the task gradient in ``grad``; ``_take_kl_gradient()`` in between."""
 
     # --- shared ---
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(piece.name, piece.whole) for piece in self.pieces]
+        return [(m.name, m.whole) for m in self.managed]
 
-    def _find_slices(self, index: dict[str, int]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
+    def find_slices(self, names: Sequence[str]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
         held = {p for group in self.optimizer.param_groups for p in group["params"]}
-        eligible = [piece for piece in self.pieces if piece.name in index and piece.param in held]
-        here = [piece for piece in eligible if piece.numel]
-        slices = [Slice(p.name, index[p.name], p.param, p.offset, p.numel) for p in here]
-        exchanges = dict.fromkeys(self._exchange_of[p.param] for p in eligible)
-        return slices, [self._exchange_of[p.param] for p in here], list(exchanges) or [local_only]
+        index = {name: i for i, name in enumerate(names)}
+        wanted = [m for m in self.managed if m.name in index and m.param in held]
+        here = [m for m in wanted if m.block.numel]
+        slices = [Slice(m.name, index[m.name], m.param, m.offset, m.block.numel, m.block) for m in here]
+        exchanges = dict.fromkeys(self._exchange_of[m.param] for m in wanted)
+        return slices, [self._exchange_of[m.param] for m in here], list(exchanges) or [local_only]
 
-    def _exchange_over(self, groups: Groups) -> Exchange:
+    def _exchange_over(self, groups: ProcessGroups) -> Exchange:
         key = tuple(group.group_name for group in groups)
         if key not in self._exchanges:
             steps = [group_exchange(group) for group in groups]
@@ -86,43 +88,53 @@ class ShardedEngine(PlainEngine):
         return self._exchanges[key]
 
     def _check_params(self, module: nn.Module, optimizer: RoseAdamW) -> None:
-        managed = {piece.param for piece in self.pieces}
+        managed = {m.param for m in self.managed}
         outside = [name for name, p in module.named_parameters() if p.requires_grad and p not in managed]
         if outside:
             raise RefusedConfiguration(
                 f"FSDP does not manage {outside[:3]} (ignored parameters?), so nothing reduces their gradients and "
                 "every rank would train its own copy: shard the whole model, or freeze them"
             )
-        strangers = {p for group in optimizer.param_groups for p in group["params"]} - managed
-        if strangers:
+        foreign = {p for group in optimizer.param_groups for p in group["params"]} - managed
+        if foreign:
             raise RefusedConfiguration(
-                f"the optimizer holds {len(strangers)} tensors that are not parameters of the sharded model, which "
+                f"the optimizer holds {len(foreign)} tensors that are not parameters of the sharded model, which "
                 "would never be updated: build RoseAdamW after sharding, from the sharded model's named_parameters()"
             )
 
-    def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
         self._check_sync()
         with self._added_to_earlier_grads():
-            if divergence is not None:
-                return self._two_gradients(forward, loss, divergence)
-            return self._task_gradient(forward(), loss)
+            yield
 
-    def _task_gradient(self, logits: Tensor, loss: Loss) -> Losses:
-        value = loss(logits)
-        (value / self.accumulation_steps).backward()
-        return Losses(value.detach(), None)
+    def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
+        for pull in self._in_order(pulls):
+            self._backward(pull, retain_graph=False)
 
-    def _take_kl_gradient(self) -> None:
-        """Move what a backward pass left in ``grad`` to where the KL gradient is kept."""
-        self.add_kl_grads(self.slice_grads())
-        for param in self._params:
-            param.grad = None
+    def pull_apart(self, pulls: Sequence[Pull]) -> None:
+        for pull in self._in_order(pulls):
+            with self._added_to_earlier_grads():
+                self._backward(pull, retain_graph=self.graphs_survive)
+                self.add_risk_grads(self.slice_grads())
+                for param in self._params:
+                    param.grad = None
+
+    def _in_order(self, pulls: Sequence[Pull]) -> list[Pull]:
+        """The pass whose graph waits first, where there is but one; else the last pass first."""
+        return sorted(reversed(pulls), key=lambda pull: pull.p is not self.graph_of)
+
+    def _backward(self, pull: Pull, *, retain_graph: bool) -> None:
+        roots, cotangents = pull.roots()
+        self.backwards += 1
+        torch.autograd.backward(roots, cotangents, retain_graph=retain_graph)
+        self.graph_of = None
 
     @contextmanager
     def _added_to_earlier_grads(self) -> Iterator[None]:
-        """Hide earlier micro-batches' gradients from both backward passes, then add them to what these leave.
+        """Hide gradients that wait for the step from the passes inside, then add them to what these leave.
 
-        FSDP would accumulate by itself, but into one buffer for both gradients.
+        FSDP would accumulate by itself, but into one buffer for the gradient that trains and the one kept apart.
         """
         earlier = [(param, param.grad) for param in self._params]
         for param in self._params:
@@ -130,7 +142,7 @@ class ShardedEngine(PlainEngine):
         try:
             yield
         except BaseException:
-            for param, grad in earlier:  # whatever lies there now may be the KL gradient
+            for param, grad in earlier:  # whatever lies there now may be the gradient kept apart
                 param.grad = grad
             raise
         for param, grad in earlier:

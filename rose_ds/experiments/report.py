@@ -13,18 +13,18 @@ _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
     ("clean", lambda m: m.glue_accuracy, "{:.2%}"),
     ("AdvGLUE", lambda m: m.advglue_accuracy, "{:.2%}"),
     ("perturbed", lambda m: m.perturbed_accuracy, "{:.2%}"),
-    ("drop", lambda m: drop(m), "{:.2%}"),
+    ("drop", lambda m: drop(m), "{:.2f}"),
     ("step (s)", lambda m: m.step_seconds, "{:.3f}"),
     ("kept", lambda m: m.kept_fraction, "{:.0%}"),
 )
 
 
 def drop(metrics: Metrics) -> float | None:
-    """Relative loss of accuracy from clean to attacked text (AdvGLUE where there is one, else the perturbed set)."""
+    """Clean minus attacked accuracy in points: the paper's Delta. Attacked is AdvGLUE, else the perturbed set."""
     attacked = metrics.advglue_accuracy if metrics.advglue_accuracy is not None else metrics.perturbed_accuracy
-    if not metrics.glue_accuracy or attacked is None:
+    if metrics.glue_accuracy is None or attacked is None:
         return None
-    return (metrics.glue_accuracy - attacked) / metrics.glue_accuracy
+    return 100 * (metrics.glue_accuracy - attacked)
 
 
 def table(runs: Sequence[Metrics]) -> str:

@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
-from rose_ds import checkpoints
-from rose_ds.callbacks import StepMeter, StopOnSigterm
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
+from rose_ds.training import checkpoints
+from rose_ds.training.callbacks import StepMeter, StopOnSigterm
+from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class ResumableTrainer(Trainer):
         self.meter: StepMeter | None = None
         self.fixed_settings: dict[str, Any] = {}
         """Further settings, by name, that a checkpoint records and a resumed run must share."""
+        self.resumed_folder: Path | None = None
+        """The checkpoint that the run under way goes on from."""
         self._resumed: checkpoints.Record | None = None
         self._stop = StopOnSigterm()
         self.add_callback(self._stop)
@@ -76,12 +79,25 @@ class ResumableTrainer(Trainer):
             )
 
     @property
+    def last_report(self) -> StepReport | None:
+        """The last optimizer step's report."""
+        raise NotImplementedError
+
+    @property
     def engine_name(self) -> str:
         """The engine that training runs on."""
         raise NotImplementedError
 
     def method_settings(self) -> dict[str, Any]:
         """Settings of the training method, which a resumed run must share."""
+        raise NotImplementedError
+
+    def before_first_epoch(self, model: nn.Module) -> None:
+        """Called once training is set up, and a checkpoint is loaded."""
+        raise NotImplementedError
+
+    def save_method_state(self, folder: Path) -> None:
+        """Write what the method keeps over a run into a checkpoint's folder."""
         raise NotImplementedError
 
     def optimizer_steps(self) -> int:
@@ -102,6 +118,7 @@ class ResumableTrainer(Trainer):
             if folder is None:
                 raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._resumed = None if folder is None else self._check_resumable(folder)
+        self.resumed_folder = folder
         # a run that saves nothing has nothing to finish
         with nullcontext() if self.args.save_strategy == "no" else self._stop.listening():
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
@@ -167,6 +184,8 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # Trainer would take one step more than max_steps
             return
+        if kwargs["epoch"] == kwargs["epochs_trained"]:
+            self.before_first_epoch(kwargs["model"])
         super()._run_epoch(*args, **kwargs)
 
     def _restore_counts(self, record: checkpoints.Record) -> None:
@@ -195,6 +214,7 @@ class ResumableTrainer(Trainer):
             checkpoints.gather(None)
             with explaining_lost_ranks(lambda: f"saving {folder}"):
                 super()._save_checkpoint(model, trial)
+                self.save_method_state(folder)
             self._write_record(folder)
         except RankLost:
             raise

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rose_ds.engines.base import Divergence, Forward, Loss, Losses, Outcome, Planner, RefusedConfiguration
-from rose_ds.engines.plain import PlainEngine
+from rose_ds.engines.base import Decision, Outcome
+from rose_ds.engines.passes import Pull
+from rose_ds.engines.torch.plain import PlainEngine, roots_of
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW
 
-_BUCKET = 25 * 2**20  # bytes of KL gradient to an all-reduce: DDP's own default
+_BUCKET = 25 * 2**20  # bytes of the gradient kept apart to an all-reduce: DDP's own default
 
 
 class DdpEngine(PlainEngine):
-    """The KL gradient is taken past DDP, whose hooks see one backward pass a graph, and reduced once a step."""
+    """DDP reduces during the last pull of a step alone, whatever the objective; what is kept apart is taken past DDP,
+    whose hooks see one backward pass a graph, and reduced once a step."""
 
     name = "ddp"
 
@@ -35,45 +38,47 @@ class DdpEngine(PlainEngine):
         self._counted_steps = accumulation_steps
         self._synced = True
         super().__init__(ddp.module, optimizer, accumulation_steps, max_grad_norm)
-        strangers = {p for g in optimizer.param_groups for p in g["params"]} - set(ddp.module.parameters())
-        if strangers:
+        foreign = {p for g in optimizer.param_groups for p in g["params"]} - set(ddp.module.parameters())
+        if foreign:
             raise RefusedConfiguration(
-                f"the optimizer holds {len(strangers)} tensors that are not parameters of the DDP module, so nothing "
+                f"the optimizer holds {len(foreign)} tensors that are not parameters of the DDP module, so nothing "
                 "reduces their gradients: build RoseAdamW from the wrapped model's named_parameters()"
             )
 
-    def backward(self, forward: Forward, loss: Loss, divergence: Divergence | None) -> Losses:
-        ddp, passes = self.ddp, 0
-        if ddp._join_config.enable:
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        if self.ddp._join_config.enable:
             raise RefusedConfiguration(
-                "DDP's join() lets a rank stop early, and the others would wait for its KL gradient and its counts: "
+                "DDP's join() lets a rank stop early, and the others would wait for its gradients and its counts: "
                 "give every rank the same number of batches"
             )
+        self._synced = self.ddp.require_backward_grad_sync
+        self._syncs = self._synced and self._micro_batches + 1 >= self._counted_steps
+        with self.ddp.no_sync():
+            yield
 
-        def run() -> Tensor:
-            nonlocal passes
-            passes += 1
-            if passes == 1:
-                return forward()
-            # The task loss is of the first pass: it alone tells DDP's reducer which parameters are unused.
-            with ddp.no_sync():
-                return forward()
+    def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
+        if self._syncs and not more:
+            self._arm(roots_of(pulls)[0])
+        super().pull(pulls, more=more)
 
-        last = self._micro_batches + 1 >= self._counted_steps
-        with nullcontext() if last else ddp.no_sync():
-            self._synced = ddp.require_backward_grad_sync
-            return super().backward(run, loss, divergence)
+    def _arm(self, roots: list[Tensor]) -> None:
+        """What DDP's forward pass does outside no_sync() (torch/nn/parallel/distributed.py, _pre_forward and
+        _post_forward): the next backward pass reduces, and the next forward pass broadcasts buffers."""
+        self.ddp.reducer.prepare_for_forward()
+        self.ddp.reducer.prepare_for_backward(roots if self.ddp.find_unused_parameters else [])
+        self.ddp.require_forward_param_sync = True
 
-    def step(self, plan: Planner) -> Outcome | None:
+    def step(self, decide: Decision) -> Outcome | None:
         if self._micro_batches + 1 >= self.accumulation_steps and not self._synced:
             raise RefusedConfiguration(
                 "the last micro-batch of a step ran inside DDP's no_sync(), so its gradients were not reduced: leave "
                 "no_sync() to rose_ds, and tell prepare() the accumulation_steps"
             )
-        return super().step(plan)
+        return super().step(decide)
 
-    def take_kl_grads(self) -> list[Tensor] | None:
-        grads = super().take_kl_grads()
+    def take_risk_grads(self) -> list[Tensor] | None:
+        grads = super().take_risk_grads()
         return None if grads is None else _mean_over_ranks(grads, self.ddp.process_group)
 
 
@@ -111,7 +116,7 @@ def _check(ddp: DistributedDataParallel) -> None:
         (
             ddp.mixed_precision is not None,
             "DistributedDataParallel(mixed_precision=...) swaps parameters for low-precision copies during a pass, "
-            "which the KL gradient would miss: use torch.autocast inside forward()",
+            "which a second gradient would miss: use torch.autocast inside forward()",
         ),
         (
             bool(ignored),

@@ -9,34 +9,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from rose_ds.engines.base import Divergence, Forward, Loss, Losses, RefusedConfiguration, two_passes, unwrapped_name
-from rose_ds.engines.sharded import Groups, Piece, ShardedEngine
+from rose_ds.core.layout import Block
+from rose_ds.engines.base import unwrapped_name
+from rose_ds.engines.torch.sharded import Managed, ProcessGroups, ShardedEngine
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import local
 
 
 class Fsdp2Engine(ShardedEngine):
-    """Both backward passes share the first pass's graph; each reduces into the sharded parameters' ``grad``."""
+    """Any number of passes and pulls; each pull reduces into the sharded parameters' ``grad``."""
 
     name = "fsdp2"
 
-    def _two_gradients(self, forward: Forward, loss: Loss, divergence: Divergence) -> Losses:
-        first, kl = two_passes(forward, divergence)
-        (kl / self.accumulation_steps).backward(retain_graph=True)
-        self._take_kl_gradient()
-        return Losses(self._task_gradient(first, loss).loss, kl.detach())
+    def settle(self) -> None:
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def gather_parameters(self) -> dict[str, Tensor]:
-        return {piece.name: _whole(piece.param).float().clone() for piece in self.pieces}
+        return {m.name: _whole(m.param).float().clone() for m in self.managed}
 
-    def _find_pieces(self, module: nn.Module) -> list[Piece]:
+    def _find_managed(self, module: nn.Module) -> list[Managed]:
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()  # after an evaluation, parameters may be registered unsharded
         managed = {p.sharded_param for group in _param_groups(module) for p in group.fsdp_params}
         return [
-            Piece(unwrapped_name(name), param, param, 0, local(param).numel(), _groups(name, param))
+            Managed(unwrapped_name(name), param, param, 0, _block(param), _groups(name, param))
             for name, param in module.named_parameters()
             if param in managed
         ]
@@ -49,8 +51,8 @@ class Fsdp2Engine(ShardedEngine):
         for group in _param_groups(self.module):
             if not (group.reduce_grads and group.all_reduce_grads):
                 raise RefusedConfiguration(
-                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) would mix the KL gradient "
-                    "into the task gradient: leave both on for every micro-batch (accelerate: "
+                    "set_requires_gradient_sync(False) or set_requires_all_reduce(False) would mix the gradient kept "
+                    "apart into the one that trains: leave both on for every micro-batch (accelerate: "
                     'gradient_accumulation_kwargs={"sync_each_batch": True}; accumulation stays exact)'
                 )
             if not group.reshard_after_backward:
@@ -60,7 +62,17 @@ class Fsdp2Engine(ShardedEngine):
                 )
 
 
-def _groups(name: str, param: Tensor) -> Groups:
+def _block(param: Tensor) -> Block:
+    """Where this rank's shard lies in the whole parameter."""
+    assert isinstance(param, DTensor)
+    extent, start = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    block = Block(tuple(param.shape), tuple(start), tuple(extent))
+    if block.numel != local(param).numel():  # a placement whose offsets torch does not tell
+        raise RefusedConfiguration(f"a shard of placements {param.placements} has no known place in its tensor")
+    return block
+
+
+def _groups(name: str, param: Tensor) -> ProcessGroups:
     """The groups that split ``param``; a mesh dimension that replicates it must not count it twice."""
     assert isinstance(param, DTensor)
     groups: list[dist.ProcessGroup] = []

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import explaining_lost_ranks
 
 FILE = "rose_checkpoint.json"

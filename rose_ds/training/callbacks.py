@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,21 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rose_ds.exchange import explaining_lost_ranks
+from rose_ds.training.step_report import StepReport
 
-if TYPE_CHECKING:
-    from rose_ds.trainer import RoseTrainer
+
+class Reporting(Protocol):
+    """A trainer whose last step's report can be asked for."""
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """None before the first step."""
 
 
 class RoseProgressCallback(ProgressCallback):
     """Trainer's bar, with the loss, the kept fraction and the thresholds at its end."""
 
-    def __init__(self, trainer: RoseTrainer, max_str_len: int = 100) -> None:
+    def __init__(self, trainer: Reporting, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
         self.trainer = trainer
 
@@ -40,7 +46,7 @@ class RoseProgressCallback(ProgressCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if losses:
             numbers["loss"] = f"{losses[-1]:.3f}"
-        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
+        report = self.trainer.last_report
         if report is not None and report.kept_fraction is not None:
             numbers["kept"] = f"{report.kept_fraction:.0%}"
             for name, tau in (("tau1", report.tau_first), ("tau2", report.tau_second)):
@@ -76,7 +82,7 @@ class RoseProgressCallback(ProgressCallback):
 class StepMeter(TrainerCallback):
     """Wall-clock seconds of each optimizer step, and what its masks kept, over all processes that a run took."""
 
-    def __init__(self, trainer: RoseTrainer) -> None:
+    def __init__(self, trainer: Reporting) -> None:
         self.trainer = trainer
         self.step_seconds: list[float] = []
         """Of this process's steps."""
@@ -118,7 +124,7 @@ class StepMeter(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         self.step_seconds.append(_now() - self._start)
-        report = self.trainer.stepper.last_report if self.trainer.stepper is not None else None
+        report = self.trainer.last_report
         if report is not None:
             self._totals["skipped"] += report.skipped
             if report.kept_fraction is not None:

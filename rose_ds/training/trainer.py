@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
 
-from rose_ds.callbacks import RoseProgressCallback
 from rose_ds.config import RoseConfig
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.engines.rng import RngState, replay
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.resuming import ResumableTrainer
-from rose_ds.stepper import Stepper, prepare
+from rose_ds.training.callbacks import RoseProgressCallback
+from rose_ds.training.resuming import ResumableTrainer
+from rose_ds.training.step_report import StepReport
+from rose_ds.training.stepper import Stepper, prepare
 
 
 class RoseTrainer(ResumableTrainer):
     """A Trainer that updates only robust parameters.
 
     Args:
-        rose: ROSE's settings; default RoseConfig(). strategy="none" trains exactly as Trainer with AdamW does. With an
-            ``optimizer`` block of type RoseAdamW in the DeepSpeed config, the block's settings are used and must agree.
+        rose: which parameters a step updates; default RoseConfig(). strategy="none" trains exactly as Trainer with
+            AdamW does. With an ``optimizer`` block of type RoseAdamW in the DeepSpeed config, the block's settings are
+            used and must agree.
+        objective: what is minimised, as for ``rose_ds.prepare``; default: the block's, else "task".
         Everything else: as transformers.Trainer. The optimizer is RoseAdamW with the learning rate, betas, epsilon and
             weight decay of TrainingArguments.
 
@@ -39,9 +49,16 @@ class RoseTrainer(ResumableTrainer):
 
     optimizer: Any
 
-    def __init__(self, *args: Any, rose: RoseConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rose: RoseConfig | None = None,
+        objective: str | Mapping[str, Any] | Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.rose = RoseConfig() if rose is None else rose
+        self.objective = self._objective(objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
@@ -53,6 +70,11 @@ class RoseTrainer(ResumableTrainer):
         self._refuse_without_dropout()
         if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoseProgressCallback(self))
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The last optimizer step's; None before the first."""
+        return None if self.stepper is None else self.stepper.last_report
 
     @property
     def engine_name(self) -> str:
@@ -101,6 +123,14 @@ class RoseTrainer(ResumableTrainer):
                 'model is 0: set e.g. hidden_dropout_prob=0.1 in its config, or choose strategy="second"'
             )
 
+    def _objective(self, given: str | Mapping[str, Any] | Objective | None) -> Objective:
+        named = (self._deepspeed_optimizer_block() or {}).get("params", {}).get("objective")
+        if given is not None and named is not None and resolve(given) != resolve(named):
+            raise RefusedConfiguration(
+                f"the DeepSpeed config's RoseAdamW block says objective={named!r}, objective= says {given!r}: keep one"
+            )
+        return resolve(named if given is None and named is not None else given or "task")
+
     # --- optimizer ---
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -129,12 +159,18 @@ class RoseTrainer(ResumableTrainer):
         return optimizer
 
     def method_settings(self) -> dict[str, Any]:
-        """RoseConfig's fields; the strategy alone where it masks nothing."""
+        """RoseConfig's fields, the strategy alone where it masks nothing, and the objective with its constants."""
         rose, block = self.rose, self._deepspeed_optimizer_block()
         if block is not None:
             names = RoseConfig.field_names()
             rose = RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
-        return asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
+        masks = asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
+        return {**masks, "objective": {"name": self.objective.name, **asdict(self.objective)}}
+
+    def save_method_state(self, folder: Path) -> None:
+        """Of the stepper; a DeepSpeedEngine has written it by now."""
+        if self.stepper is not None and not self.is_deepspeed_enabled:
+            self.stepper.save_state(folder)
 
     def optimizer_steps(self) -> int:
         """Optimizer steps taken, by the state that lies on this rank."""
@@ -162,30 +198,12 @@ class RoseTrainer(ResumableTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Both gradients of one micro-batch; under DeepSpeed also the engine's step, as in Trainer."""
+        """The gradients of one micro-batch; under DeepSpeed also the engine's step, as in Trainer."""
         model.train()
-        inputs = self._prepare_inputs(inputs)
         stepper = self._stepper_for(model)
-        engine, accumulation = stepper.engine, self.current_gradient_accumulation_steps
-        engine.accumulation_steps = accumulation
-        # The loss of each forward pass, kept beside its logits: engines decide which pass the task gradient is of.
-        passes: list[tuple[Tensor, Tensor]] = []
-
-        def forward() -> Tensor:
-            with self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(
-                    model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-                )
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            passes.append((logits, loss))
-            return logits
-
-        # A loss that is already a mean over the whole accumulated batch must not be divided again.
-        whole = accumulation if self._loss_is_whole(num_items_in_batch) else 1
-
-        def loss_of(logits: Tensor) -> Tensor:
-            return next(loss for seen, loss in passes if seen is logits) * whole
-
+        accumulation = self.current_gradient_accumulation_steps
+        stepper.engine.accumulation_steps = accumulation
+        forward, loss_of = self._passes(model, inputs, num_items_in_batch)
         if self.is_deepspeed_enabled:
             model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
             micro = stepper.backward(forward, loss_of)
@@ -193,8 +211,56 @@ class RoseTrainer(ResumableTrainer):
         else:
             micro = stepper.backward(forward, loss_of)
             self._grad_norm = None
-            stepper.leave_step_to_optimizer(last=self.accelerator.sync_gradients, grad_norm=lambda: self._grad_norm)
+            stepper.leave_step_to_optimizer(
+                last=self.accelerator.sync_gradients,
+                grad_norm=lambda: self._grad_norm,
+                max_grad_norm=self.args.max_grad_norm,
+            )
         return micro["loss"] / accumulation
+
+    def _passes(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """What a stepper runs for a batch: a forward pass, and the loss that ``compute_loss`` found in it."""
+        inputs = self._prepare_inputs(inputs)
+        # A loss that is already a mean over the whole accumulated batch must not be divided again.
+        whole = self.current_gradient_accumulation_steps if self._loss_is_whole(num_items_in_batch) else 1
+        latest: list[Tensor] = []
+
+        def forward() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(
+                    model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            latest[:] = [loss]
+            return outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+
+        return forward, lambda logits: latest.pop() * whole
+
+    def before_first_epoch(self, model: nn.Module) -> None:
+        """What a method does before training: Child-Tuning_D's pass over the training data."""
+        stepper = self._stepper_for(model)
+        if not stepper.needs_fisher_pass:
+            return
+        loader = self.get_train_dataloader()
+        count = len(loader) if has_length(loader) else self.state.max_steps
+        # a run shorter than an epoch looks at as many batches as it trains on
+        count = min(count, self.state.max_steps * self.args.gradient_accumulation_steps)
+        model.train()
+        bar = tqdm(
+            itertools.islice(loader, count),
+            total=count,
+            desc="Fisher information",
+            unit="batch",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        try:
+            with replay(RngState.now()):  # training draws the random numbers that it would have drawn without
+                stepper.fisher_pass((self._passes(model, batch, None) for batch in bar), self.args.max_grad_norm)
+        finally:
+            bar.close()
+            if hasattr(loader, "end"):  # accelerate counts a loader that was left early as still running
+                loader.end()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, remembered: the step is skipped on every rank where the norm is not finite."""
@@ -209,9 +275,12 @@ class RoseTrainer(ResumableTrainer):
 
     def _stepper_for(self, model: nn.Module) -> Stepper:
         if self.stepper is None or self._stepper_model is not model:
-            self.stepper = prepare(model) if self.is_deepspeed_enabled else prepare(model, self._rose_optimizer())
+            optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
+            self.stepper = prepare(model, optimizer, objective=self.objective)
             self._stepper_model = model
             self._check_agreement(self.stepper.config)
+            if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
+                self.stepper.load_state(self.resumed_folder)
         return self.stepper
 
     def _check_agreement(self, used: RoseConfig) -> None:
@@ -226,7 +295,7 @@ class RoseTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the last step's thresholds and kept fractions beside the training loss."""
-        report = self.stepper.last_report if self.stepper is not None else None
+        report = self.last_report
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
         super().log(logs, *args, **kwargs)

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import set_seed
 
+from rose_ds.config import RoseConfig
 from rose_ds.data import TaskData, assign_families, load_task, padding_collator, perturb, tokenize
 from rose_ds.data.loading import SPLITS
-from rose_ds.engines.base import RefusedConfiguration
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.experiments import provenance
+from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import load_model, load_tokenizer
-from rose_ds.experiments.settings import METHODS, MethodSettings, RunSettings
-from rose_ds.resuming import precision_of, schedule_of
-from rose_ds.trainer import RoseTrainer
+from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
+from rose_ds.objectives import Objective, resolve
+from rose_ds.training import checkpoints
+from rose_ds.training.resuming import precision_of, schedule_of
+from rose_ds.training.trainer import RoseTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -48,7 +53,7 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
 
         deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
     model = load_model(run.model, data.spec)
-    rose = method.rose()
+    rose = method.rose(args.seed)
     if rose.strategy != "none":
         rose.eligible(name for name, p in model.named_parameters() if p.requires_grad)
     trainer = RoseTrainer(
@@ -62,15 +67,17 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         processing_class=tokenizer,
         compute_metrics=_accuracy_of,
         rose=rose,
+        objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
     )
     _check_engine(run.engine, trainer)
+    name, rose, objective = _method_used(method, trainer)
     trainer.fixed_settings = _fixed(run, trainer)
     meter = trainer.measure()
     result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
     metrics = Metrics(
         task=data.spec.name,
         model=run.model,
-        method=method.method,
+        method=name,
         seed=args.seed,
         engine=trainer.engine_name,
         world_size=args.world_size,
@@ -80,7 +87,10 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         step_seconds=statistics.median(meter.step_seconds[2:] or meter.step_seconds) if meter.step_seconds else None,
         kept_fraction=meter.kept_fraction,
         skipped_steps=meter.skipped,
-        config=_config(run, method, args),
+        peak_memory_bytes=max(checkpoints.gather(provenance.peak_memory_bytes(args.device)), key=lambda n: n or 0),
+        config={**_config(run, args), **recorded(rose, objective), "preset": _preset(method)},
+        commit=provenance.commit(),
+        packages=provenance.packages(),
         **accuracies(trainer, data, tokenizer, run),
     )
     if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
@@ -104,7 +114,7 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         args=args,
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
-        rose=MethodSettings(method="vanilla").rose(),
+        rose=RoseConfig(strategy="none"),
     )
     metrics = Metrics(
         task=data.spec.name,
@@ -113,20 +123,13 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         world_size=args.world_size,
         precision=precision_of(args),
         config=asdict(run),
+        commit=provenance.commit(),
+        packages=provenance.packages(),
         **accuracies(trainer, data, tokenizer, run),
     )
     if (Path(run.model) / "metrics.json").is_file():  # what it was trained with
         trained = Metrics.read(Path(run.model))
-        for name in (
-            "method",
-            "seed",
-            "engine",
-            "world_size",
-            "steps",
-            "train_seconds",
-            "step_seconds",
-            "kept_fraction",
-        ):
+        for name in _OF_TRAINING:
             setattr(metrics, name, getattr(trained, name))
     if trainer.is_world_process_zero():
         metrics.write(Path(args.output_dir))
@@ -224,9 +227,25 @@ def _refuse_unsavable(args: TrainingArguments) -> None:
         raise RefusedConfiguration(f"at ZeRO-3 the trained model cannot be saved whole without {key}: set it to true")
 
 
+#: Fields of metrics.json that an evaluation takes from the model's own.
+_OF_TRAINING = (
+    "method",
+    "seed",
+    "engine",
+    "world_size",
+    "steps",
+    "train_seconds",
+    "step_seconds",
+    "kept_fraction",
+    "skipped_steps",
+    "peak_memory_bytes",
+)
+
 #: TrainingArguments that metrics.json records.
 _RECORDED = (
     "learning_rate",
+    "num_train_epochs",
+    "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_grad_norm",
@@ -238,11 +257,31 @@ _RECORDED = (
 )
 
 
-def _config(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> dict[str, Any]:
+def _config(run: RunSettings, args: TrainingArguments) -> dict[str, Any]:
     training = {name: getattr(args, name) for name in _RECORDED}
-    training["lr_scheduler_type"] = schedule_of(args)
-    rose = {} if METHODS[method.method] == "none" else asdict(method.rose())
-    return {**asdict(run), **training, "rose": rose, "deepspeed": args.deepspeed}
+    return {**asdict(run), **training, "lr_scheduler_type": schedule_of(args), "deepspeed": args.deepspeed}
+
+
+def _preset(method: MethodSettings) -> dict[str, Any] | None:
+    return None if method.filled_in is None else asdict(method.filled_in)
+
+
+def _method_used(method: MethodSettings, trainer: RoseTrainer) -> tuple[str, RoseConfig, Objective]:
+    """The method's name and settings: the flags', or those of the DeepSpeed config's RoseAdamW block."""
+    settings = trainer.method_settings()
+    objective = resolve(settings.pop("objective"))
+    rose = RoseConfig.from_mapping(settings)
+    asked = method.rose(trainer.args.seed)
+    if (asked.strategy == rose.strategy == "none" or asked == rose) and objective == method.objective():
+        return method.method, rose, objective
+    if method.chosen or any(getattr(method, name) is not None for name in RoseConfig.field_names()):
+        flags = {"objective": method.objective().name, **asdict(method.objective()), **asdict(asked)}
+        block = {"objective": objective.name, **asdict(objective), **asdict(rose)}
+        raise RefusedConfiguration(
+            "the flags and the DeepSpeed config's RoseAdamW block say different things (flags -> block): "
+            f"{', '.join(checkpoints.changed(flags, block))}. Leave one of them out"
+        )
+    return method_with(objective.name, rose).name, rose, objective
 
 
 def _correct(predictions: Any, labels: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:

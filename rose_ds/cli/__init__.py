@@ -1,0 +1,65 @@
+"""The ``rose-ds`` command: parses, calls, prints. One file a command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from rose_ds import __version__
+from rose_ds.cli import evaluate, report, train
+from rose_ds.cli.arguments import first_rank
+from rose_ds.cli.ending import ending_process_group
+
+#: Name -> what it does, and the function that does it.
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "train": ("fine-tune a classifier with ROSE or a baseline, and measure its robustness", train.run),
+    "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
+    "report": ("compare finished runs: table, JSON and chart", report.run),
+}
+
+
+def program(argv: Sequence[str] | None = None) -> None:
+    """``main`` as a process of its own, which ends with it."""
+    with ending_process_group():
+        main(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``rose-ds``; exits with 2 and one line on bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
+    if not arguments or arguments[0] not in COMMANDS:
+        _overview(arguments)
+        return
+    command, rest = arguments[0], arguments[1:]
+    try:
+        COMMANDS[command][1](rest)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
+        if not _is_users_error(error):
+            raise
+        if first_rank():
+            print(f"rose-ds {command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _overview(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="rose-ds", description="Adversarially robust fine-tuning (ROSE) for sharded training."
+    )
+    parser.add_argument("--version", action="version", version=f"rose_ds {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (text, _) in COMMANDS.items():
+        commands.add_parser(name, help=text, description="see rose-ds " + name + " --help")
+    parser.epilog = "Each command has its own --help."
+    parser.parse_args(arguments)
+
+
+def _is_users_error(error: Exception) -> bool:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
+    return module.startswith("rose_ds")

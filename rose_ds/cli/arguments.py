@@ -1,0 +1,124 @@
+"""What the commands share: a parser whose help can be read, and the flags of a DeepSpeed config."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from rose_ds.errors import RefusedConfiguration
+
+_ACCELERATOR = torch.accelerator.is_available()
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments, with defaults for a terminal."""
+
+    _argument_group_name: ClassVar[str] = "training (transformers' TrainingArguments)"
+
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, none, or another of transformers'."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows at a time in evaluation."})
+    dataloader_pin_memory: bool = field(default=_ACCELERATOR, metadata={"help": "Pinned host memory for batches."})
+    use_cpu: bool = field(
+        default=not _ACCELERATOR,
+        metadata={"help": "Train on the CPU; the default where there is no accelerator."},
+    )
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, each flag in one spelling, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text.lower() or action.default in (None, argparse.SUPPRESS, "", [])
+        return text if told or not action.option_strings else f"{text} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) > 1 and all(s.startswith("--") for s in action.option_strings):
+            action = copy.copy(action)  # transformers adds --max-steps to --max_steps
+            action.option_strings = [min(action.option_strings, key=len)]
+        return super()._format_action_invocation(action)
+
+
+class Parser(HfArgumentParser):
+    """A command's flags, made of the fields of dataclasses; a wrong one ends the process with exit code 2."""
+
+    def __init__(self, command: str, description: str, *settings: Any, epilog: str | None = None) -> None:
+        super().__init__(
+            settings,
+            prog=f"rose-ds {command}",
+            usage="%(prog)s [--flag value ...]",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
+
+    def given(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The flags on a command line, by name, without the defaults of the others."""
+        unset = object()
+        names = [f.name for settings in self.dataclass_types for f in fields(settings) if f.init]
+        found = self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset)))
+        return {name: value for name, value in vars(found).items() if value is not unset}
+
+    def settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """An instance of each dataclass."""
+        self.parse_args(arguments)  # which says what is wrong with an unknown flag; transformers raises
+        return self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def precision_flags(arguments: Sequence[str]) -> list[str]:
+    """--bf16 or --fp16 where the DeepSpeed config enables it: transformers demands that both say so."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deepspeed")
+    path = parser.parse_known_args(arguments)[0].deepspeed
+    if not path:
+        return []
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RefusedConfiguration(f"--deepspeed {path}: {str(error.strerror).lower()}") from error
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, a NUL in the path
+        raise RefusedConfiguration(f"--deepspeed {path} is not JSON: {error}") from error
+    wrong = _misshapen(config)
+    if wrong:
+        raise RefusedConfiguration(f"--deepspeed {path}: {wrong}")
+    given = {a.split("=")[0] for a in arguments}
+    enabled = [section for section in ("bf16", "fp16") if config.get(section, {}).get("enabled") is True]
+    return [f"--{section}" for section in enabled if f"--{section}" not in given]
+
+
+def _misshapen(config: Any) -> str | None:
+    """What is wrong with the parts of a DeepSpeed config that transformers takes for granted."""
+    if not isinstance(config, dict):
+        return f"a DeepSpeed config is a JSON object, found {config!r:.80}"
+    for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            return f'"{name}" must be an object, found {section!r:.80}'
+        for key, wanted, fits in (
+            ("stage", "0, 1, 2 or 3", lambda v: type(v) is int and 0 <= v <= 3),
+            ("enabled", 'true, false or "auto"', lambda v: isinstance(v, bool) or v == "auto"),
+            ("type", "a name", lambda v: isinstance(v, str)),
+            ("params", "an object", lambda v: isinstance(v, dict)),
+        ):
+            if key in section and not fits(section[key]):
+                return f'"{key}" in "{name}" must be {wanted}, found {section[key]!r:.80}'
+    if all(config.get(section, {}).get("enabled") is True for section in ("bf16", "fp16")):
+        return '"bf16" and "fp16" are both enabled: enable one'
+    return None

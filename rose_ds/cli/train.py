@@ -1,0 +1,44 @@
+"""``rose-ds train``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rose_ds.cli.arguments import Parser, RunArguments, first_rank, precision_flags
+from rose_ds.experiments.methods import METHODS
+from rose_ds.experiments.settings import MethodSettings, RunSettings, from_preset
+
+_DESCRIPTION = """Fine-tune a classifier and measure it on clean, adversarial and perturbed text.
+
+Examples:
+  rose-ds train --task snippets --method rose-ensemble --max_steps 200 --output_dir runs/ensemble
+  rose-ds train --task sst2 --data glue/ --model roberta-base --method rose-first --output_dir runs/sst2
+  rose-ds train --task qnli --method r-drop+rose-first --rdrop_alpha 0.5 --keep_first 0.7 --output_dir runs/both
+  rose-ds train --task rte --method rose-ensemble --preset paper-base --output_dir runs/rte    # published settings
+  deepspeed --num_gpus 8 launch/train.py --deepspeed ds_configs/zero2_bf16.json --task qnli --model roberta-large \\
+      --method rose-ensemble --learning_rate 1e-5 --adam_beta2 0.98 --weight_decay 0.01 --output_dir runs/qnli
+
+Writes the model (model.safetensors, config, tokenizer), metrics.json, checkpoints and TensorBoard logs to --output_dir.
+
+Methods:
+{methods}
+  OBJECTIVE+MASK  one of r-drop, smart, freelb with one of those that choose parameters, e.g. freelb+rose-ensemble"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train, and print what was measured."""
+    methods = "\n".join(f"  {method.name:<14}  {method.text}" for method in METHODS.values())
+    parser = Parser("train", _DESCRIPTION.format(methods=methods), RunSettings, MethodSettings, RunArguments)
+    arguments = [*arguments, *precision_flags(arguments)]
+    preset = from_preset(parser.given(arguments), int(os.environ.get("WORLD_SIZE", "1")))
+    if preset is not None:
+        parser.set_defaults(**preset.settings)
+    settings, method, args = parser.settings(arguments)
+    method.filled_in = preset
+    from rose_ds.experiments.train import train
+
+    metrics = train(settings, method, args)
+    if first_rank():
+        print(metrics.summary())
+        print(f"model and metrics.json in {args.output_dir}")

@@ -1,0 +1,290 @@
+"""What an objective sees of a model: forward passes of one micro-batch, cut at their outputs.
+
+A pass hands out fp32 leaves with the values of its outputs: the logits and, where it is asked for, the task loss. An
+objective computes with these; its gradient with respect to a leaf is a cotangent, and the engine pulls (pass,
+cotangents) pairs back through the model. So no engine ever sees a loss, and no objective a sharded model.
+
+The task loss is an output of the pass, not a function of the cut logits: a loss that uses more than the logits (hidden
+states, a regulariser inside the model) keeps its whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rose_ds.engines.rng import RngState, replay
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.objectives.base import Start
+
+if TYPE_CHECKING:
+    from rose_ds.engines.average import WeightAverage
+    from rose_ds.engines.base import Engine
+
+Forward = Callable[[], Tensor]
+Loss = Callable[[Tensor], Tensor]
+
+#: Micro-batches in a row whose two passes may be equal in low precision before it means "no dropout": with one row and
+#: bf16 logits, one in a thousand is equal by chance.
+_EQUAL_BY_CHANCE = 8
+
+
+class EmbeddingShift:
+    """Adds a shift to what the input embeddings return, inside whatever wraps the model: a forward hook.
+
+    Not ``inputs_embeds``, which changes RoBERTa's positions under padding and a decoder's choice of the last token, and
+    fails under FSDP2. The hook stays for the model's life and does nothing between shifted passes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        find = getattr(module, "get_input_embeddings", None)
+        embeddings = find() if find is not None else None
+        if not isinstance(embeddings, nn.Module):
+            raise RefusedConfiguration(
+                f"{type(module).__name__} has no get_input_embeddings(), so there is nothing to shift: objectives "
+                "smart and freelb need a model whose get_input_embeddings() returns its embedding module"
+            )
+        self.padding_idx = getattr(embeddings, "padding_idx", None)
+        self.shift: Tensor | Start | None = None
+        self.calls, self.used = 0, False
+        self._seed = 0
+        self._attention: Tensor | None = None
+        module.register_forward_pre_hook(self._look_for_attention_mask, with_kwargs=True)
+        embeddings.register_forward_hook(self._add)
+
+    def set(self, shift: Tensor | Start | None) -> None:
+        """For the next pass; a callable is called once the embeddings' shape is known."""
+        self.shift, self.calls, self._attention = shift, 0, None
+        if callable(shift):
+            # drawn before the pass and from a generator of its own: the pass's random numbers stay the dropout's
+            self._seed = int(torch.randint(2**62, ()))
+        self.used = self.used or shift is not None
+
+    def take(self) -> Tensor | None:
+        """The shift that the pass used: a leaf. Nothing is shifted any more."""
+        shift, self.shift = self.shift, None
+        if shift is not None and self.calls != 1:
+            raise RefusedConfiguration(
+                f"forward() ran the input embeddings {self.calls} times, so it is not clear which tokens are to be "
+                "shifted (an encoder and a decoder may share them): objectives smart and freelb need one run a pass"
+            )
+        assert shift is None or isinstance(shift, Tensor)
+        return shift
+
+    def _look_for_attention_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._attention = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _add(self, embeddings: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        self.calls += 1
+        if self.used and torch._C._current_graph_task_id() != -1:
+            raise RefusedConfiguration(
+                "the input embeddings run again inside the backward pass (activation checkpointing includes them), "
+                "without the shift they had: checkpoint the layers above them only"
+            )
+        if self.shift is None:
+            return None
+        if callable(self.shift):
+            real = self._attention.bool() if self._attention is not None else self._not_padding(args, out)
+            generator = torch.Generator(out.device).manual_seed(self._seed)
+            with torch.no_grad():
+                self.shift = self.shift(real, tuple(out.shape), generator).float()
+        if not self.shift.requires_grad:
+            self.shift = self.shift.detach().requires_grad_()
+        return out + self.shift.to(out.dtype)
+
+    def _not_padding(self, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if args and self.padding_idx is not None and args[0].shape == out.shape[:-1]:
+            return args[0] != self.padding_idx
+        return torch.ones(out.shape[:-1], dtype=torch.bool, device=out.device)
+
+
+class ForwardPass:
+    """One forward pass, which can be run again with the same random numbers where its graph is gone."""
+
+    def __init__(self, batch: PassBatch, shift: Tensor | Start | None, like: ForwardPass | None) -> None:
+        self.batch = batch
+        self._shift: Tensor | Start | None = shift
+        self.leaves: list[Tensor] = []
+        """fp32, with the outputs' values."""
+        self.outputs: list[Tensor] | None = None
+        """Attached: the logits and, once asked for, the loss. None once pulled back."""
+        if batch.shifter is not None:
+            batch.shifter.set(shift)
+        self.rng: RngState = RngState.now() if like is None else like.rng
+        self._run(replayed=like is not None)
+        assert self.outputs is not None
+        self.leaves = [self.outputs[0].detach().float().requires_grad_()]
+
+    @property
+    def logits(self) -> Tensor:
+        """fp32 leaf."""
+        return self.leaves[0]
+
+    @property
+    def shift(self) -> Tensor | None:
+        """fp32 leaf; its ``grad`` is there after a backward."""
+        return self._shift  # type: ignore[return-value]  # a tensor once the pass has run
+
+    def ask_for_loss(self) -> Tensor:
+        """The task loss of this pass: a leaf."""
+        if len(self.leaves) == 1:
+            assert self.outputs is not None
+            self._add_loss()
+            self.leaves.append(self.outputs[1].detach().float().requires_grad_())
+        return self.leaves[1]
+
+    def _add_loss(self) -> None:
+        assert self.outputs is not None
+        value = self.batch.loss_of(self.outputs[0])
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            raise TypeError("loss(logits) must return a scalar tensor: the micro-batch's mean loss")
+        self.outputs.append(value)
+
+    def _run(self, *, replayed: bool) -> None:
+        engine = self.batch.engine
+        self.has_graph = torch.is_grad_enabled() and not (engine.single_graph and engine.graph_of is not None)
+        if self.has_graph:
+            engine.graph_of = self
+        with replay(self.rng) if replayed else nullcontext(), torch.set_grad_enabled(self.has_graph):
+            logits = self.batch.forward()
+        if self.batch.shifter is not None:
+            self._shift = self.batch.shifter.take()
+        self.outputs = [logits]
+        self.backwards_before = self.batch.engine.backwards
+        self.rearm = self.batch.engine.after_forward()
+
+    def attached(self) -> list[Tensor]:
+        """Outputs with a graph that can still be pulled back through; the pass runs again where there is none."""
+        engine = self.batch.engine
+        lost = not engine.graphs_survive and engine.backwards != self.backwards_before
+        if self.outputs is None or lost or not self.has_graph:
+            self.outputs = None  # freed before the graph of the same pass is built anew
+            shift = self._shift
+            if self.batch.shifter is not None:
+                self.batch.shifter.set(shift)
+            self._run(replayed=True)
+            self._check_same()
+            if len(self.leaves) == 2:
+                self._add_loss()
+        assert self.outputs is not None
+        return self.outputs
+
+    def _check_same(self) -> None:
+        assert self.outputs is not None
+        again, first = self.outputs[0].detach(), self.logits.detach()
+        tolerance = max(1e-3, 8 * torch.finfo(again.dtype).eps) * max(1.0, float(first.abs().nan_to_num().max()))
+        # NaN twice is the same pass: the step will be skipped, on all ranks
+        if not torch.allclose(again.float(), first, rtol=0, atol=tolerance, equal_nan=True):
+            raise RuntimeError(
+                "a replayed forward pass gave other logits: forward() must depend only on the model, its inputs and "
+                "torch's random numbers (no counters, numpy or python random numbers inside)"
+            )
+
+
+class Pull(NamedTuple):
+    """A pass, and the gradient of something with respect to each of its leaves (None: does not depend on it)."""
+
+    p: ForwardPass
+    cotangents: tuple[Tensor | None, ...]
+
+    def roots(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Attached outputs and their cotangents, in the outputs' types."""
+        outputs = self.p.attached()
+        pairs = [(out, c.to(out.dtype)) for out, c in zip(outputs, self.cotangents, strict=True) if c is not None]
+        return [out for out, _ in pairs], [c for _, c in pairs]
+
+    def value(self) -> Tensor:
+        """A scalar with this gradient, for engines that differentiate scalars only."""
+        outputs, cotangents = self.roots()
+        products = [(out.float() * c.float()).sum() for out, c in zip(outputs, cotangents, strict=True)]
+        return torch.stack(products).sum()
+
+
+class PassBatch:
+    """One micro-batch on one engine, as an objective sees it (``rose_ds.objectives.base.MicroBatch``)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        forward: Forward,
+        loss: Loss,
+        *,
+        shifter: EmbeddingShift | None = None,
+        average: WeightAverage | None = None,
+        ranks_risk: bool = False,
+        ranks_task: bool = False,
+    ) -> None:
+        self.engine, self.forward, self.loss_of = engine, forward, loss
+        self.shifter, self.average = shifter, average
+        self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
+        self.divergence: Tensor | None = None
+        """The last value whose gradient was to be ranked, detached."""
+        self.trained = False
+        """backward() was called for the last time."""
+
+    def run(self, shift: Tensor | Start | None = None, like: Any = None) -> ForwardPass:
+        if shift is not None and self.shifter is None:
+            raise TypeError("an objective that shifts embeddings must say so: shifts = True")
+        return ForwardPass(self, shift, like)
+
+    def loss(self, p: ForwardPass) -> Tensor:
+        return p.ask_for_loss()
+
+    def probe(self, shift: Tensor | Start, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        scale = self.engine.loss_scale  # a gradient of fp16 activations underflows without it
+        with self.engine.probing():
+            p = self.run(shift)
+            assert p.outputs is not None and p.shift is not None
+            (gradient,) = torch.autograd.grad(value(p.outputs[0].float()) * scale, p.shift)
+        return p.shift.detach(), gradient / scale
+
+    def backward(self, value: Tensor, *passes: Any, more: bool = False) -> None:
+        self.trained = not more
+        self.engine.pull(self.pulls_of(value, passes), more=more)
+        for p in passes:
+            p.outputs = None
+
+    @property
+    def wants_risk(self) -> bool:
+        return self.ranks_risk
+
+    def risk(self, value: Tensor, *passes: Any, share: float = 0.0) -> None:
+        if not self.ranks_risk and not (share and self.ranks_task):
+            return
+        self._require_dropout(passes)
+        self.divergence = value.detach()
+        self.engine.share = share
+        self.engine.pull_apart(self.pulls_of(value, passes))
+
+    def agree(self, ok: bool) -> bool:
+        return self.engine.agree(ok)
+
+    def average_logits(self) -> Tensor:
+        assert self.average is not None, "an objective that asks for it has an average_decay()"
+        with torch.no_grad(), self.average.shown():
+            return self.forward().detach().float()
+
+    def pulls_of(self, value: Tensor, passes: Sequence[ForwardPass]) -> list[Pull]:
+        """The gradient of ``value``, a micro-batch's share of the step, at the passes' outputs."""
+        leaves = [leaf for p in passes for leaf in p.leaves]
+        value = value / self.engine.accumulation_steps
+        found = iter(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
+        return [Pull(p, tuple(next(found) for _ in p.leaves)) for p in passes]
+
+    def _require_dropout(self, passes: Sequence[ForwardPass]) -> None:
+        a, b = passes
+        if not torch.equal(a.logits, b.logits):
+            self.engine.equal_passes = 0
+            return
+        self.engine.equal_passes += 1
+        exact = a.outputs is not None and a.outputs[0].dtype == torch.float32
+        if exact or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
+            raise RuntimeError(
+                "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
+                'dropout > 0, or choose strategy="second"'
+            )

@@ -1,0 +1,1 @@
+"""torch's own wrappers: none, DistributedDataParallel, FSDP1, FSDP2."""

@@ -1,0 +1,108 @@
+"""FSDP1 (``FullyShardedDataParallel``): parameters are flattened, and each rank holds a piece of the flat one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from rose_ds.core.layout import Block
+from rose_ds.engines.base import unwrapped_name
+from rose_ds.engines.torch.sharded import Managed, ShardedEngine
+from rose_ds.errors import RefusedConfiguration
+
+
+class Fsdp1Engine(ShardedEngine):
+    """Any backward pass ends the graphs of all passes, which then run again.
+
+    And there is but one graph at a time: FSDP1 hooks a flat parameter's gradient accumulator at the first forward pass
+    (torch/distributed/fsdp/_runtime_utils.py, _register_post_backward_hook) and not again before a backward pass; in
+    mixed precision a second forward pass makes another accumulator, whose gradient would never be reduced.
+    """
+
+    name = "fsdp1"
+    graphs_survive = False
+    single_graph = True
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        self._forget_hooks()
+        with super().micro_batch():
+            yield
+        # FSDP gives no gradient to a parameter of which nothing lies here. Without one it would have no state either,
+        # and a rank without any state would not know how many steps were taken.
+        for param in self._params:
+            if param.grad is None and param.numel() == 0:
+                param.grad = torch.zeros_like(param)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        self._forget_hooks()
+        with self._added_to_earlier_grads():  # a backward pass that reaches no parameter drops the gradients that wait
+            yield
+        self.backwards += 1
+        self.graph_of = None
+
+    def _forget_hooks(self) -> None:
+        """No graph waits: not that of a pass before a probe, nor that of a step that failed half-way."""
+        self.graph_of = None
+        for handle in _handles(self.module):
+            hook = handle.flat_param.__dict__.pop("_post_backward_hook_state", None)
+            if hook is not None:
+                hook[-1].remove()
+
+    def settle(self) -> None:
+        for part in FullyShardedDataParallel.fsdp_modules(self.module):
+            handle = part._handle
+            # before its first pass a handle has nothing to give back, and one that shards nothing never has
+            if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+                _reshard(part, handle, True)
+
+    def gather_parameters(self) -> dict[str, Tensor]:
+        with FullyShardedDataParallel.summon_full_params(self.module, writeback=False):
+            return {unwrapped_name(n): p.detach().float().clone() for n, p in self.module.named_parameters()}
+
+    def _find_managed(self, module: nn.Module) -> list[Managed]:
+        found: dict[tuple[nn.Module, str], tuple[Any, ...]] = {}
+        for handle in _handles(module):
+            if handle._offload_params:
+                raise RefusedConfiguration(
+                    "FSDP1's CPUOffload(offload_params=True) keeps one gradient buffer for both backward passes: use "
+                    "fully_shard with CPUOffloadPolicy, or DeepSpeed with offload_optimizer"
+                )
+            flat = handle.flat_param
+            groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
+            for i, (name, owner, _) in enumerate(flat._param_infos):
+                shard = flat._shard_param_infos[i]  # padding, between parameters and at the end, is in none
+                param = flat if flat._params is None else flat._params[i]
+                offset = shard.offset_in_shard if flat._params is None and shard.in_shard else 0
+                whole = torch.empty(flat._shapes[i], device="meta")
+                start, numel = (shard.intra_param_start_idx, shard.numel_in_shard) if shard.in_shard else (0, 0)
+                block = Block.flat(whole.numel(), start, numel)
+                found[owner, name] = (nn.Parameter(whole, param.requires_grad), param, offset, block, groups)
+        names: dict[nn.Module, list[str]] = {}
+        for owner, name in found:
+            names.setdefault(owner, []).append(name)
+        return [
+            Managed(unwrapped_name(f"{prefix}.{name}" if prefix else name), *found[owner, name])
+            for prefix, owner in module.named_modules()
+            for name in names.get(owner, [])
+        ]
+
+    def _check_sync(self) -> None:
+        if not all(part._sync_gradients for part in FullyShardedDataParallel.fsdp_modules(self.module)):
+            raise RefusedConfiguration(
+                "FSDP's no_sync() would mix the gradient kept apart into the one that trains: leave it out "
+                '(accelerate: gradient_accumulation_kwargs={"sync_each_batch": True}; accumulation stays exact)'
+            )
+
+
+def _handles(module: nn.Module) -> Iterator[Any]:
+    for part in FullyShardedDataParallel.fsdp_modules(module):
+        if part._handle is not None:
+            yield part._handle

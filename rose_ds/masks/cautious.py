@@ -1,0 +1,21 @@
+"""Cautious AdamW (Liang et al., 2024): step only where the update and the gradient have one sign."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rose_ds.config import RoseConfig
+from rose_ds.core.magnitudes import ElementMagnitudes
+from rose_ds.core.select import Selector
+from rose_ds.masks.base import MaskPolicy
+
+
+def disagreement(x: ElementMagnitudes) -> Tensor:
+    """1 where the momentum after the step and the gradient differ in sign, or either is 0; else 0."""
+    return (x.next_momentum * x.signed_grad <= 0).float()
+
+
+def cautious(config: RoseConfig) -> MaskPolicy:
+    """No threshold to look for: where signs agree, the step is taken, scaled up by the share of those that do not."""
+    selector = Selector(disagreement, keep=1.0, fixed=0.0)
+    return MaskPolicy((selector,), rule="update", ranks_momentum=True, preserve_scale=True)

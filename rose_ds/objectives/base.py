@@ -1,0 +1,108 @@
+"""What an objective is, and what it is given."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+#: Makes a pass's shift of the input embeddings once their shape is known. Takes which tokens are real (batch, length;
+#: bool), the embeddings' shape (batch, length, dim) and a generator of its own; returns fp32 of that shape.
+Start = Callable[[Tensor, tuple[int, ...], Generator], Tensor]
+
+
+class Pass(Protocol):
+    """A forward pass of the micro-batch, cut at its outputs."""
+
+    @property
+    def logits(self) -> Tensor:
+        """fp32 leaf, (batch, ..., classes)."""
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What was added to the input embeddings: fp32 leaf, (batch, length, dim); its ``grad`` after a backward."""
+
+
+class MicroBatch(Protocol):
+    """This rank's micro-batch, and all that an objective knows of the model."""
+
+    def run(self, shift: Tensor | Start | None = None, like: Any = None) -> Any:
+        """One forward pass; ``like``: with the random numbers (dropout masks) of that pass."""
+
+    def loss(self, p: Any) -> Tensor:
+        """The task loss of a pass, fp32 scalar. To be asked for before another pass is run."""
+
+    def probe(self, shift: Tensor | Start, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The shift, and the gradient of ``value(logits)`` with respect to it; nothing else is differentiated."""
+
+    def backward(self, value: Tensor, *passes: Any, more: bool = False) -> None:
+        """Train on the gradient of ``value``, a function of the passes' outputs; ``more``: it is not the last."""
+
+    @property
+    def wants_risk(self) -> bool:
+        """Whether a mask ranks the gradient of a divergence between two passes (first-order risk)."""
+
+    def risk(self, value: Tensor, *passes: Any, share: float = 0.0) -> None:
+        """Rank the gradient of ``value``; a no-op unless a mask needs it.
+
+        ``share``: how much of it ``backward()`` contains, which second-order risk takes out of the task gradient.
+        """
+
+    def agree(self, ok: bool) -> bool:
+        """Whether all ranks say ``ok``."""
+
+    def average_logits(self) -> Tensor:
+        """Logits under the averaged weights, without a graph. To be asked for before any pass is run."""
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A frozen dataclass of constants. Calling it trains on one micro-batch; returns the detached value minimised."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, batch: MicroBatch) -> Tensor: ...
+
+    @property
+    def shifts(self) -> bool:
+        """Whether passes with shifted input embeddings are run."""
+        return False
+
+    def average_decay(self, step: int) -> float | None:
+        """Decay of the moving average of the weights after optimizer step ``step`` (from 1); None: no average."""
+        return None
+
+
+def normal_noise(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Standard normal, on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def uniform_noise(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Uniform in [0, 1), on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def constant(default: Any, help: str) -> Any:
+    """A field of an objective, with the text of its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite number >= 0 (> 0)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number")
+    if not 0 <= value < math.inf or (above_zero and value == 0):
+        raise ValueError(f"{name}={value!r} must be finite and {'> 0' if above_zero else '>= 0'}")
+
+
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Raise ValueError unless ``value`` is an integer >= ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} must be an integer >= {low}")

@@ -1,0 +1,89 @@
+"""SMART (Jiang et al., ACL 2020): smoothness in a ball round the embeddings, and Bregman proximal steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from rose_ds.objectives import base
+from rose_ds.objectives.base import MicroBatch, Objective, check_count, check_number, constant
+from rose_ds.objectives.divergence import dropout_risk, symmetric_kl
+
+
+@dataclass(frozen=True)
+class Smart(Objective):
+    """``L = CE(x) + weight * KL_sym(f(x), f(x + d)) + proximal * KL_sym(f(x), f_average(x))``.
+
+    d starts as normal noise, takes ``steps`` ascent steps on the *summed* KL(f(x + d) || f(x)), and is scaled to
+    L-infinity norm ``radius`` at each token, as in the authors' code. Where the ascent's gradient is not finite on any
+    rank, all ranks leave the regulariser out of that micro-batch.
+    """
+
+    name: ClassVar[str] = "smart"
+    weight: float = constant(1.0, "Weight of SMART's smoothness term.")
+    steps: int = constant(1, "Ascent steps that find SMART's perturbation.")
+    step_size: float = constant(1e-3, "Size of SMART's ascent steps.")
+    init_std: float = constant(1e-5, "Standard deviation of the noise that SMART's perturbation starts from.")
+    radius: float = constant(1.0, "L-infinity norm of SMART's perturbation at each token.")
+    proximal: float = constant(0.0, "Weight of SMART's Bregman proximal term; 0: none (no average of the weights).")
+    decay: float = constant(0.999, "Decay of the average of the weights for the proximal term.")
+    early_decay: float = constant(0.99, "The same during the first early_steps.")
+    early_steps: int = constant(0, "Optimizer steps with early_decay; SMART's paper: a tenth of all steps.")
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "step_size", "init_std", "proximal"):
+            check_number(name, getattr(self, name))
+        check_number("radius", self.radius, above_zero=True)
+        check_count("steps", self.steps)
+        check_count("early_steps", self.early_steps, low=0)
+        for name in ("decay", "early_decay"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+
+    @property
+    def shifts(self) -> bool:
+        return True
+
+    def average_decay(self, step: int) -> float | None:
+        if not self.proximal:
+            return None
+        return self.early_decay if step <= self.early_steps else self.decay
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        average = batch.average_logits() if self.proximal else None
+        clean = batch.run()
+        value = batch.loss(clean)
+        dropout_risk(batch, clean)
+        if average is not None:
+            value = value + self.proximal * symmetric_kl(clean.logits, average)
+        shift = self._ascend(batch, clean.logits.detach())
+        if shift is None:
+            batch.backward(value, clean)
+        else:
+            adversarial = batch.run(shift)
+            value = value + self.weight * symmetric_kl(clean.logits, adversarial.logits)
+            batch.backward(value, clean, adversarial)
+        return value.detach()
+
+    def _ascend(self, batch: MicroBatch, clean: Tensor) -> Tensor | None:
+        target = log_softmax(clean, -1)
+
+        def divergence(logits: Tensor) -> Tensor:  # a sum, whose gradient does not depend on the number of ranks
+            return kl_div(log_softmax(logits, -1), target, log_target=True, reduction="sum")
+
+        shift: Tensor | None = None
+        for _ in range(self.steps):
+            start, uphill = batch.probe(self._noise if shift is None else shift, divergence)
+            if not batch.agree(bool(torch.isfinite(uphill).all())):
+                return None
+            shift = start + self.step_size * uphill
+            shift = self.radius * shift / (shift.abs().amax(-1, keepdim=True) + 1e-6)
+        return shift
+
+    def _noise(self, real: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        return self.init_std * base.normal_noise(shape, generator)

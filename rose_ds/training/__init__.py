@@ -1,0 +1,1 @@
+"""Everything that runs steps: the stepper, the Trainer, its callbacks, checkpoints and resumed runs."""

@@ -1,0 +1,46 @@
+"""Child-Tuning_D's Fisher information: the mean squared gradient of the task loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rose_ds.engines.base import Engine
+from rose_ds.engines.passes import PassBatch
+
+
+def mean_squared_gradient(
+    engine: Engine,
+    batches: Iterable[tuple[Any, Any]],
+    checked: Callable[[Any], Any],
+    max_grad_norm: float | None,
+) -> list[Tensor]:
+    """One fp32 1-D tensor a slice. Each batch's gradient is reduced over the ranks first and then squared: squares of
+    each rank's own gradient, or the square of an accumulated one, rank other parameters highest.
+    """
+    total, count = [torch.zeros(piece.numel, device=piece.param.device) for piece in engine.slices], 0
+    for forward, loss in batches:
+        with engine.micro_batch():
+            batch = PassBatch(engine, checked(forward), loss)
+            a = batch.run()
+            engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
+        grads = engine.take_risk_grads() or []
+        if max_grad_norm:
+            _clip_each(engine, grads, max_grad_norm)
+        for sums, grad in zip(total, grads, strict=True):
+            sums.addcmul_(grad, grad)
+        count += 1
+    if count == 0:
+        raise ValueError("the Fisher pass was given no batch")
+    return [sums / count for sums in total]
+
+
+def _clip_each(engine: Engine, grads: list[Tensor], max_norm: float) -> None:
+    """Each named tensor's gradient by its own L2 norm over all ranks, in place."""
+    layout = engine.layout
+    norms = layout.sums([g.double().square().sum() for g in grads]).sqrt()
+    for i, grad in enumerate(grads):
+        grads[i] = grad * min(1.0, max_norm / (float(norms[layout.tensor_index[i]]) + 1e-6))

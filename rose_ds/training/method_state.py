@@ -1,0 +1,147 @@
+"""What a method keeps over a whole run beside weights and moments: a mask found once, an average of the weights.
+
+Written by slices, each with its place in the named tensor, so that any number of ranks and any engine can read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rose_ds.core.layout import Block
+from rose_ds.core.select import Selection
+from rose_ds.core.threshold import Threshold
+from rose_ds.engines.average import WeightAverage
+from rose_ds.engines.base import Engine
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.optimizer import Slice
+
+_VERSION = 1
+_NAME = "rose_state-{rank:05d}-of-{world:05d}.pt"
+_PATTERN = re.compile(r"rose_state-(\d{5})-of-(\d{5})\.pt")
+
+
+class MethodState:
+    """A run's; empty for methods that keep nothing. ``save`` and ``load`` are called by every rank."""
+
+    def __init__(self, engine: Engine, *, keeps_mask: bool, keeps_average: bool) -> None:
+        self.engine, self.keeps_mask, self.keeps_average = engine, keeps_mask, keeps_average
+        self.selection: Selection | None = None
+        """The mask of a policy that refreshes once."""
+        self.average: WeightAverage | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's file; none where there is nothing to keep, or another rank holds the same."""
+        rank, world = _rank_and_world()
+        if self.engine.replicated:
+            rank, world = (0, 1) if rank == 0 else (-1, 1)
+        found: dict[str, Any] = {"version": _VERSION, "strategy": self.engine.optimizer.config.strategy}
+        if self.selection is not None:
+            found["thresholds"] = {bit: asdict(t) for bit, t in self.selection.thresholds.items()}
+            found["mask"] = _described(self.engine.slices, _as_tensors(self.selection, self.engine.slices))
+        if self.average is not None:
+            found["average"] = _described(self.average.slices, self.average.values)
+        if len(found) == 2 or rank < 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _NAME.format(rank=rank, world=world)
+        temporary = path.with_suffix(".partial")
+        torch.save(found, temporary)
+        temporary.replace(path)
+
+    def load(self, folder: Path) -> None:
+        """Read what belongs to this rank's slices.
+
+        Raises:
+            RefusedConfiguration: the method keeps something and the folder does not have it, whole.
+        """
+        if not (self.keeps_mask or self.keeps_average):
+            return
+        files = _files_in(folder)
+        if not files:
+            if self.engine.optimizer.steps_taken() == 0:
+                return  # saved before the method had anything to keep
+            raise RefusedConfiguration(
+                f"{folder} has no rose_state files: it was written without what this method keeps over a run (a mask "
+                "found once, or an average of the weights); resume with the method it was trained with"
+            )
+        parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
+        strategy = self.engine.optimizer.config.strategy
+        if self.keeps_mask and parts[0]["strategy"] != strategy:
+            raise RefusedConfiguration(f"{folder} was trained with strategy={parts[0]['strategy']!r}, not {strategy!r}")
+        if self.keeps_mask and "mask" in parts[0]:
+            codes = _collect(folder, [part["mask"] for part in parts], self.engine.slices, torch.uint8)
+            thresholds = {bit: Threshold(**_as_threshold(t)) for bit, t in parts[0]["thresholds"].items()}
+            per_tensor = self.engine.optimizer.config.granularity == "tensor"
+            self.selection = Selection([int(code[0]) for code in codes] if per_tensor else codes, thresholds)
+        if self.keeps_average and "average" in parts[0]:
+            average = WeightAverage(self.engine)
+            average.values = _collect(folder, [part["average"] for part in parts], average.slices, torch.float32)
+            self.average = average
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Every rank's file, of the newest set that is whole."""
+    sets: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("rose_state-*.pt")):
+        match = _PATTERN.fullmatch(path.name)
+        if match:
+            sets.setdefault(int(match[2]), []).append(path)
+    for world, paths in sets.items():
+        if len(paths) != world:
+            raise RefusedConfiguration(f"{folder} has {len(paths)} of {world} rose_state files: not written to its end")
+    if len(sets) > 1:
+        raise RefusedConfiguration(f"{folder} has rose_state files of {sorted(sets)} ranks: of several checkpoints")
+    return next(iter(sets.values()), [])
+
+
+def _described(slices: Sequence[Slice], values: Sequence[Tensor]) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+    return [
+        (piece.name, (piece.block.shape, piece.block.start, piece.block.extent), value.cpu())
+        for piece, value in zip(slices, values, strict=True)
+    ]
+
+
+def _as_tensors(selection: Selection, slices: Sequence[Slice]) -> list[Tensor]:
+    """Codes by element, also where there is one for a whole tensor: a slice of it elsewhere has the same."""
+    return [
+        code if isinstance(code, Tensor) else torch.full((piece.numel,), int(code), dtype=torch.uint8)
+        for code, piece in zip(list[Any](selection.codes), slices, strict=True)
+    ]
+
+
+def _collect(folder: Path, parts: Sequence[Any], slices: Sequence[Slice], dtype: torch.dtype) -> list[Tensor]:
+    saved: dict[str, list[tuple[Block, Tensor]]] = {}
+    for part in parts:
+        for name, (shape, start, extent), value in part:
+            saved.setdefault(name, []).append((Block(tuple(shape), tuple(start), tuple(extent)), value))
+    collected = []
+    for piece in slices:  # one named tensor at a time is held whole
+        count = torch.Size(piece.block.shape).numel()
+        whole, covered = torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=torch.bool)
+        for block, value in saved.get(piece.name, []):
+            if torch.Size(block.shape).numel() != count:
+                raise RefusedConfiguration(f"{folder} has a {piece.name!r} of shape {block.shape}: another model's")
+            at = block.positions()
+            whole[at], covered[at] = value.to(dtype), True
+        mine = piece.block.positions()
+        if not covered[mine].all():
+            raise RefusedConfiguration(f"{folder} lacks elements of {piece.name!r}: another model, or other patterns")
+        collected.append(whole[mine].to(piece.param.device))
+    return collected
+
+
+def _as_threshold(fields: dict[str, Any]) -> dict[str, Any]:
+    rows = fields["kept_per_rank"]
+    return {**fields, "kept_per_rank": None if rows is None else tuple(rows)}

@@ -1,0 +1,340 @@
+"""One training step, the same for every engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from rose_ds.core.magnitudes import StepInputs
+from rose_ds.core.mask import FIRST, SECOND
+from rose_ds.core.select import Selection, kept_by_tensor, select
+from rose_ds.engines.average import WeightAverage
+from rose_ds.engines.base import Engine, refuse_checkpointing
+from rose_ds.engines.passes import EmbeddingShift, Forward, Loss, PassBatch
+from rose_ds.engines.registry import engine_for
+from rose_ds.engines.torch.plain import clip_factor
+from rose_ds.exchange import explaining_lost_ranks
+from rose_ds.masks import policy_of
+from rose_ds.objectives import Objective, Task, resolve
+from rose_ds.optimizer import Plan, RoseAdamW
+from rose_ds.training.fisher import mean_squared_gradient
+from rose_ds.training.method_state import MethodState
+from rose_ds.training.step_report import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class MicroBatchValues(TypedDict):
+    """What ``Stepper.backward`` returns: detached values of this rank's micro-batch."""
+
+    loss: Tensor
+    kl: Tensor | None
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: RoseAdamW | None = None,
+    *,
+    objective: str | Mapping[str, Any] | Objective | None = None,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+) -> Stepper:
+    """Make a training step out of a model and its RoseAdamW, whatever runs the model.
+
+    Args:
+        model: an nn.Module on this process; what DistributedDataParallel, FullyShardedDataParallel or fully_shard made
+            of one (also through accelerate or torch.compile); or a DeepSpeedEngine (ZeRO 0 to 3).
+        optimizer: the RoseAdamW over ``model.named_parameters()``, built after sharding; none for a DeepSpeedEngine,
+            which has its own.
+        objective: "task", "r-drop", "smart", "freelb", or one of ``rose_ds.objectives`` with its constants. None: the
+            optimizer's (a DeepSpeed config can name it there), which is "task" unless it was told otherwise.
+        accumulation_steps: micro-batches to an optimizer step; a DeepSpeedEngine has its own.
+        max_grad_norm: clip the gradient's global L2 norm to this; None or 0: no clipping. A DeepSpeedEngine has its
+            own.
+
+    Raises:
+        RefusedConfiguration: a setting under which a gradient would silently be wrong.
+        TypeError/ValueError: arguments that do not fit together.
+    """
+    engine = engine_for(model, optimizer, accumulation_steps, max_grad_norm)
+    return Stepper(engine, engine.optimizer.objective if objective is None else resolve(objective))
+
+
+class Stepper:
+    """``backward()`` then ``step()`` for every micro-batch; made by ``prepare``."""
+
+    def __init__(self, engine: Engine, objective: Objective | None = None) -> None:
+        self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
+        self.objective = objective or Task()
+        self.policy = policy_of(self.config)
+        self.last_report: StepReport | None = None
+        """The last optimizer step's report."""
+        self._awaiting_step = False
+        self._selection: Selection | None = None
+        if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
+            refuse_checkpointing(engine.module)
+        self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
+        self.state = MethodState(
+            engine,
+            keeps_mask=self.policy is not None and self.policy.refresh == "once",
+            keeps_average=self.objective.average_decay(1) is not None,
+        )
+        """What the method keeps over the run, which a checkpoint must hold."""
+        if hasattr(engine, "checkpoints"):
+            engine.checkpoints.state = self.state
+
+    @property
+    def eligible(self) -> list[str]:
+        """Names of the parameters that may be masked, in the model's order."""
+        return self.engine.eligible
+
+    def describe(self) -> str:
+        """A readable list of what is masked and how."""
+        eligible, config, layout = set(self.eligible), self.config, self.engine.layout
+        lines = [
+            f"{self.objective.name}, {config.strategy} ({config.granularity}) on {self.engine.name}: "
+            f"{layout.tensor_count} tensors, {layout.element_count:,} elements eligible; the rest is always updated"
+        ]
+        for name, param in self.engine.named_parameters():
+            lines.append(f"  {'masked' if name in eligible else 'always'}  {self.engine.numel(param):>12,}  {name}")
+        return "\n".join(lines)
+
+    def backward(self, forward: Forward, loss: Loss) -> MicroBatchValues:
+        """Gradients of one micro-batch on this rank.
+
+        Args:
+            forward: runs the model on this rank's micro-batch and returns the logits, (batch, ..., classes). Called as
+                often as the objective and the mask need passes; where an engine has to run a pass again, with that
+                pass's random numbers.
+            loss: scalar mean loss of a pass's logits, asked for right after that pass.
+
+        Returns:
+            The value that was minimised (the task loss; for other objectives all of it) and, where one was ranked or
+            trained on, the divergence between two passes.
+
+        Raises:
+            RuntimeError: ``step()`` was not called after the last ``backward()``, or two passes gave identical logits
+                under a first-order strategy (no dropout).
+            RankLost: another rank died, or made fewer calls.
+        """
+        if self._awaiting_step:
+            raise RuntimeError("call step() after every backward(), also off the accumulation boundary")
+        ranking = self.policy if self._ranks_now() else None
+        if self.state.keeps_average and self.state.average is None:
+            self.state.average = WeightAverage(self.engine)
+        with explaining_lost_ranks(self._next_step), self.engine.micro_batch():
+            batch = PassBatch(
+                self.engine,
+                _checked(forward),
+                loss,
+                shifter=self._shifter,
+                average=self.state.average,
+                ranks_risk=ranking is not None and ranking.ranks_risk,
+                ranks_task=ranking is not None and ranking.ranks_task,
+            )
+            value = self.objective(batch)
+            if not batch.trained:
+                raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
+        self._awaiting_step = True
+        return {"loss": value, "kl": batch.divergence}
+
+    def step(self) -> StepReport | None:
+        """Count the micro-batch; at the accumulation boundary update the weights and zero the gradients.
+
+        Returns None off the boundary. A step with a gradient that is not finite, on any rank, changes nothing and is
+        reported as skipped.
+        """
+        if not self._awaiting_step:
+            raise RuntimeError("step() must follow a backward()")
+        self._awaiting_step = False
+        self._selection = None
+        try:
+            with explaining_lost_ranks(self._next_step):
+                outcome = self.engine.step(self._decide)
+        finally:
+            self.optimizer.plan = None
+        if outcome is None:
+            return None
+        return self._finish(outcome.grad_norm, outcome.skipped)
+
+    def leave_step_to_optimizer(
+        self,
+        *,
+        last: bool,
+        grad_norm: Callable[[], float | None] = lambda: None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """Instead of ``step()``, in loops that clip and call ``optimizer.step()`` themselves (transformers.Trainer).
+
+        Call after every ``backward()``. After the ``last`` micro-batch, the masks are made when the optimizer steps,
+        from the gradients it then holds; ``last_report`` tells of it. ``grad_norm`` gives the norm that the loop found
+        before it clipped to ``max_grad_norm``: where it is not finite the step changes nothing.
+        """
+        if not self._awaiting_step:
+            raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
+        self._awaiting_step = False
+        if last:
+
+            def begin(*_: object) -> None:
+                norm = grad_norm()
+                self._decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
+
+            def finish(*_: object) -> None:
+                before.remove()
+                after.remove()
+                skipped = self.optimizer.skips
+                self.optimizer.plan = None
+                self._finish(grad_norm(), skipped)
+
+            before = self.optimizer.register_step_pre_hook(begin)
+            after = self.optimizer.register_step_post_hook(finish)
+
+    # --- methods that look at the data first, or keep something over the run ---
+
+    @property
+    def needs_fisher_pass(self) -> bool:
+        """Whether ``fisher_pass`` is still to be called: before the first step, and not after ``load_state``."""
+        return self.policy is not None and self.policy.fisher and self.state.selection is None
+
+    def fisher_pass(self, batches: Iterable[tuple[Forward, Loss]], max_grad_norm: float | None = None) -> None:
+        """Child-Tuning_D's mask, from the mean squared gradient of the task loss over ``batches``.
+
+        Nothing is trained. Every rank must give the same number of batches; the gradient of a batch is that of all
+        ranks together.
+
+        Args:
+            batches: (forward, loss) as for ``backward``, usually one for each batch of an epoch.
+            max_grad_norm: clip each parameter's gradient of a batch alone, as the method's authors do.
+        """
+        if self.policy is None or not self.policy.fisher:
+            raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
+        with explaining_lost_ranks(lambda: "the Fisher pass"):
+            fisher = mean_squared_gradient(self.engine, batches, _checked, max_grad_norm)
+            self.state.selection = select(self.policy.selectors, self.config.granularity, self._inputs(fisher, fisher))
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write what the method keeps over a run (a mask found once, averaged weights) beside a checkpoint's files.
+
+        A collective; a DeepSpeedEngine's save_checkpoint() and RoseTrainer do it themselves.
+        """
+        self.state.save(Path(folder))
+
+    def load_state(self, folder: str | Path) -> None:
+        """Read what ``save_state`` wrote, on any number of ranks. Call it when weights and optimizer are loaded."""
+        self.state.load(Path(folder))
+
+    def gather_parameters(self) -> dict[str, Tensor]:
+        """Full fp32 parameters by their unwrapped names, on every rank: a collective, for models that fit."""
+        return self.engine.gather_parameters()
+
+    # --- inside a step ---
+
+    def _next_step(self) -> str:
+        return f"optimizer step {self.optimizer.steps_taken() + 1}"
+
+    def _ranks_now(self) -> bool:
+        """Whether the step under way makes a new mask."""
+        return (
+            self.policy is not None
+            and self.state.selection is None
+            and self.optimizer.steps_taken() >= self.config.mask_warmup_steps
+        )
+
+    def _decide(
+        self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0, clip: float = 1.0
+    ) -> None:
+        """Called by the engine once a step, when gradients are reduced and nothing is updated yet; see Decision."""
+        self._selection = None
+        risk_grads, share = self.engine.take_risk_grads(), self.engine.share
+        self.engine.share = 0.0
+        if grad_norm is not None and not torch.isfinite(torch.tensor(grad_norm)):
+            self.optimizer.plan = Plan(skip=True)
+            return
+        policy = self.policy
+        if policy is None or self.optimizer.steps_taken() < self.config.mask_warmup_steps:
+            self.optimizer.plan = Plan()
+            return
+        if policy.ranks_risk and risk_grads is None:
+            raise RuntimeError("the step has no gradient to rank: every micro-batch must go through Stepper.backward()")
+        if self.needs_fisher_pass:
+            raise RuntimeError(
+                f"strategy={self.config.strategy!r} finds its mask before training: call stepper.fisher_pass(batches), "
+                "or load_state() of the run that is resumed (RoseTrainer and rose-ds train do)"
+            )
+        selection = self.state.selection
+        if selection is None:
+            inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
+            selection = select(policy.selectors, self.config.granularity, inputs)
+            if policy.refresh == "once":
+                self.state.selection = selection
+        self._selection = selection
+        if not selection.finite:
+            self.optimizer.plan = Plan(skip=True)
+            return
+        scales = self._scales(selection) if policy.preserve_scale else None
+        self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
+
+    def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
+        slices, beta1_of = self.engine.slices, self.engine.beta1_of()
+        return StepInputs(
+            self.engine.layout,
+            grads,
+            exp_avgs=[piece.view(self.optimizer.init_state(piece.param)["exp_avg"]) for piece in slices]
+            if self.policy is not None and self.policy.ranks_momentum
+            else [],
+            weights=[piece.view(piece.param) for piece in slices],
+            beta1s=[beta1_of[piece.param] for piece in slices],
+            risk_grads=risk_grads,
+            step=self.optimizer.steps_taken() + 1,
+            seed=self.config.mask_seed,
+            **multipliers,
+        )
+
+    def _scales(self, selection: Selection) -> list[float]:
+        kept, count = kept_by_tensor(self.engine.layout, selection.codes)  # type: ignore[arg-type]  # by element
+        return [float(count[i] / (kept[i] + 1)) for i in self.engine.layout.tensor_index]
+
+    def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
+        """After an optimizer step: the average moves, and a report is made."""
+        self.engine.take_risk_grads()
+        decay = self.objective.average_decay(self.optimizer.steps_taken())
+        if decay is not None and self.state.average is not None and not skipped:
+            self.state.average.update(decay)
+        layout, found = self.engine.layout, self._selection
+        self._selection = None  # or its masks would be there during the next backward pass
+        per_element = self.config.granularity == "element"
+        masks: dict[str, Any] = {}
+        for which, bit in (("first", FIRST), ("second", SECOND)):
+            threshold = None if found is None else found.thresholds.get(bit)
+            if threshold is not None:
+                masks[f"tau_{which}"] = threshold.value
+                masks[f"kept_{which}"] = threshold.kept
+                masks[f"kept_{which}_per_rank"] = threshold.kept_per_rank if per_element else None
+        report = self.last_report = StepReport(
+            step=self.optimizer.steps_taken(),
+            eligible=layout.element_count if per_element else layout.tensor_count,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            **masks,
+        )
+        if skipped:
+            logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
+        return report
+
+
+def _checked(forward: Forward) -> Forward:
+    def run() -> Tensor:
+        logits = forward()
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
+                "lambda: model(**inputs).logits"
+            )
+        return logits
+
+    return run

@@ -1,0 +1,175 @@
+"""Invariant 1 for every objective x mask x engine: the parameters of the single-process twin, whoever runs it."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch_jobs
+import zero_jobs
+from plain_jobs import build
+from reference import Run, check_parity, reference, train
+from spawn import run_ranks
+from tiny import Case
+from torch_jobs import check_runs, once
+from zero_jobs import check_ranks_agree, runs_of
+
+from rose_ds.objectives import FreeLB, Objective, RDrop, Smart, Task
+
+#: Constants that make each term count in three steps of a tiny model.
+OBJECTIVES: dict[str, Objective] = {
+    "task": Task(),
+    "r-drop": RDrop(alpha=1.7),
+    "r-drop-sum": RDrop(alpha=0.2, kl_reduction="sum"),
+    "smart": Smart(weight=2.0, steps=2, init_std=1e-2, step_size=0.5, radius=0.3),
+    "smart-proximal": Smart(init_std=1e-2, radius=0.2, proximal=1.5, decay=0.7, early_decay=0.4, early_steps=1),
+    "freelb": FreeLB(passes=3, step_size=0.3, init_mag=0.5, max_norm=0.4),
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {"strategy": "none"},
+    "first": {"strategy": "first"},
+    "first-tensor": {"strategy": "first", "granularity": "tensor"},
+    "second": {"strategy": "second"},
+    "second-tensor": {"strategy": "second", "granularity": "tensor"},
+    "ensemble": {"strategy": "ensemble"},
+    "ensemble-tensor": {"strategy": "ensemble", "granularity": "tensor"},
+    "inverted": {"strategy": "first", "keep_first": 0.55, "keep_largest": True},
+    "child-tuning": {"strategy": "child-tuning", "keep_first": 0.3},
+    "random": {"strategy": "random"},
+    "random-tensor": {"strategy": "random", "granularity": "tensor"},
+    "gradient-mask": {"strategy": "gradient-mask"},
+    "gallop": {"strategy": "gallop"},
+    "cautious": {"strategy": "cautious"},
+}
+
+
+def case_of(objective: str, mask: str, accumulation: int = 2, **more: Any) -> Case:
+    return Case(**{"steps": 3, **MASKS[mask], **more}, accumulation=accumulation, objective=OBJECTIVES[objective])
+
+
+def key_of(case: Case) -> tuple[str, str]:
+    objective = next(name for name, value in OBJECTIVES.items() if value == case.objective)
+    mask = next(n for n, m in MASKS.items() if all(getattr(case, k) == m.get(k, getattr(Case(), k)) for k in MASKED))
+    return objective, mask
+
+
+MASKED = ("strategy", "granularity", "keep_first", "keep_largest")
+
+#: The sum of a divergence over a rank's rows depends on the number of ranks, by definition: compared on one alone.
+SHARED = [name for name in OBJECTIVES if name != "r-drop-sum"]
+#: Every objective with every mask, and a second micro-batch, where most mistakes show.
+TABLE = [case_of(o, m) for o, m in itertools.product(SHARED, MASKS)]
+#: Each objective and each mask once more: where slices or passes differ from the table's engines in one thing.
+FEW = [
+    *(case_of(o, m, 1) for o, m in zip(SHARED, ("ensemble", "ensemble", "first", "second", "ensemble"), strict=True)),
+    *(case_of("task", m, 1) for m in MASKS if m != "ensemble"),
+]
+LAYERS = [case_of(o, "ensemble", checkpointing=True) for o in SHARED]
+GROUPS = [case_of(o, m, two_groups=True) for o, m in (("r-drop", "ensemble"), ("freelb", "second-tensor"))]
+
+#: engine -> (number of ranks, cases)
+RUNS: dict[str, list[tuple[int, list[Case]]]] = {
+    "ddp": [(2, TABLE + FEW + LAYERS), (3, FEW)],
+    "ddp-find-unused": [(2, FEW[:5])],
+    "fsdp1-FULL_SHARD-orig": [(2, TABLE + FEW + LAYERS), (3, FEW)],
+    "fsdp1-FULL_SHARD-flat": [(2, FEW)],
+    "fsdp2": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW)],
+    "fsdp2-kept": [(2, FEW[:5])],
+    "fsdp2-columns": [(2, [replace(case, hidden=20) for case in FEW])],
+    "hsdp": [(4, FEW)],
+    "zero0": [(2, TABLE + FEW), (1, FEW[:5])],
+    "zero1": [(2, TABLE + FEW), (3, FEW)],
+    "zero2": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW), (1, FEW[:5])],
+    "zero3": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW), (1, FEW[:5])],
+    "zero2-offload": [(2, FEW)],
+    "zero3-offload": [(2, FEW)],
+    "zero3-persistent": [(2, FEW[:5])],
+}
+ZERO: dict[str, dict[str, Any]] = {
+    "offload": {"offload_optimizer": {"device": "cpu"}},
+    "persistent": {"stage3_param_persistence_threshold": 10**6},
+}
+#: Passes in bf16, weights in fp32: near the fp32 run, and the same on every rank.
+BF16 = [case_of(o, m) for o, m in itertools.product(SHARED, ("none", "first-tensor"))]
+BF16_ENGINES = ("fsdp2-bf16", "fsdp1-bf16-orig", "zero0", "zero1", "zero2", "zero3")
+CONFIG_BF16 = {"bf16": {"enabled": True}}
+
+
+def job_of(engine: str, case: Case, bf16: bool = False) -> Any:
+    if not engine.startswith("zero"):
+        return torch_jobs.Job(case, engine)
+    _, _, how = engine.partition("-")
+    return zero_jobs.Job(case, int(engine[4]), ZERO.get(how, {}), CONFIG_BF16 if bf16 else {}, how + "bf16" * bf16)
+
+
+class Entry(tuple[str, int, Case, bool]):
+    """A run of the table: engine, ranks, case, precision; its name is the test's id."""
+
+    def __str__(self) -> str:
+        engine, world, case, bf16 = self
+        extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups + ["bf16"] * bf16
+        return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra])
+
+
+ENTRIES = [Entry((e, w, case, False)) for e, runs in RUNS.items() for w, cases in runs for case in cases]
+ENTRIES += [Entry((engine, 2, case, True)) for engine in BF16_ENGINES for case in BF16]
+
+
+def run_engine(rank: int, world: int, jobs: list[Any]) -> Any:
+    warnings.filterwarnings("ignore")
+    module = zero_jobs if isinstance(jobs[0], zero_jobs.Job) else torch_jobs
+    return module.run_all(rank, world, jobs)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, extensions: object) -> Any:
+    """The results of an engine's jobs on a number of ranks: one spawn for all that were selected."""
+    wanted: dict[tuple[str, int], dict[str, Any]] = {}
+    for item in request.session.items:
+        entry = getattr(getattr(item, "callspec", None), "params", {}).get("entry")
+        if isinstance(entry, Entry):
+            engine, world, case, bf16 = entry
+            job = job_of(engine, case, bf16)
+            wanted.setdefault((engine, world), {})[str(job)] = job
+
+    @once
+    def run(key: Any) -> Any:
+        jobs = list(wanted[key].values())
+        return run_ranks(run_engine, key[1], jobs, timeout=60 + 10 * len(jobs), process_group="zero" not in key[0])
+
+    return run
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_table(entry: Entry, results: Any, parity_log: list[str]) -> None:
+    """Parameters, thresholds, counts, norms, losses and what is left of the random numbers."""
+    engine, world, case, bf16 = entry
+    runs = runs_of(results((engine, world)), job_of(engine, case, bf16))
+    if not bf16:
+        check_runs(runs, case, str(entry), parity_log)
+        return
+    check_ranks_agree(runs)
+    twin = reference(case)
+    got, want = (
+        torch.cat([found[name].flatten() for name in twin.parameters])
+        for found in (runs[0].parameters, twin.parameters)
+    )
+    assert 1e-6 < (got - want).norm() / want.norm() < 0.012
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "case",
+    [case_of(o, m, ga) for o, m, ga in itertools.product(OBJECTIVES, MASKS, (1, 2))] + LAYERS + GROUPS,
+    ids=str,
+)
+def test_plain(case: Case, parity_log: list[str]) -> None:
+    """The same in this process, for which the twin is the oracle too."""
+    model, stepper = build(case)
+    run: Run = train(stepper, model, case)
+    check_runs([run], case, f"plain-{case}", parity_log)
+    assert check_parity(run.parameters, reference(case)).error < 1e-3
