@@ -157,7 +157,7 @@ def test_a_script_without_trainer_is_not_passed_off_as_rose(tmp_path: Path) -> N
     assert "ROSE did nothing" in done.stderr
     for arguments, message in (
         (["--rose", "strategy=third", str(script)], "strategy='third' is not one of"),
-        (["--rose", "keep=0.5", str(script)], "unknown ROSE setting(s) ['keep']"),
+        (["--rose", "keep=0.5", str(script)], "unknown setting 'keep' after --rose; known: ['strategy'"),
         (["nowhere.py"], "nowhere.py does not exist"),
         (["--rose", "gamma=0.5"], "no script given"),
     ):

@@ -59,8 +59,14 @@ class Fsdp1Engine(ShardedEngine):
     def settle(self) -> None:
         for part in FullyShardedDataParallel.fsdp_modules(self.module):
             handle = part._handle
-            # before its first pass a handle has nothing to give back, and one that shards nothing never has
-            if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+            if handle is None:
+                continue
+            if not handle.uses_sharded_strategy:
+                raise RefusedConfiguration(
+                    "FSDP1 that shards nothing (one rank, or NO_SHARD) is not known to run passes with averaged "
+                    "weights exactly: use DistributedDataParallel, fully_shard or more ranks, or Smart(proximal=0)"
+                )
+            if hasattr(handle.flat_param, "_local_shard"):  # before its first pass there is nothing to give back
                 _reshard(part, handle, True)
 
     def gather_parameters(self) -> dict[str, Tensor]:
