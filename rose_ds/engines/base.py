@@ -55,6 +55,8 @@ class Engine(ABC):
 
     graphs_survive = True
     """Whether a pass's graph outlives a backward pass through another one; otherwise the pass is run again."""
+    retains_graphs = True
+    """Whether a pass can be pulled back twice; otherwise it is run again for the second time."""
     single_graph = False
     """Whether a second graph must not be built while one waits for its backward pass: passes then run without."""
     replicated = False

@@ -260,6 +260,9 @@ class PassBatch:
         self.divergence = value.detach()
         self.engine.share = share
         self.engine.pull_apart(self.pulls_of(value, passes))
+        if not self.engine.retains_graphs:
+            for p in passes:
+                p.outputs = None
 
     def agree(self, ok: bool) -> bool:
         return self.engine.agree(ok)

@@ -26,7 +26,7 @@ class Fsdp1Engine(ShardedEngine):
     """
 
     name = "fsdp1"
-    graphs_survive = False
+    graphs_survive = retains_graphs = False
     single_graph = True
 
     @contextmanager

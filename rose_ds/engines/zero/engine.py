@@ -35,7 +35,7 @@ class ZeroEngine(Engine):
         super().__init__(ds.module, optimizer, int(ds.gradient_accumulation_steps()))
         self.adapter = _adapter_class(ds)(ds, optimizer)
         self._beta1_of = self.adapter.beta1_of()
-        self.graphs_survive = self.adapter.shares_graph
+        self.retains_graphs = self.adapter.shares_graph
         self.replicated = isinstance(self.adapter, ReplicatedAdapter)
         self._locate()
         self.adapter.attach(self.adapter.find_slices(self.eligible))
@@ -63,13 +63,13 @@ class ZeroEngine(Engine):
                 pull.p.attached()
             # reduced at once, so that only this rank's slice of the sum is kept
             self.adapter.backward_apart(
-                lambda part=part: self._backward(part, boundary=True, retain_graph=self.graphs_survive),  # type: ignore[misc]
+                lambda part=part: self._backward(part, boundary=True, retain_graph=self.retains_graphs),  # type: ignore[misc]
                 self._risk_grads,
             )
 
     def _parts(self, pulls: Sequence[Pull]) -> list[list[Pull]]:
         # Stage 3: through all passes at once, every parameter and every gradient would lie here whole.
-        return [list(pulls)] if self.graphs_survive else [[pull] for pull in reversed(pulls)]
+        return [list(pulls)] if self.retains_graphs else [[pull] for pull in reversed(pulls)]
 
     def _backward(self, pulls: Sequence[Pull], *, boundary: bool | None, retain_graph: bool = False) -> None:
         ds = self.ds
