@@ -293,6 +293,6 @@ def test_described(outcomes: Any, stage: int) -> None:
     """describe() counts whole parameters, sharded or not."""
     head, *lines = outcomes["described"][f"zero{stage}"].splitlines()
     model = make_model(Case())
-    assert head.startswith(f"ROSE ensemble (element) on zero{stage}: 8 tensors, 1,016 elements eligible")
+    assert head.startswith(f"task, ensemble (element) on zero{stage}: 8 tensors, 1,016 elements eligible")
     want = [(f"{p.numel():,}", name) for name, p in model.named_parameters()]
     assert [tuple(line.split()[1:]) for line in lines] == want
