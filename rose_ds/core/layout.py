@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,12 +66,24 @@ class Layout:
         """Indices of the slices that this exchange counts."""
         return [i for i, e in enumerate(self.exchange_of) if e is exchange]
 
-    def sums(self, per_slice: Sequence[Tensor]) -> Tensor:
-        """Sums over all ranks by tensor, shape (tensor_count,), of one number a slice. A collective."""
+    def over_ranks(self, local: Callable[[list[int]], Tensor]) -> Tensor:
+        """Sums over all ranks by tensor, fp64, shape (tensor_count,). A collective.
+
+        Args:
+            local: this rank's sums over some of its slices, given their indices.
+        """
         total = torch.zeros(self.tensor_count, dtype=torch.float64)
         for exchange in self.exchanges:
-            local = torch.zeros(self.tensor_count, dtype=torch.float64)
-            for i in self.slices_of(exchange):
-                local[self.tensor_index[i]] += per_slice[i].to(local)
-            total += exchange(local).sum(0).cpu()
+            total += exchange(local(self.slices_of(exchange))).sum(0).cpu()
         return total
+
+    def sums(self, per_slice: Sequence[Tensor]) -> Tensor:
+        """``over_ranks`` of one number a slice."""
+
+        def local(mine: list[int]) -> Tensor:
+            found = torch.zeros(self.tensor_count, dtype=torch.float64)
+            for i in mine:
+                found[self.tensor_index[i]] += per_slice[i].to(found)
+            return found
+
+        return self.over_ranks(local)

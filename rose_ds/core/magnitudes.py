@@ -163,17 +163,16 @@ class TensorMagnitudes:
 
     def _norms(self, slices: Sequence[Tensor], scales: Sequence[float] | None = None) -> Tensor:
         layout = self.inputs.layout
-        total = torch.zeros(layout.tensor_count, dtype=torch.float64)
-        for exchange in layout.exchanges:
-            mine = layout.slices_of(exchange)
-            local = squared_norms(
+
+        def local(mine: list[int]) -> Tensor:
+            return squared_norms(
                 [slices[i] for i in mine],
                 [layout.tensor_index[i] for i in mine],
                 layout.tensor_count,
                 None if scales is None else [scales[i] for i in mine],
             )
-            total += exchange(local).sum(0).cpu()
-        return total.sqrt().float()
+
+        return layout.over_ranks(local).sqrt().float()
 
 
 def uniform(inputs: StepInputs, name: str, positions: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rose_ds.core.layout import Layout
-from rose_ds.core.magnitudes import ElementMagnitudes, Magnitudes, StepInputs, TensorMagnitudes
+from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
 from rose_ds.core.threshold import Threshold, kth_smallest, local_only
 
@@ -132,6 +132,3 @@ def kept_by_tensor(layout: Layout, codes: Sequence[Tensor]) -> tuple[Tensor, Ten
     """Kept and all elements of each tensor over all ranks, fp64, shape (tensor_count,). A collective."""
     kept = layout.sums([(code != 0).sum() for code in codes])
     return kept, layout.sums([torch.tensor(code.numel()) for code in codes])
-
-
-__all__ = ["Magnitudes", "Rule", "Score", "Selection", "Selector", "StepInputs", "kept_by_tensor", "select"]

@@ -32,16 +32,9 @@ def masked_adamw_(
     ``step`` counts from 1.
     """
     # Line 8: g' = M*g + (1-M)*m. lerp is exact at both ends.
-    used = torch._foreach_lerp(exp_avgs, grads, masks)
-    # Lines 9 and 10
-    torch._foreach_lerp_(exp_avgs, used, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, used, used, 1 - beta2)
-    # Lines 11-13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
-    denominator = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominator, math.sqrt(1 - beta2**step))
-    torch._foreach_add_(denominator, eps)
-    update = torch._foreach_div(exp_avgs, denominator)
+    used = list(torch._foreach_lerp(exp_avgs, grads, masks))
+    # Lines 9 to 13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
+    update = _direction(used, exp_avgs, exp_avg_sqs, step, beta1, beta2, eps)
     torch._foreach_div_(update, 1 - beta1**step)
     if weight_decay:
         torch._foreach_add_(update, params, alpha=weight_decay)
@@ -97,17 +90,30 @@ def adamw_masked_update_(
     weight_decay: float,
 ) -> None:
     """AdamW whose moments and weight decay know no mask; the step itself is multiplied with it. In place."""
+    update = _direction(grads, exp_avgs, exp_avg_sqs, step, beta1, beta2, eps)
+    torch._foreach_mul_(update, masks)
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, update, alpha=-lr / (1 - beta1**step))
+
+
+def _direction(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    """Moves the moments, in place; ``m / (sqrt(v_hat) + eps)``, whose m is still to be bias-corrected."""
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     denominator = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominator, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominator, eps)
-    update = torch._foreach_div(exp_avgs, denominator)
-    torch._foreach_mul_(update, masks)
-    if weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, update, alpha=-lr / (1 - beta1**step))
+    return list(torch._foreach_div(exp_avgs, denominator))
 
 
 class UpdateBatch:

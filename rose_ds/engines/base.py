@@ -53,12 +53,10 @@ class Engine(ABC):
     slices: list[Slice]
     layout: Layout
 
-    graphs_survive = True
-    """Whether a pass's graph outlives a backward pass through another one; otherwise the pass is run again."""
     retains_graphs = True
     """Whether a pass can be pulled back twice; otherwise it is run again for the second time."""
     single_graph = False
-    """Whether a second graph must not be built while one waits for its backward pass: passes then run without."""
+    """Whether there is one graph at a time: any backward pass ends it, and while it waits other passes run without."""
     replicated = False
     """Whether every rank holds every slice."""
     loss_scale = 1.0
@@ -66,8 +64,6 @@ class Engine(ABC):
 
     def __init__(self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int) -> None:
         self.module, self.optimizer, self.accumulation_steps = module, optimizer, accumulation_steps
-        self.backwards = 0
-        """Backward passes so far."""
         self.equal_passes = 0
         """Micro-batches in a row whose two dropout passes gave the same logits."""
         self.graph_of: ForwardPass | None = None

@@ -147,22 +147,26 @@ class ForwardPass:
 
     def _run(self, *, replayed: bool) -> None:
         engine = self.batch.engine
-        self.has_graph = torch.is_grad_enabled() and not (engine.single_graph and engine.graph_of is not None)
-        if self.has_graph:
+        with_graph = not (engine.single_graph and engine.graph_of is not None)
+        if engine.single_graph and with_graph:
             engine.graph_of = self
-        with replay(self.rng) if replayed else nullcontext(), torch.set_grad_enabled(self.has_graph):
+        with replay(self.rng) if replayed else nullcontext(), torch.set_grad_enabled(with_graph):
             logits = self.batch.forward()
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
+                "lambda: model(**inputs).logits"
+            )
         if self.batch.shifter is not None:
             self._shift = self.batch.shifter.take()
         self.outputs = [logits]
-        self.backwards_before = self.batch.engine.backwards
-        self.rearm = self.batch.engine.after_forward()
+        self.rearm = engine.after_forward()
 
     def attached(self) -> list[Tensor]:
         """Outputs with a graph that can still be pulled back through; the pass runs again where there is none."""
         engine = self.batch.engine
-        lost = not engine.graphs_survive and engine.backwards != self.backwards_before
-        if self.outputs is None or lost or not self.has_graph:
+        lost = engine.single_graph and engine.graph_of is not self
+        if self.outputs is None or lost:
             self.outputs = None  # freed before the graph of the same pass is built anew
             shift = self._shift
             if self.batch.shifter is not None:

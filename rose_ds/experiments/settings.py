@@ -7,11 +7,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.registry import ENGINES
 from rose_ds.experiments.methods import COMBINABLE_MASKS, COMBINABLE_OBJECTIVES, METHODS, method_named, method_with
 from rose_ds.experiments.presets import PRESETS, FilledIn, fill_in
 from rose_ds.objectives import OBJECTIVES, Objective, resolve
 
-ENGINES = ("auto", "plain", "ddp", "fsdp1", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+_ENGINE_CHOICES = ("auto", *ENGINES)
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -39,7 +40,7 @@ class RunSettings:
     engine: str = field(
         default="auto",
         metadata=_help(
-            "Refuse to run on any other engine than this: " + ", ".join(ENGINES) + ". The launcher and "
+            "Refuse to run on any other engine than this: " + ", ".join(_ENGINE_CHOICES) + ". The launcher and "
             "--deepspeed decide which engine it is."
         ),
     )
@@ -48,8 +49,8 @@ class RunSettings:
     perturb_seed: int = field(default=0, metadata=_help("Seed of the perturbed dev set."))
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine={self.engine!r} is not one of {list(ENGINES)}")
+        if self.engine not in _ENGINE_CHOICES:
+            raise ValueError(f"engine={self.engine!r} is not one of {list(_ENGINE_CHOICES)}")
         if self.max_length < 8:
             raise ValueError(f"max_length={self.max_length} must be at least 8")
         for name in ("max_train_samples", "max_eval_samples"):
@@ -199,7 +200,7 @@ def recorded(rose: RoseConfig, objective: Objective) -> dict[str, Any]:
     """A method's settings as metrics.json has them."""
     return {
         "rose": {} if rose.strategy == "none" else asdict(rose),
-        "objective": {"name": objective.name, **asdict(objective)},
+        "objective": objective.record(),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -68,6 +68,10 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, batch: MicroBatch) -> Tensor: ...
+
+    def record(self) -> dict[str, Any]:
+        """Name and constants, as ``rose_ds.objectives.resolve`` reads them."""
+        return {"name": self.name, **asdict(self)}
 
     @property
     def shifts(self) -> bool:

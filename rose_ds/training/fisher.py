@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from rose_ds.engines.base import Engine
-from rose_ds.engines.passes import PassBatch
+from rose_ds.engines.passes import Forward, Loss, PassBatch
 
 
 def mean_squared_gradient(
     engine: Engine,
-    batches: Iterable[tuple[Any, Any]],
-    checked: Callable[[Any], Any],
+    batches: Iterable[tuple[Forward, Loss]],
     max_grad_norm: float | None,
 ) -> list[Tensor]:
     """One fp32 1-D tensor a slice. Each batch's gradient is reduced over the ranks first and then squared: squares of
@@ -24,7 +22,7 @@ def mean_squared_gradient(
     total, count = [torch.zeros(piece.numel, device=piece.param.device) for piece in engine.slices], 0
     for forward, loss in batches:
         with engine.micro_batch():
-            batch = PassBatch(engine, checked(forward), loss)
+            batch = PassBatch(engine, forward, loss)
             a = batch.run()
             engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
         grads = engine.take_risk_grads() or []

@@ -130,7 +130,7 @@ class Stepper:
         with explaining_lost_ranks(self._next_step), self.engine.micro_batch():
             batch = PassBatch(
                 self.engine,
-                _checked(forward),
+                forward,
                 loss,
                 shifter=self._shifter,
                 average=self.state.average,
@@ -214,7 +214,7 @@ class Stepper:
         if self.policy is None or not self.policy.fisher:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
         with explaining_lost_ranks(lambda: "the Fisher pass"):
-            fisher = mean_squared_gradient(self.engine, batches, _checked, max_grad_norm)
+            fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
             self.state.selection = select(self.policy.selectors, self.config.granularity, self._inputs(fisher, fisher))
 
     def save_state(self, folder: str | Path) -> None:
@@ -325,16 +325,3 @@ class Stepper:
         if skipped:
             logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
         return report
-
-
-def _checked(forward: Forward) -> Forward:
-    def run() -> Tensor:
-        logits = forward()
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
-                "lambda: model(**inputs).logits"
-            )
-        return logits
-
-    return run

@@ -165,7 +165,7 @@ class RoseTrainer(ResumableTrainer):
             names = RoseConfig.field_names()
             rose = RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
         masks = asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
-        return {**masks, "objective": {"name": self.objective.name, **asdict(self.objective)}}
+        return {**masks, "objective": self.objective.record()}
 
     def save_method_state(self, folder: Path) -> None:
         """Of the stepper; a DeepSpeedEngine has written it by now."""

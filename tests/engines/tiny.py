@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rose_ds.objectives import Objective, Task, base
+from rose_ds.reference import Hyper
 
 GLOBAL_BATCH, VOCABULARY, LENGTH, CLASSES = 12, 31, 5, 3
 DIM, HIDDEN = 13, 19  # odd, so that no parameter divides by 2 or 3 ranks
@@ -165,17 +166,10 @@ def micro_batch(case: Case, step: int, micro: int) -> tuple[Tensor, Tensor]:
     return ids[part], ((ids.sum(1) + noise) % CLASSES)[part]
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """A parameter group's settings."""
-
-    lr: float = 3e-2
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-
-
-HYPER = (Hyper(), Hyper(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0))
+HYPER = (
+    Hyper(lr=3e-2, betas=(0.9, 0.98), weight_decay=0.05),
+    Hyper(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0),
+)
 
 
 def group_of(case: Case, name: str) -> int:

@@ -26,7 +26,7 @@ class Fsdp1Engine(ShardedEngine):
     """
 
     name = "fsdp1"
-    graphs_survive = retains_graphs = False
+    retains_graphs = False
     single_graph = True
 
     @contextmanager
@@ -45,7 +45,6 @@ class Fsdp1Engine(ShardedEngine):
         self._forget_hooks()
         with self._added_to_earlier_grads():  # a backward pass that reaches no parameter drops the gradients that wait
             yield
-        self.backwards += 1
         self.graph_of = None
 
     def _forget_hooks(self) -> None:

@@ -36,7 +36,6 @@ class TorchEngine(Engine):
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
         roots, cotangents = roots_of(pulls)
-        self.backwards += 1
         torch.autograd.backward(roots, cotangents)
 
     def step(self, decide: Decision) -> Outcome | None:
@@ -83,7 +82,6 @@ class PlainEngine(TorchEngine):
     def pull_apart(self, pulls: Sequence[Pull]) -> None:
         roots, cotangents = roots_of(pulls)
         params = [s.param for s in self.slices]
-        self.backwards += 1
         grads = torch.autograd.grad(
             roots, params, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -115,7 +115,7 @@ class ShardedEngine(TorchEngine):
     def pull_apart(self, pulls: Sequence[Pull]) -> None:
         for pull in self._in_order(pulls):
             with self._added_to_earlier_grads():
-                self._backward(pull, retain_graph=self.graphs_survive)
+                self._backward(pull, retain_graph=self.retains_graphs)
                 self.add_risk_grads(self.slice_grads())
                 for param in self._params:
                     param.grad = None
@@ -126,7 +126,6 @@ class ShardedEngine(TorchEngine):
 
     def _backward(self, pull: Pull, *, retain_graph: bool) -> None:
         roots, cotangents = pull.roots()
-        self.backwards += 1
         torch.autograd.backward(roots, cotangents, retain_graph=retain_graph)
         self.graph_of = None
 

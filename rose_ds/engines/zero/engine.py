@@ -79,7 +79,6 @@ class ZeroEngine(Engine):
         ds.set_gradient_accumulation_boundary(ds.is_gradient_accumulation_boundary() if boundary is None else boundary)
         for pull in pulls:
             pull.p.rearm()
-        self.backwards += 1
         try:
             ds.backward(value, retain_graph=retain_graph, scale_wrt_gas=False)
         finally:
