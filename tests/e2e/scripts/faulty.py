@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from rose_ds import trainer as module
 from rose_ds.optimizer import RoseAdamW
+from rose_ds.training import trainer as module
 
 FAULTS: dict[str, Any] = json.loads(os.environ["FAULTS"])
 OUT = Path(FAULTS["out"])
