@@ -16,7 +16,7 @@ from reference import Run, check_parity, reference, train
 from spawn import run_ranks
 from tiny import Case
 from torch_jobs import check_runs, once
-from zero_jobs import check_ranks_agree, runs_of
+from zero_jobs import believe_in_fp16, check_ranks_agree, fp16, runs_of
 
 from rose_ds.objectives import FreeLB, Objective, RDrop, Smart, Task
 
@@ -93,34 +93,38 @@ ZERO: dict[str, dict[str, Any]] = {
     "offload": {"offload_optimizer": {"device": "cpu"}},
     "persistent": {"stage3_param_persistence_threshold": 10**6},
 }
-#: Passes in bf16, weights in fp32: near the fp32 run, and the same on every rank.
-BF16 = [case_of(o, m) for o, m in itertools.product(SHARED, ("none", "first-tensor"))]
-BF16_ENGINES = ("fsdp2-bf16", "fsdp1-bf16-orig", "zero0", "zero1", "zero2", "zero3")
-CONFIG_BF16 = {"bf16": {"enabled": True}}
+#: Passes in 16 bits, weights in fp32: near the fp32 run, and the same on every rank.
+HALF = [case_of(o, m) for o, m in itertools.product(SHARED, ("none", "first-tensor"))]
+HALF += [case_of("r-drop", "second-tensor")]  # the task gradient is the aggregate less a share of the KL's
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+HALF_ENGINES = {"bf16": ("fsdp2-bf16", "fsdp1-bf16-orig", *STAGES), "fp16": STAGES}
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": fp16()}
 
 
-def job_of(engine: str, case: Case, bf16: bool = False) -> Any:
+def job_of(engine: str, case: Case, precision: str) -> Any:
     if not engine.startswith("zero"):
         return torch_jobs.Job(case, engine)
     _, _, how = engine.partition("-")
-    return zero_jobs.Job(case, int(engine[4]), ZERO.get(how, {}), CONFIG_BF16 if bf16 else {}, how + "bf16" * bf16)
+    return zero_jobs.Job(case, int(engine[4]), ZERO.get(how, {}), PRECISIONS[precision], f"{how}{precision}")
 
 
-class Entry(tuple[str, int, Case, bool]):
+class Entry(tuple[str, int, Case, str]):
     """A run of the table: engine, ranks, case, precision; its name is the test's id."""
 
     def __str__(self) -> str:
-        engine, world, case, bf16 = self
-        extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups + ["bf16"] * bf16
+        engine, world, case, precision = self
+        extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups
+        extra += [precision] * (precision != "fp32")
         return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra])
 
 
-ENTRIES = [Entry((e, w, case, False)) for e, runs in RUNS.items() for w, cases in runs for case in cases]
-ENTRIES += [Entry((engine, 2, case, True)) for engine in BF16_ENGINES for case in BF16]
+ENTRIES = [Entry((e, w, case, "fp32")) for e, runs in RUNS.items() for w, cases in runs for case in cases]
+ENTRIES += [Entry((e, 2, case, precision)) for precision, es in HALF_ENGINES.items() for e in es for case in HALF]
 
 
 def run_engine(rank: int, world: int, jobs: list[Any]) -> Any:
     warnings.filterwarnings("ignore")
+    believe_in_fp16()
     module = zero_jobs if isinstance(jobs[0], zero_jobs.Job) else torch_jobs
     return module.run_all(rank, world, jobs)
 
@@ -132,8 +136,8 @@ def results(request: pytest.FixtureRequest, extensions: object) -> Any:
     for item in request.session.items:
         entry = getattr(getattr(item, "callspec", None), "params", {}).get("entry")
         if isinstance(entry, Entry):
-            engine, world, case, bf16 = entry
-            job = job_of(engine, case, bf16)
+            engine, world, case, precision = entry
+            job = job_of(engine, case, precision)
             wanted.setdefault((engine, world), {})[str(job)] = job
 
     @once
@@ -147,9 +151,9 @@ def results(request: pytest.FixtureRequest, extensions: object) -> Any:
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_table(entry: Entry, results: Any, parity_log: list[str]) -> None:
     """Parameters, thresholds, counts, norms, losses and what is left of the random numbers."""
-    engine, world, case, bf16 = entry
-    runs = runs_of(results((engine, world)), job_of(engine, case, bf16))
-    if not bf16:
+    engine, world, case, precision = entry
+    runs = runs_of(results((engine, world)), job_of(engine, case, precision))
+    if precision == "fp32":
         check_runs(runs, case, str(entry), parity_log)
         return
     check_ranks_agree(runs)

@@ -17,25 +17,13 @@ from reference import Run, reference, train
 from spawn import run_ranks
 from tiny import Case, make_model, micro_batch, rows
 from torch import Tensor
-from zero_jobs import Job, check_ranks_agree, run_all, runs_of, start
+from zero_jobs import Job, believe_in_fp16, check_ranks_agree, fp16, run_all, runs_of, start
 
 from rose_ds.errors import RefusedConfiguration
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SCALE = 2.0**12
-
-
-def fp16(**options: Any) -> dict[str, Any]:
-    """A DeepSpeed config with a dynamic loss scale that an overflow halves at once."""
-    return {"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 1, **options}}
-
-
-def believe_in_fp16() -> None:
-    """DeepSpeed asks whether the CPU has fast fp16; torch computes in it anyhow."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
 
 
 # --- fp16: parity ---

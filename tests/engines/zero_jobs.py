@@ -49,6 +49,18 @@ def ds_config(job: Job, world: int, **rose: Any) -> dict[str, Any]:
     }
 
 
+def fp16(**options: Any) -> dict[str, Any]:
+    """A DeepSpeed config with a dynamic loss scale that an overflow halves at once."""
+    return {"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 1, **options}}
+
+
+def believe_in_fp16() -> None:
+    """DeepSpeed asks whether the CPU has fast fp16; torch computes in it anyhow."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def start(job: Job, world: int, model: Tiny | None = None, **rose: Any) -> tuple[Any, Any]:
     """The DeepSpeed engine and its Stepper; ``rose`` are settings over the case's."""
     import deepspeed
