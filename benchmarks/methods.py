@@ -3,8 +3,8 @@
     python benchmarks/methods.py --batch 16 --rounds 12
 
 Each method is a process of its own. For time, all of them are alive at once and take turns, a step each in every round
-and in a new order, so that a busy moment of the machine meets all alike: a round's seconds are divided by those of AdamW
-(vanilla) in the same round, and the table has the median of these ratios and their quartiles. A step is one micro-batch:
+and in a new order, so that a busy moment of the machine meets all alike: a round's seconds are divided by those that
+AdamW (vanilla) took in it, and the table has the median of these ratios and their quartiles. A step is one micro-batch:
 forward and backward passes, clipping, and the update. Memory is measured first, one method at a time: the kernel's
 high-water mark of a process's own memory (see benchmarks/memory.py) with weights, gradients and optimizer states.
 

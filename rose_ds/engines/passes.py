@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
@@ -33,11 +35,15 @@ Loss = Callable[[Tensor], Tensor]
 _EQUAL_BY_CHANCE = 8
 
 
+#: The hooks of each model: they are the model's, and it can be prepared more than once.
+_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+
+
 class EmbeddingShift:
     """Adds a shift to what the input embeddings return, inside whatever wraps the model: a forward hook.
 
     Not ``inputs_embeds``, which changes RoBERTa's positions under padding and a decoder's choice of the last token, and
-    fails under FSDP2. The hook stays for the model's life and does nothing between shifted passes.
+    fails under FSDP2. The hook stays until the model is prepared again and does nothing between shifted passes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -53,8 +59,16 @@ class EmbeddingShift:
         self.calls, self.used = 0, False
         self._seed = 0
         self._attention: Tensor | None = None
-        module.register_forward_pre_hook(self._look_for_attention_mask, with_kwargs=True)
-        embeddings.register_forward_hook(self._add)
+        _HOOKS[module] = [
+            module.register_forward_pre_hook(self._look_for_attention_mask, with_kwargs=True),
+            embeddings.register_forward_hook(self._add),
+        ]
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Take away what an earlier stepper of the same model left."""
+        for handle in _HOOKS.pop(module, []):
+            handle.remove()
 
     def set(self, shift: Tensor | Start | None) -> None:
         """For the next pass; a callable is called once the embeddings' shape is known."""

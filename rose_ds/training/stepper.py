@@ -78,6 +78,7 @@ class Stepper:
         self._selection: Selection | None = None
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
+        EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
             engine,

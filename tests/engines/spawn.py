@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -106,7 +107,8 @@ def _collect(folder: Path, children: list[Any], late: list[int]) -> list[Any]:
         if rank in late:
             problems.append(f"rank {rank} did not finish and was killed")
         elif not path.exists():
-            problems.append(f"rank {rank} died without a word, exit code {child.exitcode}")
+            stacks = (folder / f"{rank}.stacks").read_text()
+            problems.append(f"rank {rank} died without a word, exit code {child.exitcode}\n{stacks}")
         else:
             result, error = torch.load(path, weights_only=False)
             results.append(result)
@@ -127,6 +129,8 @@ def _rank(
     folder: str,
 ) -> None:
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    stacks = (Path(folder) / f"{rank}.stacks").open("w")
+    faulthandler.enable(stacks)  # the only words of a rank that a signal ends
     torch.set_num_threads(1)
     result, error = None, None
     try:

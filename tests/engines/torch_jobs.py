@@ -247,7 +247,7 @@ def once(make: Callable[[int], Any]) -> Callable[[int], Any]:
             except Exception as error:
                 outcomes[world] = error
         if isinstance(outcomes[world], Exception):
-            raise outcomes[world]
+            raise outcomes[world].with_traceback(None)  # or every test would add its frames to the first one's
         return outcomes[world]
 
     return of
