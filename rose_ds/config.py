@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from rose_ds.errors import RefusedConfiguration
+
 Strategy = Literal[
     "none", "first", "second", "ensemble", "child-tuning", "random", "gradient-mask", "gallop", "cautious"
 ]
@@ -16,6 +18,9 @@ Granularity = Literal["element", "tensor"]
 #: always updated. Rows of the embedding that a batch does not touch have exactly zero KL gradient and would otherwise
 #: fill the kept quota.
 DEFAULT_INCLUDE = (r"layer.*weight",)
+
+#: In ``include``: every weight in the model's numbered blocks, whatever their names (``rose_ds.masks.include``).
+BLOCKS = "@blocks"
 
 #: Where a strategy's own defaults are not ROSE's.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,7 +65,8 @@ class RoseConfig:
     include: tuple[str, ...] = _setting(
         None,
         "Regular expressions; a parameter is eligible for masking when one is found in its qualified name. Default "
-        r"layer.*weight; child-tuning layer; cautious .* (all).",
+        r"layer.*weight; child-tuning layer; cautious .* (all). @blocks: all weights in the model's numbered blocks, "
+        "for models with other names.",
     )
     exclude: tuple[str, ...] = _setting((), "Regular expressions that take names out again.")
     mask_warmup_steps: int = _setting(
@@ -108,6 +114,11 @@ class RoseConfig:
         """Whether a step compares the gradient with the momentum."""
         return self.strategy in ("second", "ensemble")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the fractions to keep are all 1."""
+        return (self.keep_first == 1 or self.strategy == "second") and (self.keep_second == 1 or not self.uses_second)
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The settings' names, in order."""
@@ -120,31 +131,33 @@ class RoseConfig:
             raise TypeError(f"ROSE's settings must be an object of names and values, found {type(values).__name__}")
         unknown = sorted(set(values) - set(cls.field_names()), key=str)
         if unknown:
-            raise ValueError(f"unknown ROSE setting(s) {unknown}; known: {list(cls.field_names())}")
+            raise RefusedConfiguration(f"unknown ROSE setting(s) {unknown}; known: {list(cls.field_names())}")
         return cls(**values)
 
-    def eligible(self, names: Iterable[str]) -> list[str]:
-        """Names that may be masked, in the order given.
+    def eligible(self, names: Iterable[str], *, include: tuple[str, ...] | None = None) -> list[str]:
+        """Names that may be masked, in the order given; by other patterns than ``include`` where they are given.
 
         Raises:
             ValueError: a pattern matches none of ``names`` (most often a model with other naming), or nothing is left.
         """
         names = list(names)
-        for setting in ("include", "exclude"):
-            for pattern in getattr(self, setting):
+        patterns = {"include": self.include if include is None else include, "exclude": self.exclude}
+        for setting, wanted in patterns.items():
+            for pattern in wanted:
                 if not any(re.search(pattern, name) for name in names):
                     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
                     raise ValueError(
                         f"{setting} pattern {pattern!r} matches none of the model's {len(names)} trainable parameters "
                         f"({shown}); set {setting}= to regular expressions for this model's names"
                     )
-        kept = [n for n in names if self._matches("include", n) and not self._matches("exclude", n)]
+        kept = [n for n in names if _matches(patterns["include"], n) and not _matches(self.exclude, n)]
         if not kept:
             raise ValueError(f"exclude={self.exclude!r} removes every parameter that include={self.include!r} selects")
         return kept
 
-    def _matches(self, setting: str, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in getattr(self, setting))
+
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -135,6 +135,9 @@ class RoseAdamW(torch.optim.Optimizer):
             if state:
                 _check_state(index, state, param)
         super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].cpu()  # read every step; a checkpoint may have come by way of a GPU
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps what it knows; a copy has no engine yet, so it is attached to nothing and has no plan

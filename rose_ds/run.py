@@ -16,6 +16,7 @@ A script that never trained through it is an error.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from rose_ds.cli.ending import ending_process_group
 from rose_ds.config import RoseConfig
@@ -156,6 +156,9 @@ def run(command: Command) -> bool:
             return super().training_step(*args, **kwargs)
 
     _start_deepspeed(arguments)
+    # transformers makes itself anew while some of its parts are imported (processing_utils): the one that stays
+    importlib.import_module("transformers.processing_utils")
+    transformers: Any = importlib.import_module("transformers")
     before = transformers.Trainer, transformers.trainer.Trainer, list(sys.argv), list(sys.path)
     transformers.Trainer = transformers.trainer.Trainer = Trainer
     sys.argv = [str(script), *arguments]

@@ -37,6 +37,8 @@ class Threshold:
     """How many values are +inf."""
     nan: int
     """How many values are NaN."""
+    zeros: int = 0
+    """How many values are zero, or below 2**-129, where fp32 has all but ended."""
 
 
 def local_only(counts: Tensor) -> Tensor:
@@ -57,13 +59,14 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
     wanted = None if fixed is None else int(torch.tensor(fixed).view(torch.int32))
-    prefix, below, infinite = 0, 0, 0
+    prefix, below, infinite, zeros = 0, 0, 0, 0
     totals = rows_below = torch.zeros((), dtype=torch.int64)
     for depth, (shift, width) in enumerate(_ROUNDS):
         rows = [exchange(_histogram(chunks, prefix, shift, width)) for chunks, exchange in spreads]
         counts = torch.stack([r.sum(0) for r in rows]).sum(0)
         if depth == 0:
             infinite, nan, total = int(counts[_INFINITY]), _check(counts), int(counts.sum())
+            zeros = int(counts[0])
             if not 1 <= k <= total:
                 raise ValueError(f"k={k} must be in [1, {total}], the number of values over all ranks")
             if nan:
@@ -80,7 +83,7 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
         kept, kept_rows = below + int(counts[digit]), rows_below + rows[0][:, digit]
     value = torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
     alone = len(spreads) > 1 or (len(kept_rows) == 1 and spreads[0][1] is not local_only)
-    return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0)
+    return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0, zeros)
 
 
 def _histogram(chunks: Iterable[Tensor], prefix: int, shift: int, width: int) -> Tensor:

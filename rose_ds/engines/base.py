@@ -17,6 +17,7 @@ from rose_ds.core.threshold import Exchange
 from rose_ds.engines.passes import ForwardPass, Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
+from rose_ds.masks.include import eligible_names
 from rose_ds.optimizer import RoseAdamW, Slice
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.
@@ -57,6 +58,8 @@ class Engine(ABC):
     """Whether a pass can be pulled back twice; otherwise it is run again for the second time."""
     single_graph = False
     """Whether there is one graph at a time: any backward pass ends it, and while it waits other passes run without."""
+    recovers = False
+    """Whether training can go on after a backward pass that failed, and with other trainable parameters."""
     replicated = False
     """Whether every rank holds every slice."""
     loss_scale = 1.0
@@ -71,8 +74,9 @@ class Engine(ABC):
         self.share = 0.0
         """How much of the gradient kept apart the objective also trains on."""
         self._risk_grads: list[Tensor] | None = None
-        trainable = [name for name, param in self.named_parameters() if param.requires_grad]
-        self.eligible = optimizer.config.eligible(trainable) if optimizer.config.strategy != "none" else []
+        self.failure: str | None = None
+        """What ended an earlier micro-batch half-way, where the library that runs the model cannot go on after it."""
+        self._find_eligible()
 
     # --- passes ---
 
@@ -127,9 +131,13 @@ class Engine(ABC):
         """The model's parameters by their unwrapped names, in the model's order."""
         return [(unwrapped_name(name), param) for name, param in self.module.named_parameters()]
 
+    def shape(self, param: nn.Parameter) -> torch.Size:
+        """Shape of the whole parameter, sharded or not."""
+        return param.shape
+
     def numel(self, param: nn.Parameter) -> int:
         """Number of elements of the whole parameter, sharded or not."""
-        return param.numel()
+        return self.shape(param).numel()
 
     def beta1_of(self) -> dict[Tensor, float]:
         """beta1 of each tensor in the optimizer, from its group."""
@@ -138,6 +146,40 @@ class Engine(ABC):
     def trainable_slices(self) -> list[Slice]:
         """This rank's slices of every trainable parameter, eligible or not."""
         return self.find_slices([name for name, p in self.named_parameters() if p.requires_grad])[0]
+
+    def _find_eligible(self) -> None:
+        shapes = {name: self.shape(param) for name, param in self.named_parameters() if param.requires_grad}
+        config = self.optimizer.config
+        self.eligible = eligible_names(config, shapes) if config.strategy != "none" else []
+        self._trainable = self._what_is_trainable()
+
+    def _what_is_trainable(self) -> tuple[list[bool], list[int]]:
+        flags = [param.requires_grad for _, param in self.named_parameters()]
+        return flags, [len(group["params"]) for group in self.optimizer.param_groups]
+
+    def follow_trainable(self, *, movable: bool) -> None:
+        """Before a micro-batch: where requires_grad or the optimizer's groups have changed, so do the slices.
+
+        Raises:
+            RefusedConfiguration: on an engine whose library laid gradients and states out once and for all, and where
+                something belongs to the slices of before (not ``movable``, or gradients of earlier micro-batches).
+        """
+        if self._what_is_trainable() == self._trainable:
+            return
+        if not self.recovers or not movable or self._risk_grads is not None:
+            raise RefusedConfiguration(
+                f"requires_grad or the optimizer's groups changed after prepare() (gradual unfreezing?), which the "
+                f"{self.name} engine cannot follow{' in the middle of a step, or with this method' * self.recovers}: "
+                "freeze and unfreeze before the model is wrapped and prepare() is called, and train each phase in a run"
+            )
+        self._find_eligible()
+        self._locate()
+
+    def abandon(self, error: BaseException) -> None:
+        """After a micro-batch that failed half-way: nothing of the step under way stays."""
+        self._risk_grads, self.share, self.graph_of = None, 0.0, None
+        if not self.recovers:
+            self.failure = f"{type(error).__name__}: {error}"
 
     def _locate(self) -> None:
         """Find the slices, check that the ranks hold every eligible element exactly once, tell the optimizer."""
@@ -152,6 +194,12 @@ class Engine(ABC):
             raise RefusedConfiguration(
                 f"the {self.name} engine's ranks hold {found} eligible elements but the model has {expected}: "
                 "parameters are missing from the optimizer, or are sharded in a way rose_ds does not know"
+            )
+        devices = sorted({str(s.param.device) for s in self.slices})
+        if len(devices) > 1:
+            raise RefusedConfiguration(
+                f"the eligible parameters lie on several devices of one process ({', '.join(devices)}; device_map?): "
+                "put the model on one device, or shard it over processes with FSDP or DeepSpeed"
             )
         self.layout = Layout(
             [s.tensor_index for s in self.slices],

@@ -10,8 +10,8 @@ states, a regulariser inside the model) keeps its whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.objectives.base import Start
+from rose_ds.objectives.divergence import Comparison
 
 if TYPE_CHECKING:
     from rose_ds.engines.average import WeightAverage
@@ -117,6 +118,22 @@ class EmbeddingShift:
         return torch.ones(out.shape[:-1], dtype=torch.bool, device=out.device)
 
 
+@contextmanager
+def still_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise by the batch, as in training, without moving the running statistics that evaluation will use."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    counts = [layer.num_batches_tracked for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+        layer.num_batches_tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, count
+
+
 class ForwardPass:
     """One forward pass, which can be run again with the same random numbers where its graph is gone."""
 
@@ -164,8 +181,14 @@ class ForwardPass:
         with_graph = not (engine.single_graph and engine.graph_of is not None)
         if engine.single_graph and with_graph:
             engine.graph_of = self
-        with replay(self.rng) if replayed else nullcontext(), torch.set_grad_enabled(with_graph):
+        with ExitStack() as around:
+            around.enter_context(torch.set_grad_enabled(with_graph))
+            if replayed:
+                around.enter_context(replay(self.rng))
+            if self.batch.moved_statistics:
+                around.enter_context(still_statistics(engine.module))
             logits = self.batch.forward()
+        self.batch.moved_statistics = True
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
@@ -234,14 +257,19 @@ class PassBatch:
         *,
         shifter: EmbeddingShift | None = None,
         average: WeightAverage | None = None,
+        compare: Comparison | None = None,
         ranks_risk: bool = False,
         ranks_task: bool = False,
     ) -> None:
         self.engine, self.forward, self.loss_of = engine, forward, loss
         self.shifter, self.average = shifter, average
+        compare = compare or Comparison()
+        self.symmetric_kl, self.summed_kl = compare.symmetric_kl, compare.summed_kl
         self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
         self.divergence: Tensor | None = None
         """The last value whose gradient was to be ranked, detached."""
+        self.moved_statistics = False
+        """A pass has been run that counts in BatchNorm's running statistics: one of a micro-batch does."""
         self.trained = False
         """backward() was called for the last time."""
 
@@ -287,7 +315,7 @@ class PassBatch:
 
     def average_logits(self) -> Tensor:
         assert self.average is not None, "an objective that asks for it has an average_decay()"
-        with torch.no_grad(), self.average.shown():
+        with torch.no_grad(), self.average.shown(), still_statistics(self.engine.module):
             return self.forward().detach().float()
 
     def pulls_of(self, value: Tensor, passes: Sequence[ForwardPass]) -> list[Pull]:

@@ -29,6 +29,7 @@ def engine_for(
     if _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):
         from rose_ds.engines.zero import ZeroEngine  # deepspeed is imported only where it is used
 
+        allow_two_backwards_when_compiled(model.module)
         if optimizer is not None or accumulation_steps != 1 or max_grad_norm is not None:
             raise ValueError(
                 "prepare(deepspeed_engine) takes optimizer, accumulation and clipping from the engine: set them in the "
@@ -37,6 +38,7 @@ def engine_for(
         return ZeroEngine(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a DeepSpeedEngine, got {type(model).__name__}")
+    allow_two_backwards_when_compiled(model)
     model = _uncompiled(model)
     return _torch_engine(model)(model, rose_optimizer(optimizer), accumulation_steps, max_grad_norm)
 
@@ -90,15 +92,35 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def allow_two_backwards_when_compiled(module: Any) -> None:
+    """A compiled forward pass whose backward runs twice must not give its buffers away in the first.
+
+    Asked for before anything is compiled, since it is part of the compiled code.
+    """
+    compiled = (_is_a(m, "torch.", "OptimizedModule") or m._compiled_call_impl is not None for m in module.modules())
+    if any(compiled):
+        import torch._functorch.config as functorch
+
+        functorch.donated_buffer = False
+
+
 def rose_optimizer(optimizer: Any) -> RoseAdamW:
-    """The RoseAdamW itself, also from inside accelerate's AcceleratedOptimizer."""
+    """The RoseAdamW itself, also from inside accelerate's AcceleratedOptimizer.
+
+    Of no other wrapper: its step() would never be called, or know nothing of the masks.
+    """
     inner = optimizer
-    while not isinstance(inner, RoseAdamW) and hasattr(inner, "optimizer"):
+    while _is_a(inner, "accelerate.", "AcceleratedOptimizer"):
         if getattr(inner, "scaler", None) is not None:
             raise RefusedConfiguration(
                 'mixed_precision="fp16" scales the loss outside rose_ds: use "bf16", or fp16 through DeepSpeed'
             )
         inner = inner.optimizer
+    if isinstance(getattr(inner, "optimizer", None), RoseAdamW):
+        raise RefusedConfiguration(
+            f"{type(inner).__name__} wraps RoseAdamW, and its own step() would not be called: give prepare() the "
+            "RoseAdamW, and do what the wrapper does in your loop, after stepper.step()"
+        )
     if not isinstance(inner, RoseAdamW):
         raise TypeError(
             f"prepare(model, optimizer) needs RoseAdamW(model.named_parameters(), ...), got {type(optimizer).__name__}"

@@ -53,6 +53,12 @@ class MicroBatch(Protocol):
         ``share``: how much of it ``backward()`` contains, which second-order risk takes out of the task gradient.
         """
 
+    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Divergence of two predictions (Eq. 1), over what counts as one: mean, or sum, over the batch."""
+
+    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``KL(target || prediction)``, summed over the batch."""
+
     def agree(self, ok: bool) -> bool:
         """Whether all ranks say ``ok``."""
 
@@ -72,6 +78,11 @@ class Objective(ABC):
     def record(self) -> dict[str, Any]:
         """Name and constants, as ``rose_ds.objectives.resolve`` reads them."""
         return {"name": self.name, **asdict(self)}
+
+    @property
+    def compares(self) -> bool:
+        """Whether it looks at logits, and not at losses alone."""
+        return True
 
     @property
     def shifts(self) -> bool:

@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
 from rose_ds.objectives.base import MicroBatch
 
+#: What the last dimension of logits is: classes of which one is true, or labels of which each is true or not.
+Distribution = Literal["categorical", "bernoulli"]
 
-def symmetric_kl(logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+
+def _categorical() -> Distribution:
+    return "categorical"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two predictions of a micro-batch are compared."""
+
+    distribution: Callable[[], Distribution] = _categorical
+    """Asked after the first forward pass: some models say it no earlier."""
+    positions: Tensor | None = None
+    """Bool, the logits' shape without the last dimension: which of them are predictions (of tokens: the labelled)."""
+    count: Tensor | float | None = None
+    """What a mean over the positions divides by; None: their number."""
+
+    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Eq. 1; see the function of this name."""
+        return symmetric_kl(
+            *(self._selected(z) for z in (logits_a, logits_b)),
+            reduction=reduction,
+            distribution=self.distribution(),
+            count=self.count,
+        )
+
+    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``KL(target || prediction)`` summed over the batch, so that it does not depend on the number of ranks."""
+        return _kl(*_rows(self._selected(target), self._selected(logits), self.distribution()))
+
+    def _selected(self, logits: Tensor) -> Tensor:
+        if self.positions is None:
+            return logits
+        if self.positions.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"positions of shape {tuple(self.positions.shape)} do not fit logits of shape {tuple(logits.shape)}: "
+                "they have the logits' shape without its last dimension"
+            )
+        return logits[self.positions.to(logits.device)]
+
+
+def symmetric_kl(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    *,
+    reduction: str = "mean",
+    distribution: Distribution = "categorical",
+    count: Tensor | float | None = None,
+) -> Tensor:
     """Eq. 1: ``KL(P_a || P_b) + KL(P_b || P_a)``, in fp32, mean over the batch (or its sum).
 
     Args:
         logits_a, logits_b: shape (..., classes), the same; leading dimensions are all batch.
         reduction: ``mean`` or ``sum`` over the batch.
+        distribution: ``categorical``: a softmax over the last dimension; ``bernoulli``: a sigmoid of each, whose
+            divergences add up (multi-label classification).
+        count: what the mean divides by; None: the number of rows.
 
     Returns:
         Scalar tensor in nats, with a graph to both inputs.
@@ -27,12 +81,29 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean")
     if logits_a.shape != logits_b.shape or logits_a.dim() == 0:
         raise ValueError(f"logits of two passes must have one shape, got {logits_a.shape=} and {logits_b.shape=}")
     classes = logits_a.shape[-1]
-    if classes < 2:
+    if classes < 2 and distribution == "categorical":
         raise ValueError(f"logits have {classes} class(es): the KL between two passes needs at least 2 (regression?)")
-    how = {"mean": "batchmean", "sum": "sum"}[reduction]
-    a = torch.log_softmax(logits_a.float().reshape(-1, classes), -1)
-    b = torch.log_softmax(logits_b.float().reshape(-1, classes), -1)
-    return F.kl_div(a, b, log_target=True, reduction=how) + F.kl_div(b, a, log_target=True, reduction=how)
+    a, b = _rows(logits_a, logits_b, distribution)
+    total = _kl(b, a) + _kl(a, b)
+    if reduction == "sum":
+        return total
+    if reduction != "mean":
+        raise ValueError(f"{reduction=} is not one of ['mean', 'sum']")
+    # a micro-batch without a labelled token has no divergence, as it has no loss
+    return total / (max(1, logits_a.shape[:-1].numel()) if count is None else count)
+
+
+def _rows(a: Tensor, b: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in fp32: (rows, classes), or of both outcomes of each label: (2, ...)."""
+    a, b = (z.float().reshape(-1, z.shape[-1]) for z in (a, b))
+    if distribution == "categorical":
+        return log_softmax(a, -1), log_softmax(b, -1)
+    return torch.stack([logsigmoid(a), logsigmoid(-a)]), torch.stack([logsigmoid(b), logsigmoid(-b)])
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)``, summed over all outcomes."""
+    return kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
 def dropout_risk(batch: MicroBatch, a: Any = None) -> None:
@@ -40,4 +111,4 @@ def dropout_risk(batch: MicroBatch, a: Any = None) -> None:
     if batch.wants_risk:
         a = a or batch.run()
         b = batch.run()
-        batch.risk(symmetric_kl(a.logits, b.logits), a, b)
+        batch.risk(batch.symmetric_kl(a.logits, b.logits), a, b)

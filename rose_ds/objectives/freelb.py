@@ -36,6 +36,10 @@ class FreeLB(Objective):
     def shifts(self) -> bool:
         return True
 
+    @property
+    def compares(self) -> bool:
+        return False
+
     def __call__(self, batch: MicroBatch) -> Tensor:
         dropout_risk(batch)
         shift: Any = self._noise

@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from rose_ds.objectives.base import MicroBatch, Objective, check_number, constant
-from rose_ds.objectives.divergence import symmetric_kl
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class RDrop(Objective):
         loss_a = batch.loss(a)
         b = batch.run()
         loss_b = batch.loss(b)
-        kl = symmetric_kl(a.logits, b.logits, reduction=self.kl_reduction)
+        kl = batch.symmetric_kl(a.logits, b.logits, reduction=self.kl_reduction)
         batch.risk(kl, a, b, share=self.alpha / 2)
         value = (loss_a + loss_b) / 2 + self.alpha / 2 * kl
         batch.backward(value, a, b)

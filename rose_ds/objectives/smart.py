@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import kl_div, log_softmax
 
 from rose_ds.objectives import base
 from rose_ds.objectives.base import MicroBatch, Objective, check_count, check_number, constant
-from rose_ds.objectives.divergence import dropout_risk, symmetric_kl
+from rose_ds.objectives.divergence import dropout_risk
 
 
 @dataclass(frozen=True)
@@ -60,25 +59,20 @@ class Smart(Objective):
         value = batch.loss(clean)
         dropout_risk(batch, clean)
         if average is not None:
-            value = value + self.proximal * symmetric_kl(clean.logits, average)
+            value = value + self.proximal * batch.symmetric_kl(clean.logits, average)
         shift = self._ascend(batch, clean.logits.detach())
         if shift is None:
             batch.backward(value, clean)
         else:
             adversarial = batch.run(shift)
-            value = value + self.weight * symmetric_kl(clean.logits, adversarial.logits)
+            value = value + self.weight * batch.symmetric_kl(clean.logits, adversarial.logits)
             batch.backward(value, clean, adversarial)
         return value.detach()
 
     def _ascend(self, batch: MicroBatch, clean: Tensor) -> Tensor | None:
-        target = log_softmax(clean, -1)
-
-        def divergence(logits: Tensor) -> Tensor:  # a sum, whose gradient does not depend on the number of ranks
-            return kl_div(log_softmax(logits, -1), target, log_target=True, reduction="sum")
-
         shift: Tensor | None = None
         for _ in range(self.steps):
-            start, uphill = batch.probe(self._noise if shift is None else shift, divergence)
+            start, uphill = batch.probe(self._noise if shift is None else shift, lambda z: batch.summed_kl(z, clean))
             if not batch.agree(bool(torch.isfinite(uphill).all())):
                 return None
             shift = start + self.step_size * uphill

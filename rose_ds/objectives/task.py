@@ -17,6 +17,10 @@ class Task(Objective):
 
     name: ClassVar[str] = "task"
 
+    @property
+    def compares(self) -> bool:
+        return False
+
     def __call__(self, batch: MicroBatch) -> Tensor:
         a = batch.run()
         value = batch.loss(a)

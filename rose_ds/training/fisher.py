@@ -23,6 +23,7 @@ def mean_squared_gradient(
     for forward, loss in batches:
         with engine.micro_batch():
             batch = PassBatch(engine, forward, loss)
+            batch.moved_statistics = True  # nothing is trained
             a = batch.run()
             engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
         grads = engine.take_risk_grads() or []

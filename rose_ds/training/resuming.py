@@ -14,6 +14,8 @@ import numpy as np
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds.errors import RefusedConfiguration
@@ -138,6 +140,9 @@ class ResumableTrainer(Trainer):
 
     def _check_resumable(self, folder: Path) -> checkpoints.Record:
         record = checkpoints.read(folder)
+        if self.args.auto_find_batch_size:  # Trainer goes on with the batch size that had been found
+            found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
+            self._train_batch_size: int = found or self.args.train_batch_size
         fixed, free = self._settings()
         for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
             logger.info("resuming with another setting: %s", change)

@@ -22,6 +22,10 @@ class StepReport:
     """How many parameters the first-order mask kept."""
     kept_second: int | None = None
     """How many parameters the second-order mask kept."""
+    zeros_first: int | None = None
+    """How many first-order risks are exactly zero: unused parameters, or a gradient too small for its precision."""
+    zeros_second: int | None = None
+    """The same of the second order: parameters without momentum yet, or whose gradient is zero."""
     grad_norm: float | None = None
     """L2 norm of the task gradient before clipping."""
     skipped: bool = False
@@ -44,6 +48,8 @@ class StepReport:
             "rose/tau_second": self.tau_second,
             "rose/kept_first": None if self.kept_first is None else self.kept_first / self.eligible,
             "rose/kept_second": None if self.kept_second is None else self.kept_second / self.eligible,
+            "rose/zeros_first": None if self.zeros_first is None else self.zeros_first / self.eligible,
+            "rose/zeros_second": None if self.zeros_second is None else self.zeros_second / self.eligible,
             "rose/skipped": float(self.skipped),
             "train/grad_norm": self.grad_norm,
         }

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, SECOND
@@ -21,9 +22,12 @@ from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
+from rose_ds.objectives.divergence import Comparison
 from rose_ds.optimizer import Plan, RoseAdamW
+from rose_ds.training.describe import Row, describe_dropout, describe_memory, describe_parameters
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.method_state import MethodState
+from rose_ds.training.predictions import distribution_of
 from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,9 @@ class Stepper:
         """The last optimizer step's report."""
         self._awaiting_step = False
         self._selection: Selection | None = None
+        self._left_to_optimizer: list[RemovableHandle] = []
+        self._had_risk = False
+        self._told: set[str] = set()
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
         EmbeddingShift.remove(engine.module)
@@ -95,17 +102,40 @@ class Stepper:
         return self.engine.eligible
 
     def describe(self) -> str:
-        """A readable list of what is masked and how."""
-        eligible, config, layout = set(self.eligible), self.config, self.engine.layout
-        lines = [
-            f"{self.objective.name}, {config.strategy} ({config.granularity}) on {self.engine.name}: "
-            f"{layout.tensor_count} tensors, {layout.element_count:,} elements eligible; the rest is always updated"
+        """In words: engine, batch, what is masked and how much of the model it is, dropout, and memory."""
+        eligible, config, layout, engine = set(self.eligible), self.config, self.engine.layout, self.engine
+        rows = [
+            Row(name, engine.numel(param), name in eligible, param.requires_grad, param.dtype)
+            for name, param in engine.named_parameters()
         ]
-        for name, param in self.engine.named_parameters():
-            lines.append(f"  {'masked' if name in eligible else 'always'}  {self.engine.numel(param):>12,}  {name}")
-        return "\n".join(lines)
+        held = sum(piece.numel for piece in engine.trainable_slices())
+        first = self.policy is not None and self.policy.ranks_risk
+        steps = engine.accumulation_steps
+        return "\n".join(
+            [
+                f"{self.objective.name}, {config.strategy} ({config.granularity}) on {engine.name}: "
+                f"{layout.tensor_count} tensors, {layout.element_count:,} elements eligible; the rest is always "
+                "updated",
+                f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
+                *describe_parameters(rows),
+                describe_dropout(engine.module),
+                describe_memory(held, sum(piece.numel for piece in engine.slices), first_order=first),
+            ]
+        )
 
-    def backward(self, forward: Forward, loss: Loss) -> MicroBatchValues:
+    @property
+    def compares(self) -> bool:
+        """Whether forward() must return logits: a mask or the objective compares predictions."""
+        return self.objective.compares or (self.policy is not None and self.policy.ranks_risk)
+
+    def backward(
+        self,
+        forward: Forward,
+        loss: Loss,
+        *,
+        positions: Tensor | None = None,
+        count: Tensor | float | None = None,
+    ) -> MicroBatchValues:
         """Gradients of one micro-batch on this rank.
 
         Args:
@@ -113,6 +143,12 @@ class Stepper:
                 often as the objective and the mask need passes; where an engine has to run a pass again, with that
                 pass's random numbers.
             loss: scalar mean loss of a pass's logits, asked for right after that pass.
+            positions: bool, (batch, ...): which of the logits' rows are predictions, for models that predict tokens;
+                None: all. Padding would count in the divergence otherwise.
+            count: this micro-batch's share of the positions of the whole step, where the loss is divided by such a
+                count too; None: its own positions.
+
+        A model whose config.problem_type is multi_label_classification is compared label by label.
 
         Returns:
             The value that was minimised (the task loss; for other objectives all of it) and, where one was ranked or
@@ -125,6 +161,12 @@ class Stepper:
         """
         if self._awaiting_step:
             raise RuntimeError("call step() after every backward(), also off the accumulation boundary")
+        if self.engine.failure is not None:
+            raise RuntimeError(
+                f"an earlier backward() failed ({self.engine.failure}) while the {self.engine.name} engine held its "
+                "gradients half-way, and it cannot go on from there: build model and engine anew, or resume the run"
+            )
+        self.engine.follow_trainable(movable=self.state.selection is None and not self.state.keeps_average)
         ranking = self.policy if self._ranks_now() else None
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)
@@ -135,10 +177,15 @@ class Stepper:
                 loss,
                 shifter=self._shifter,
                 average=self.state.average,
+                compare=Comparison(lambda: distribution_of(self.engine.module), positions, count),
                 ranks_risk=ranking is not None and ranking.ranks_risk,
                 ranks_task=ranking is not None and ranking.ranks_task,
             )
-            value = self.objective(batch)
+            try:
+                value = self.objective(batch)
+            except BaseException as error:
+                self.engine.abandon(error)
+                raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
         self._awaiting_step = True
@@ -179,21 +226,24 @@ class Stepper:
         if not self._awaiting_step:
             raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
         self._awaiting_step = False
-        if last:
+        if last and not self._left_to_optimizer:  # a loop may give one step several last micro-batches
 
             def begin(*_: object) -> None:
                 norm = grad_norm()
                 self._decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
-                before.remove()
-                after.remove()
+                for handle in self._left_to_optimizer:
+                    handle.remove()
+                self._left_to_optimizer = []
                 skipped = self.optimizer.skips
                 self.optimizer.plan = None
                 self._finish(grad_norm(), skipped)
 
-            before = self.optimizer.register_step_pre_hook(begin)
-            after = self.optimizer.register_step_post_hook(finish)
+            self._left_to_optimizer = [
+                self.optimizer.register_step_pre_hook(begin),
+                self.optimizer.register_step_post_hook(finish),
+            ]
 
     # --- methods that look at the data first, or keep something over the run ---
 
@@ -274,11 +324,36 @@ class Stepper:
             if policy.refresh == "once":
                 self.state.selection = selection
         self._selection = selection
+        self._check_zeros(selection)
         if not selection.finite:
             self.optimizer.plan = Plan(skip=True)
             return
         scales = self._scales(selection) if policy.preserve_scale else None
         self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
+
+    def _check_zeros(self, selection: Selection) -> None:
+        """A gradient that is zero everywhere ranks nothing: an error, unless there was one in an earlier step."""
+        risk, layout = selection.thresholds.get(FIRST), self.engine.layout
+        if self.policy is None or not self.policy.ranks_risk or risk is None or not selection.finite:
+            return
+        per_element = self.config.granularity == "element"
+        if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
+            self._had_risk = True
+        elif not self._had_risk:
+            raise RuntimeError(
+                "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "
+                "would keep all of them: the eligible parameters are hidden from the graph (computed under no_grad, "
+                "detached, in a custom or reentrant checkpoint), are not used by the logits, or the gradient is too "
+                "small for the precision"
+            )
+        else:
+            self._tell("zero", "the gradient of the divergence is zero everywhere: every parameter was kept")
+
+    def _tell(self, what: str, message: str) -> None:
+        """Once a run."""
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("%s (optimizer step %d; told once)", message, self.optimizer.steps_taken() + 1)
 
     def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
         slices, beta1_of = self.engine.slices, self.engine.beta1_of()
@@ -315,6 +390,7 @@ class Stepper:
             if threshold is not None:
                 masks[f"tau_{which}"] = threshold.value
                 masks[f"kept_{which}"] = threshold.kept
+                masks[f"zeros_{which}"] = threshold.zeros
                 masks[f"kept_{which}_per_rank"] = threshold.kept_per_rank if per_element else None
         report = self.last_report = StepReport(
             step=self.optimizer.steps_taken(),
@@ -323,6 +399,8 @@ class Stepper:
             skipped=skipped,
             **masks,
         )
+        if report.step > 1 and report.kept_fraction == 1 and not self.config.keeps_all:
+            self._tell("all", f"strategy {self.config.strategy!r} kept every parameter, since so many risks are equal")
         if skipped:
             logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
         return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,19 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
+from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import RoseProgressCallback
+from rose_ds.training.describe import find_dropout
+from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
 from rose_ds.training.resuming import ResumableTrainer
 from rose_ds.training.step_report import StepReport
 from rose_ds.training.stepper import Stepper, prepare
+
+#: Trainer's spellings of the AdamW that RoseAdamW is.
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+#: Layers whose dropout can be seen in their attributes.
+_KNOWN = ("torch.", "transformers.", "peft.")
 
 
 class RoseTrainer(ResumableTrainer):
@@ -52,23 +62,24 @@ class RoseTrainer(ResumableTrainer):
     def __init__(
         self,
         *args: Any,
-        rose: RoseConfig | None = None,
+        rose: RoseConfig | Mapping[str, Any] | None = None,
         objective: str | Mapping[str, Any] | Objective | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.rose = RoseConfig() if rose is None else rose
+        if rose is not None and not isinstance(rose, (RoseConfig, Mapping)):
+            raise TypeError(f"rose= must be a RoseConfig or a mapping of its settings, got {type(rose).__name__}")
+        self.rose = RoseConfig.from_mapping(rose or {}) if not isinstance(rose, RoseConfig) else rose
         self.objective = self._objective(objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
-        if type(self.model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
-            # These take num_items_in_batch as a keyword and ignore it: their loss is the micro-batch's mean. Trainer,
-            # believing them, would multiply it by the world size and not divide it by the accumulation steps.
-            self.model_accepts_loss_kwargs = False
+        self._loss_uses_count: bool | None = None
         self._refuse()
         self._refuse_without_dropout()
-        if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
+        bars = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]  # not one of the user's own
+        for bar in bars:
+            self.remove_callback(bar)
             self.add_callback(RoseProgressCallback(self))
 
     @property
@@ -93,10 +104,11 @@ class RoseTrainer(ResumableTrainer):
                 "RoseTrainer makes its own RoseAdamW: remove optimizers= and optimizer_cls_and_kwargs=, and pass "
                 "rose=RoseConfig(...)"
             )
-        if self.args.fp16 and not self.is_deepspeed_enabled:
+        self._refuse_other_optimizers()
+        if (self.args.fp16 or getattr(self.accelerator, "scaler", None) is not None) and not self.is_deepspeed_enabled:
             raise RefusedConfiguration(
-                "fp16=True without DeepSpeed scales the loss outside the engine: use bf16=True, or a DeepSpeed config "
-                'with "fp16"'
+                "fp16 (fp16=True, or accelerate's mixed_precision) without DeepSpeed scales the loss outside the "
+                'engine: use bf16=True, or a DeepSpeed config with "fp16"'
             )
         if self.args.n_gpu > 1:
             raise RefusedConfiguration(
@@ -110,6 +122,22 @@ class RoseTrainer(ResumableTrainer):
                 'RoseAdamW), or set its "type" to "RoseAdamW"'
             )
 
+    def _refuse_other_optimizers(self) -> None:
+        args, own = self.args, type(self).get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs
+        asked = {
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r}": args.optim not in _ADAMW,
+            f"optim_args={args.optim_args!r}": args.optim_args,
+            f"optim_target_modules={args.optim_target_modules!r}": args.optim_target_modules,
+            f"{type(self).__name__}.get_optimizer_cls_and_kwargs()": own,
+        }
+        for what, there in asked.items():
+            if there:
+                raise RefusedConfiguration(
+                    f"{what} asks for another optimizer, and ROSE's masks are those of RoseAdamW, AdamW with the "
+                    "learning rate, betas, epsilon and weight decay of TrainingArguments: leave it out, or use "
+                    "transformers.Trainer"
+                )
+
     def _deepspeed_optimizer_block(self) -> dict[str, Any] | None:
         if not self.is_deepspeed_enabled:
             return None
@@ -117,11 +145,17 @@ class RoseTrainer(ResumableTrainer):
         return block
 
     def _refuse_without_dropout(self) -> None:
-        if self.rose.uses_first and not any(_dropout_probability(m) > 0 for m in self.model.modules()):
-            raise RefusedConfiguration(
-                f'strategy="{self.rose.strategy}" compares two dropout passes, but every dropout probability of this '
-                'model is 0: set e.g. hidden_dropout_prob=0.1 in its config, or choose strategy="second"'
-            )
+        if not self.rose.uses_first or self.args.neftune_noise_alpha or find_dropout(self.model):
+            return
+        if not all(type(m).__module__.startswith(_KNOWN) for m in self.model.modules()):
+            return  # somebody's own layers may be random; the first step finds out
+        config = getattr(self.model, "config", None)
+        keys = [key for key in (config.to_dict() if config is not None else {}) if "drop" in key]
+        raise RefusedConfiguration(
+            f'strategy="{self.rose.strategy}" compares two dropout passes, but every dropout probability of this model '
+            f"is 0: set {' or '.join(keys[:4]) + ' in its config' if keys else 'one'} above 0, or choose "
+            'strategy="second"'
+        )
 
     def _objective(self, given: str | Mapping[str, Any] | Objective | None) -> Objective:
         named = (self._deepspeed_optimizer_block() or {}).get("params", {}).get("objective")
@@ -132,6 +166,16 @@ class RoseTrainer(ResumableTrainer):
         return resolve(named if given is None and named is not None else given or "task")
 
     # --- optimizer ---
+
+    def _check_own_optimizer(self) -> None:
+        """Of a subclass whose create_optimizer() is its own."""
+        made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate has wrapped it by now
+        if not self.is_deepspeed_enabled and not isinstance(made, RoseAdamW):
+            raise RefusedConfiguration(
+                f"{type(self).__name__}.create_optimizer() makes {type(made).__name__}, which knows no masks: let it "
+                "make rose_ds.RoseAdamW from the same groups, with (name, parameter) pairs as their params and the "
+                "settings of ROSE as keywords"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """RoseAdamW over named parameters, with Trainer's own split into decayed and not decayed."""
@@ -153,10 +197,9 @@ class RoseTrainer(ResumableTrainer):
         return self.optimizer
 
     def _rose_optimizer(self) -> RoseAdamW | None:
-        optimizer: Any = self.optimizer
-        while optimizer is not None and not isinstance(optimizer, RoseAdamW):
-            optimizer = getattr(optimizer, "optimizer", None)
-        return optimizer
+        if self.is_deepspeed_enabled:
+            return None if self.stepper is None else self.stepper.optimizer
+        return None if self.optimizer is None else rose_optimizer(self.optimizer)
 
     def method_settings(self) -> dict[str, Any]:
         """RoseConfig's fields, the strategy alone where it masks nothing, and the objective with its constants."""
@@ -179,6 +222,8 @@ class RoseTrainer(ResumableTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's; a DeepSpeedEngine exists by now and has not loaded a checkpoint: ROSE attaches to it."""
+        if type(self).create_optimizer is not RoseTrainer.create_optimizer:
+            self._check_own_optimizer()
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         wrapped = self.accelerator.deepspeed_engine_wrapped if self.is_deepspeed_enabled else None
         if wrapped is not None:
@@ -203,13 +248,16 @@ class RoseTrainer(ResumableTrainer):
         stepper = self._stepper_for(model)
         accumulation = self.current_gradient_accumulation_steps
         stepper.engine.accumulation_steps = accumulation
-        forward, loss_of = self._passes(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        count = self._count_that_loss_uses(model, inputs, num_items_in_batch)
+        forward, loss_of = self._passes(model, inputs, count)
+        compare = self._positions(stepper, inputs, count)
         if self.is_deepspeed_enabled:
             model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
-            micro = stepper.backward(forward, loss_of)
+            micro = stepper.backward(forward, loss_of, **compare)
             stepper.step()
         else:
-            micro = stepper.backward(forward, loss_of)
+            micro = stepper.backward(forward, loss_of, **compare)
             self._grad_norm = None
             stepper.leave_step_to_optimizer(
                 last=self.accelerator.sync_gradients,
@@ -219,23 +267,68 @@ class RoseTrainer(ResumableTrainer):
         return micro["loss"] / accumulation
 
     def _passes(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+        self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
         """What a stepper runs for a batch: a forward pass, and the loss that ``compute_loss`` found in it."""
-        inputs = self._prepare_inputs(inputs)
         # A loss that is already a mean over the whole accumulated batch must not be divided again.
-        whole = self.current_gradient_accumulation_steps if self._loss_is_whole(num_items_in_batch) else 1
+        whole = self.current_gradient_accumulation_steps if self._loss_is_whole(count) else 1
+        compares = self._stepper_for(model).compares
+        labels = labels_in(inputs, self.label_names)
+        first = (
+            next((x for x in inputs.values() if isinstance(x, Tensor) and x.dim()), None) if labels is None else labels
+        )
         latest: list[Tensor] = []
 
         def forward() -> Tensor:
             with self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(
-                    model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-                )
+                found = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=count)
+            loss, outputs = found if isinstance(found, tuple) else (found, None)
             latest[:] = [loss]
-            return outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+            if not compares:
+                return loss.reshape(1)  # a pass ends somewhere, and nobody looks at logits
+            core = self.accelerator.unwrap_model(model)
+            classes = getattr(getattr(core, "config", None), "num_labels", None)
+            logits = find_logits(outputs, labels, None if first is None else first.shape[0], classes)
+            refuse_unclear_labels(logits, labels, core)
+            return logits
 
         return forward, lambda logits: latest.pop() * whole
+
+    def _positions(self, stepper: Stepper, inputs: dict[str, Any], count: Tensor | int | None) -> dict[str, Any]:
+        """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is."""
+        core = self.accelerator.unwrap_model(self.model)
+        positions = positions_of(labels_in(inputs, self.label_names), core) if stepper.compares else None
+        if positions is None or count is None:
+            return {"positions": positions}
+        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return {"positions": positions, "count": count / (self.current_gradient_accumulation_steps * ranks)}
+
+    def _count_that_loss_uses(
+        self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None
+    ) -> Tensor | int | None:
+        """``num_items_in_batch``, where the loss depends on it; None where it is ignored.
+
+        Trainer goes by signatures: a forward() with **kwargs, or any compute_loss_func, is believed to divide its loss
+        by the count of all micro-batches and ranks. Most encoders and adapters do not, and their gradient would be as
+        many times too large. So the first micro-batch's loss is computed for two counts, without dropout.
+        """
+        if count is None or self.loss_is_scaled_for_ga is not None:
+            return count
+        if self.args.gradient_accumulation_steps * self.args.world_size == 1:
+            return count  # one count for both
+        if self._loss_uses_count is None:
+            losses = []
+            model.eval()
+            with torch.no_grad(), replay(RngState.now()), self.compute_loss_context_manager():
+                for times in (1, 2):
+                    losses.append(float(self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)))
+            model.train()
+            one, two = losses
+            told = checkpoints.gather((bool(one) and math.isfinite(one), not math.isclose(one, two, rel_tol=1e-2)))
+            if not any(known for known, _ in told):
+                return count  # of a loss of zero nothing can be said
+            self._loss_uses_count = any(depends for known, depends in told if known)
+        return count if self._loss_uses_count else None
 
     def before_first_epoch(self, model: nn.Module) -> None:
         """What a method does before training: Child-Tuning_D's pass over the training data."""
@@ -256,7 +349,9 @@ class RoseTrainer(ResumableTrainer):
         )
         try:
             with replay(RngState.now()):  # training draws the random numbers that it would have drawn without
-                stepper.fisher_pass((self._passes(model, batch, None) for batch in bar), self.args.max_grad_norm)
+                stepper.fisher_pass(
+                    (self._passes(model, self._prepare_inputs(batch), None) for batch in bar), self.args.max_grad_norm
+                )
         finally:
             bar.close()
             if hasattr(loader, "end"):  # accelerate counts a loader that was left early as still running
@@ -271,7 +366,7 @@ class RoseTrainer(ResumableTrainer):
     def _loss_is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+        return num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
     def _stepper_for(self, model: nn.Module) -> Stepper:
         if self.stepper is None or self._stepper_model is not model:
@@ -299,11 +394,3 @@ class RoseTrainer(ResumableTrainer):
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
         super().log(logs, *args, **kwargs)
-
-
-def _dropout_probability(module: nn.Module) -> float:
-    """Dropout of a module: nn.Dropout's p, or the attribute under which attention modules keep theirs."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return float(module.p)
-    values = [getattr(module, name, 0) for name in ("dropout_prob", "attention_dropout", "dropout")]
-    return max((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), default=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,16 +28,27 @@ def test_names() -> None:
     names = [name for name, _ in model.named_parameters()]
     assert list(stepper.gather_parameters()) == names
     assert stepper.eligible == [name for name in names if "layer" in name and "weight" in name]
-    head, *lines = stepper.describe().splitlines()
+    head, batch, *lines = stepper.describe().splitlines()
     eligible = [p.numel() for name, p in model.named_parameters() if name in stepper.eligible]
     assert head.startswith("task, ensemble (element) on plain: ")
     assert f"{len(eligible)} tensors, {sum(eligible):,} elements" in head
-    said = [line.split() for line in lines]
-    want = [
-        ["masked" if name in stepper.eligible else "always", f"{p.numel():,}", name]
-        for name, p in model.named_parameters()
+    assert batch == "  an optimizer step is 1 micro-batch of each rank"
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for name, p in model.named_parameters():
+        kind = "masked" if name in stepper.eligible else "always"
+        kinds.setdefault((kind, re.sub(r"\.\d\.", ".*.", name)), []).append(p.numel())
+    whole = sum(p.numel() for p in model.parameters())
+    said = [line.split() for line in lines[: len(kinds)]]
+    assert said == [
+        [kind, f"{sum(sizes):,}", f"{100 * sum(sizes) / whole:.1f}%", name, *[f"(x{len(sizes)})"] * (len(sizes) > 1)]
+        for (kind, name), sizes in kinds.items()
     ]
-    assert said == want
+    totals, dropout, memory = lines[len(kinds) :]
+    share = f"{sum(eligible):,} of {whole:,} ({sum(eligible) / whole:.1%})"
+    assert totals == f"  masked in all {share}; weights are kept in float32"
+    assert dropout == "  dropout: Dropout 0.2"
+    states, ranked = 8 * whole / 2**20, 4 * sum(eligible) / 2**20
+    assert f"AdamW's states {states:.1f} MiB" in memory and f"the ranked gradient {ranked:.1f} MiB" in memory
     gathered = stepper.gather_parameters()
     gathered["head.bias"].add_(1)
     assert not torch.equal(gathered["head.bias"], dict(model.named_parameters())["head.bias"]), "copies"

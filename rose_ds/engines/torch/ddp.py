@@ -24,6 +24,7 @@ class DdpEngine(PlainEngine):
     whose hooks see one backward pass a graph, and reduced once a step."""
 
     name = "ddp"
+    recovers = False
 
     def __init__(
         self,

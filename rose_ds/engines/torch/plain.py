@@ -30,6 +30,7 @@ class TorchEngine(Engine):
                 "fp32 (from_pretrained(..., dtype=torch.float32)), and for bf16 use torch.autocast, FSDP's mixed "
                 "precision or DeepSpeed, which keep fp32 weights"
             )
+        self._refuse_fp16()
         self.max_grad_norm = max_grad_norm
         self._micro_batches = 0
         self._locate()
@@ -49,6 +50,26 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(norm, skipped=self.optimizer.skips)
 
+    def abandon(self, error: BaseException) -> None:
+        super().abandon(error)
+        self._micro_batches = 0
+        if self.recovers:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _refuse_fp16(self) -> None:
+        """A hook, because autocast may be entered anywhere round the model, or inside it."""
+
+        def look(module: nn.Module, args: object, out: object) -> None:
+            if module.training and isinstance(out, Tensor) and out.dtype == torch.float16 and out.requires_grad:
+                raise RefusedConfiguration(
+                    "the model runs in fp16 (autocast, or FSDP's mixed precision) without a scaled loss, so small "
+                    "gradients become zero: use bf16, or fp16 through DeepSpeed, which scales the loss"
+                )
+
+        layer = next((m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
+        if layer is not None:
+            layer.register_forward_hook(look)
+
     def _clip(self, params: list[Tensor]) -> float:
         """Clip these parameters' gradients; their global L2 norm before."""
         norm = get_total_norm([p.grad for p in params if p.grad is not None])
@@ -61,6 +82,7 @@ class PlainEngine(TorchEngine):
     """Single process, no wrapper. Also the base of DDP's engine, whose parameters are whole on every rank too."""
 
     name = "plain"
+    recovers = True
     replicated = True
 
     def find_slices(self, names: Sequence[str]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:

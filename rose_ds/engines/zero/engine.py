@@ -146,8 +146,8 @@ class ZeroEngine(Engine):
         exchange = local_only if isinstance(self.adapter, ReplicatedAdapter) else group_exchange(self.adapter.group())
         return slices, [exchange] * len(slices), [exchange]
 
-    def numel(self, param: nn.Parameter) -> int:
-        return int(getattr(param, "ds_numel", param.numel()))
+    def shape(self, param: nn.Parameter) -> torch.Size:
+        return torch.Size(getattr(param, "ds_shape", param.shape))
 
     def beta1_of(self) -> dict[Tensor, float]:
         # DeepSpeed takes the groups apart while it steps them: what they were before

@@ -1,0 +1,79 @@
+"""What training is going to do, in words, before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+_MIB = 2**20
+
+
+class Row(NamedTuple):
+    """A trainable or frozen parameter, whole."""
+
+    name: str
+    numel: int
+    masked: bool
+    trainable: bool
+    dtype: torch.dtype
+
+
+def describe_parameters(rows: Iterable[Row]) -> list[str]:
+    """One line for each kind of parameter, blocks taken together, and one of totals."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    rows = list(rows)
+    for row in rows:
+        what = "masked" if row.masked else "always" if row.trainable else "frozen"
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", row.name), what), []).append(row.numel)
+    whole = sum(row.numel for row in rows)
+    lines = [
+        f"  {what}  {sum(sizes):>12,}  {sum(sizes) / whole:6.1%}  {name}{f'  (x{len(sizes)})' * (len(sizes) > 1)}"
+        for (name, what), sizes in kinds.items()
+    ]
+    masked = sum(row.numel for row in rows if row.masked)
+    types = ", ".join(dict.fromkeys(str(row.dtype).removeprefix("torch.") for row in rows))
+    return [*lines, f"  masked in all {masked:,} of {whole:,} ({masked / whole:.1%}); weights are kept in {types}"]
+
+
+def describe_memory(held: int, eligible: int, *, first_order: bool) -> str:
+    """What a rank holds for the optimizer besides the weights.
+
+    Args:
+        held: elements of trainable parameters whose states lie on this rank.
+        eligible: how many of them may be masked.
+        first_order: whether a second gradient is kept for them.
+    """
+    states, masks, risk = 8 * held, eligible, 4 * eligible * first_order
+    sizes = {"AdamW's states": states, "masks": masks, "the ranked gradient": risk}
+    parts = [f"{what} {size / _MIB:,.1f} MiB" for what, size in sizes.items() if size]
+    return f"  on this rank, beside weights, gradients and activations: {', '.join(parts)}"
+
+
+def describe_dropout(model: nn.Module) -> str:
+    """What makes two passes differ."""
+    found = find_dropout(model)
+    listed = ", ".join(f"{kind} {p:g}" for kind, p in found.items())
+    return f"  dropout: {listed or 'none found, so there is no first-order risk'}"
+
+
+def find_dropout(model: nn.Module) -> dict[str, float]:
+    """Probabilities of dropout, stochastic depth and the like that are above 0, by the kind of layer (the largest).
+
+    Attention layers keep theirs as a number, and so do the layers of stochastic depth.
+    """
+    found: dict[str, float] = {}
+    for module in model.modules():
+        numbers = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        numbers += [
+            float(value)
+            for name, value in vars(module).items()
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
+        if max(numbers, default=0.0) > 0:
+            kind = type(module).__name__
+            found[kind] = max(found.get(kind, 0.0), *numbers)
+    return found
