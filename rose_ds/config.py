@@ -19,7 +19,7 @@ Granularity = Literal["element", "tensor"]
 #: fill the kept quota.
 DEFAULT_INCLUDE = (r"layer.*weight",)
 
-#: In ``include``: every weight in the model's numbered blocks, whatever their names (``rose_ds.masks.include``).
+#: In ``include``: every weight in the model's numbered blocks, whatever their names (``rose_ds.eligible``).
 BLOCKS = "@blocks"
 
 #: Where a strategy's own defaults are not ROSE's.

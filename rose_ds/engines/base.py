@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rose_ds.core.layout import Layout
 from rose_ds.core.threshold import Exchange
+from rose_ds.eligible import eligible_names
 from rose_ds.engines.passes import ForwardPass, Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
-from rose_ds.masks.include import eligible_names
 from rose_ds.optimizer import RoseAdamW, Slice
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.

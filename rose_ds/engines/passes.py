@@ -21,8 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
-from rose_ds.objectives.base import Start
-from rose_ds.objectives.divergence import Comparison
+from rose_ds.objectives.base import Comparing, Start
 
 if TYPE_CHECKING:
     from rose_ds.engines.average import WeightAverage
@@ -257,14 +256,13 @@ class PassBatch:
         *,
         shifter: EmbeddingShift | None = None,
         average: WeightAverage | None = None,
-        compare: Comparison | None = None,
+        compare: Comparing | None = None,
         ranks_risk: bool = False,
         ranks_task: bool = False,
     ) -> None:
         self.engine, self.forward, self.loss_of = engine, forward, loss
         self.shifter, self.average = shifter, average
-        compare = compare or Comparison()
-        self.symmetric_kl, self.summed_kl = compare.symmetric_kl, compare.summed_kl
+        self.compare = compare
         self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
         self.divergence: Tensor | None = None
         """The last value whose gradient was to be ranked, detached."""
@@ -309,6 +307,14 @@ class PassBatch:
         if not self.engine.retains_graphs:
             for p in passes:
                 p.outputs = None
+
+    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+        assert self.compare is not None, "of a pass that only finds gradients of the loss"
+        return self.compare.symmetric_kl(logits_a, logits_b, reduction=reduction)
+
+    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
+        assert self.compare is not None
+        return self.compare.summed_kl(logits, target)
 
     def agree(self, ok: bool) -> bool:
         return self.engine.agree(ok)

@@ -28,7 +28,17 @@ class Pass(Protocol):
         """What was added to the input embeddings: fp32 leaf, (batch, length, dim); its ``grad`` after a backward."""
 
 
-class MicroBatch(Protocol):
+class Comparing(Protocol):
+    """How two predictions of a micro-batch are compared."""
+
+    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Divergence of two predictions (Eq. 1), over what counts as one: mean, or sum, over the batch."""
+
+    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``KL(target || prediction)``, summed over the batch."""
+
+
+class MicroBatch(Comparing, Protocol):
     """This rank's micro-batch, and all that an objective knows of the model."""
 
     def run(self, shift: Tensor | Start | None = None, like: Any = None) -> Any:
@@ -52,12 +62,6 @@ class MicroBatch(Protocol):
 
         ``share``: how much of it ``backward()`` contains, which second-order risk takes out of the task gradient.
         """
-
-    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Divergence of two predictions (Eq. 1), over what counts as one: mean, or sum, over the batch."""
-
-    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``KL(target || prediction)``, summed over the batch."""
 
     def agree(self, ok: bool) -> bool:
         """Whether all ranks say ``ok``."""

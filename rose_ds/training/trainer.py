@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
@@ -123,7 +122,10 @@ class RoseTrainer(ResumableTrainer):
             )
 
     def _refuse_other_optimizers(self) -> None:
-        args, own = self.args, type(self).get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs
+        args, own = (
+            self.args,
+            type(self).get_optimizer_cls_and_kwargs is not ResumableTrainer.get_optimizer_cls_and_kwargs,
+        )
         asked = {
             f"optim={str(getattr(args.optim, 'value', args.optim))!r}": args.optim not in _ADAMW,
             f"optim_args={args.optim_args!r}": args.optim_args,

@@ -46,7 +46,7 @@ def test_names() -> None:
     totals, dropout, memory = lines[len(kinds) :]
     share = f"{sum(eligible):,} of {whole:,} ({sum(eligible) / whole:.1%})"
     assert totals == f"  masked in all {share}; weights are kept in float32"
-    assert dropout == "  dropout: Dropout 0.2"
+    assert dropout == "  dropout: GlobalDropout 0.2"
     states, ranked = 8 * whole / 2**20, 4 * sum(eligible) / 2**20
     assert f"AdamW's states {states:.1f} MiB" in memory and f"the ranked gradient {ranked:.1f} MiB" in memory
     gathered = stepper.gather_parameters()
