@@ -106,7 +106,7 @@ class RoseTrainer(ResumableTrainer):
         self._refuse_other_optimizers()
         if (self.args.fp16 or getattr(self.accelerator, "scaler", None) is not None) and not self.is_deepspeed_enabled:
             raise RefusedConfiguration(
-                "fp16 (fp16=True, or accelerate's mixed_precision) without DeepSpeed scales the loss outside the "
+                "fp16=True (or accelerate's mixed_precision) without DeepSpeed scales the loss outside the "
                 'engine: use bf16=True, or a DeepSpeed config with "fp16"'
             )
         if self.args.n_gpu > 1:

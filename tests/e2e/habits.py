@@ -1,0 +1,62 @@
+"""A tiny classifier, its data, and a RoseTrainer over both: for what people do with a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+from rose_ds import RoseConfig
+from rose_ds.training.trainer import RoseTrainer
+
+TINY: dict[str, Any] = {
+    **{"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "intermediate_size": 64,
+}
+DRY: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FIRST = RoseConfig(strategy="first", keep_first=0.5)
+
+
+def bert(cls: Any = BertForSequenceClassification, **config: Any) -> Any:
+    torch.manual_seed(0)
+    return cls(BertConfig(**{**TINY, **config}))
+
+
+def rows(count: int = 64, length: int = 12) -> list[dict[str, Any]]:
+    ids = torch.randint(5, 100, (count, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": int(r[0]) % 2} for r in ids]
+
+
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+        **{"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True},
+    }
+    return TrainingArguments(**{**settings, **more})
+
+
+def trainer(
+    folder: Path, model: Any = None, data: Any = None, *, cls: Any = RoseTrainer, more: Any = None, **kwargs: Any
+) -> Any:
+    return cls(
+        model=bert() if model is None else model,
+        args=arguments(folder, **(more or {})),
+        train_dataset=rows() if data is None else data,
+        **kwargs,
+    )
+
+
+def train(made: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """The log's training entries without their times, and the weights afterwards."""
+    torch.manual_seed(1)  # dropout
+    made.train()
+    entries = [{k: v for k, v in e.items() if k != "epoch"} for e in made.state.log_history if "loss" in e]
+    return entries, {name: p.detach().clone() for name, p in made.model.named_parameters()}
+
+
+def assert_same(a: tuple[list[dict[str, float]], dict[str, Tensor]], b: Any) -> None:
+    assert a[0] == b[0]
+    assert all(torch.equal(p, b[1][name]) for name, p in a[1].items())
