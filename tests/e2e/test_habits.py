@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from habits import DRY, FIRST, assert_same, bert, rows, train, trainer
+from spawn import run_ranks
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -293,6 +294,27 @@ def test_accumulation_is_one_big_batch(kind: str, tmp_path: Path) -> None:
         made = trainer(tmp_path, make(), data(), more=more, rose=RoseConfig(strategy="none"), **kwargs)
         norms.append([train(made)[0][0][key] for key in ("loss", "grad_norm")])
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def on_two_ranks(rank: int, world: int, folder: str) -> list[tuple[str, float, float]]:
+    """Loss and gradient norm of a step on all rows, by DDP."""
+    found = []
+    for kind in ("LoRA", "a loss that divides by it"):
+        make, data, extra = BIG[kind]
+        more = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        entry = train(trainer(Path(folder), make(), data(), more=more, rose=RoseConfig(strategy="none"), **extra))[0][0]
+        found.append((kind, entry["loss"], entry["grad_norm"]))
+    return found
+
+
+def test_ranks_are_one_big_batch(tmp_path: Path) -> None:
+    """Two ranks with two micro-batches of two rows: the count is of all of them."""
+    for kind, loss, norm in run_ranks(on_two_ranks, 2, str(tmp_path), process_group=False, timeout=200)[0]:
+        make, data, extra = BIG[kind]
+        more = {"max_steps": 1, "per_device_train_batch_size": 8}
+        made = trainer(tmp_path, make(), data(), more=more, rose=RoseConfig(strategy="none"), **extra)
+        want = train(made)[0][0]
+        assert (loss, norm) == pytest.approx((want["loss"], want["grad_norm"]), rel=1e-4), kind
 
 
 # --- other optimizers ---

@@ -223,3 +223,64 @@ def test_an_ascent_that_is_not_finite(engine: str, broken: Any) -> None:
     """Both ranks leave the regulariser out of the step, which is then the task's."""
     for rank in broken:
         check_parity(rank[engine], reference(Case("none", steps=1)))
+
+
+# --- what changes, or fails, half-way ---
+
+
+def half_way(rank: int, world: int) -> dict[str, list[str]]:
+    """What the next backward() says after a weight was frozen, and after a loss that failed."""
+    warnings.filterwarnings("ignore")
+    found: dict[str, list[str]] = {}
+    for engine in ENGINES:
+        case = Case("first", steps=1)
+        if engine.startswith("zero"):
+            model, stepper = zero_jobs.start(zero_jobs.Job(case, int(engine[4])), world)
+        else:
+            model, stepper = torch_jobs.start(torch_jobs.Job(case, engine))
+        ids, labels = micro_batch(case, 1, 0)
+        share = len(ids) // world
+        mine = slice(rank * share, (rank + 1) * share)
+
+        def attempt(
+            fail: bool, stepper: Any = stepper, model: Any = model, ids: Any = ids, labels: Any = labels
+        ) -> str:
+            def loss(z: Tensor) -> Tensor:
+                if fail:
+                    raise MemoryError("no memory for the loss")
+                return F.cross_entropy(z, labels[mine])  # noqa: B023
+
+            try:
+                with rows(len(ids), mine):  # noqa: B023
+                    stepper.backward(lambda: model(ids[mine]), loss)  # noqa: B023
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            return "trained"
+
+        frozen = next(p for _, p in stepper.engine.named_parameters() if p.requires_grad)
+        frozen.requires_grad_(False)
+        said = [attempt(fail=False)]
+        frozen.requires_grad_(True)
+        said += [attempt(fail=True), attempt(fail=False)]
+        found[engine] = said
+        if engine.startswith("zero"):
+            model.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def changed(extensions: object) -> list[dict[str, list[str]]]:
+    return run_ranks(half_way, 2, timeout=300)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_changes_or_fails_half_way(engine: str, changed: Any) -> None:
+    """Refused, and not gone on with: gradients and states are laid out once, and may be half reduced."""
+    for frozen, failed, after in (rank[engine] for rank in changed):
+        assert frozen.startswith(
+            "RefusedConfiguration: requires_grad or the optimizer's groups changed after prepare()"
+        )
+        assert failed == "MemoryError: no memory for the loss"
+        name = engine.split("-")[0]
+        assert after.startswith("RuntimeError: an earlier backward() failed (MemoryError: no memory for the loss)")
+        assert f"while the {name} engine held its gradients half-way" in after
