@@ -135,7 +135,7 @@ class RoseTrainer(ResumableTrainer):
         for what, there in asked.items():
             if there:
                 raise RefusedConfiguration(
-                    f"{what} asks for another optimizer, and ROSE's masks are those of RoseAdamW, AdamW with the "
+                    f"{what} asks for another optimizer, or other groups, and ROSE's masks are those of RoseAdamW, AdamW with the "
                     "learning rate, betas, epsilon and weight decay of TrainingArguments: leave it out, or use "
                     "transformers.Trainer"
                 )
@@ -292,6 +292,11 @@ class RoseTrainer(ResumableTrainer):
             classes = getattr(getattr(core, "config", None), "num_labels", None)
             logits = find_logits(outputs, labels, None if first is None else first.shape[0], classes)
             refuse_unclear_labels(logits, labels, core)
+            if loss.requires_grad and not logits.requires_grad:
+                raise RefusedConfiguration(
+                    f"{type(self).__name__}.compute_loss() returns logits that are cut off from the graph, so their "
+                    'divergence has no gradient: return those that the loss was made of, or use strategy="second"'
+                )
             return logits
 
         return forward, lambda logits: latest.pop() * whole

@@ -95,6 +95,16 @@ def test_what_needs_no_logits(strategy: Any, tmp_path: Path) -> None:
         train(trainer(tmp_path, cls=LossAlone, rose=FIRST))
 
 
+class Detached(Returns):
+    form = staticmethod(lambda out: out.logits.detach())
+
+
+def test_logits_without_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(RefusedConfiguration, match="logits that are cut off from the graph"):
+        train(trainer(tmp_path, cls=Detached, rose=FIRST))
+    train(trainer(tmp_path, cls=Detached, rose=RoseConfig(strategy="second")))
+
+
 def test_question_answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two distributions over positions: their divergences add up."""
     seen = compared(monkeypatch)
@@ -327,7 +337,7 @@ class Sgd:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], tuple[type, ...], str]] = {
-    "adafactor": ({"optim": "adafactor"}, (), "optim='adafactor' asks for another optimizer"),
+    "adafactor": ({"optim": "adafactor"}, (), "optim='adafactor' asks for another optimizer, or"),
     "optim_args": ({"optim_args": "a=1"}, (), "optim_args='a=1'"),
     "get_optimizer_cls_and_kwargs": ({}, (Sgd,), r"get_optimizer_cls_and_kwargs\(\) asks for another"),
 }
