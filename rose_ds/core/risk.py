@@ -29,6 +29,9 @@ def second_order_risk(grad: Tensor, exp_avg: Tensor, beta1: float) -> Tensor:
     return risk.masked_fill_(magnitude == 0, 0)
 
 
+_CHUNK = 1 << 20  # values converted to fp64 at a time: torch makes a copy
+
+
 def squared_norms(
     slices: Sequence[Tensor], index: Sequence[int], count: int, scales: Sequence[float] | None = None
 ) -> Tensor:
@@ -39,8 +42,14 @@ def squared_norms(
     device = slices[0].device if slices else torch.device("cpu")
     sums = torch.zeros(count, dtype=torch.float64, device=device)
     if slices:
-        norms = torch.stack([torch.linalg.vector_norm(s, dtype=torch.float64) for s in slices])
+        norms = torch.stack([_norm(s) for s in slices])
         if scales is not None:
             norms *= torch.tensor(list(scales), dtype=torch.float64, device=device)
         sums.index_add_(0, torch.tensor(list(index), device=device), norms.square())
     return sums
+
+
+def _norm(values: Tensor) -> Tensor:
+    """L2 norm, computed in fp64."""
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in values.reshape(-1).split(_CHUNK)]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))

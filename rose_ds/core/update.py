@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-_BATCH = 1 << 21  # masked elements updated at a time: bounds the fp32 scratch memory
+_BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
+_FUSED_ON = ("cpu", "cuda", "xpu", "mps")
 
 
 def masked_adamw_(
@@ -28,18 +29,30 @@ def masked_adamw_(
 ) -> None:
     """One step on lists of equally shaped tensors, in place; ``masks`` broadcast, with values in [0, 1].
 
-    Where the mask is 0, exp_avg and the parameter keep their exact bits and exp_avg_sq drifts to exp_avg**2 (line 10).
-    ``step`` counts from 1.
+    Where the mask is 1 this is torch's fused AdamW to the last bit. Where it is 0, exp_avg and the parameter keep their
+    bits, whatever the gradient is, and exp_avg_sq drifts to exp_avg**2 (line 10). ``step`` counts from 1.
     """
-    # Line 8: g' = M*g + (1-M)*m. lerp is exact at both ends.
+    frozen = [mask == 0 for mask in masks]
+    # Line 8: g' = M*g + (1-M)*m. At both ends chosen, not computed: 0 * inf is NaN, and -0.0 + 0.0 loses its sign.
     used = list(torch._foreach_lerp(exp_avgs, grads, masks))
-    # Lines 9 to 13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
-    update = _direction(used, exp_avgs, exp_avg_sqs, step, beta1, beta2, eps)
-    torch._foreach_div_(update, 1 - beta1**step)
+    used = [torch.where(mask == 1, g, u) for mask, g, u in zip(masks, grads, used, strict=True)]
+    used = _where(frozen, exp_avgs, used)
+    # Lines 9 and 10
+    moved = torch._foreach_lerp(exp_avgs, used, 1 - beta1)
+    torch._foreach_copy_(exp_avgs, _where(frozen, exp_avgs, moved))
+    denominator = _denominator(used, exp_avg_sqs, step, beta2, eps)
+    # Lines 11 to 13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
+    change = list(torch._foreach_mul(masks, -(lr / (1 - beta1**step))))
+    change = [c * m for c, m in zip(change, exp_avgs, strict=True)]
+    torch._foreach_div_(change, denominator)
     if weight_decay:
-        torch._foreach_add_(update, params, alpha=weight_decay)
-    torch._foreach_mul_(update, masks)
-    torch._foreach_add_(params, update, alpha=-lr)
+        # 1 - M * lr * wd, rounded so that it is torch's 1 - lr * wd where M is 1
+        less = [_as_stored(1 - lr * weight_decay, p) - 1 for p in params]
+        decayed = [p * mask.mul(by).add_(1) for p, mask, by in zip(params, masks, less, strict=True)]
+        torch._foreach_add_(change, decayed)
+    else:
+        torch._foreach_add_(change, params)
+    torch._foreach_copy_(params, _where(frozen, params, change))
 
 
 def adamw_(
@@ -56,23 +69,19 @@ def adamw_(
     weight_decay: float,
     foreach: bool | None,
 ) -> None:
-    """The same with a mask of ones everywhere: torch's own AdamW, in place. ``step`` counts from 1."""
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [torch.tensor(float(step - 1)) for _ in params],  # torch counts them up itself
-        foreach=foreach,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
+    """The same with a mask of ones everywhere: torch's own AdamW, in place. ``step`` counts from 1.
+
+    ``foreach=None`` is the fused kernel, which torch has for CPUs and accelerators alike and which needs no memory of
+    its own; True and False are torch's other two.
+    """
+    scalars = dict(beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+    if foreach is None and params[0].device.type in _FUSED_ON:
+        # torch.optim.adamw.adamw(fused=True) counts steps up, one tensor a parameter; the kernel only reads them
+        count = torch.full((), float(step), device=params[0].device)
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [count] * len(params), **scalars)
+        return
+    counts = [torch.tensor(float(step - 1)) for _ in params]
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], counts, foreach=foreach, **scalars)  # type: ignore[arg-type]
 
 
 def adamw_masked_update_(
@@ -90,30 +99,38 @@ def adamw_masked_update_(
     weight_decay: float,
 ) -> None:
     """AdamW whose moments and weight decay know no mask; the step itself is multiplied with it. In place."""
-    update = _direction(grads, exp_avgs, exp_avg_sqs, step, beta1, beta2, eps)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    update = list(torch._foreach_div(exp_avgs, _denominator(grads, exp_avg_sqs, step, beta2, eps)))
     torch._foreach_mul_(update, masks)
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_add_(params, update, alpha=-lr / (1 - beta1**step))
 
 
-def _direction(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> list[Tensor]:
-    """Moves the moments, in place; ``m / (sqrt(v_hat) + eps)``, whose m is still to be bias-corrected."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+def _denominator(grads: list[Tensor], exp_avg_sqs: list[Tensor], step: int, beta2: float, eps: float) -> list[Tensor]:
+    """Moves the second moments, in place; sqrt(v_hat) + eps."""
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominator = torch._foreach_sqrt(exp_avg_sqs)
+    denominator = [_sqrt(v) for v in exp_avg_sqs]
     torch._foreach_div_(denominator, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominator, eps)
-    return list(torch._foreach_div(exp_avgs, denominator))
+    return denominator
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded: on CPUs torch's fp32 square root is MKL's, which is 1 ulp off in one of six values."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return x.double().sqrt_().float()
+    return x.sqrt()
+
+
+def _where(condition: list[Tensor], one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+    return [torch.where(*three) for three in zip(condition, one, other, strict=True)]
+
+
+def _as_stored(value: float, like: Tensor) -> float:
+    """What ``value`` becomes in a tensor of the type of ``like``."""
+    return float(torch.tensor(value, dtype=like.dtype))
 
 
 class UpdateBatch:
@@ -142,20 +159,25 @@ class UpdateBatch:
         """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
         for the mask's values.
         """
-        if isinstance(code, Tensor):
-            for start in range(0, code.numel(), _BATCH):
-                part = slice(start, start + _BATCH)
-                self._add_masked(code[part], tuple(v[part] for v in views), scale)
-        elif self.values[code] * scale == 1.0:
+        whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
+        if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
-        else:
-            self._add_masked(torch.tensor([code], dtype=torch.uint8, device=views[0].device), views, scale)
+            return
+        if not isinstance(code, Tensor):
+            code = torch.tensor([code], dtype=torch.uint8, device=views[0].device)
+        # a part at a time: its mask and what is computed on the way, and a gradient of lower precision in full
+        flat = [v.view(-1) for v in views] if views[0].numel() > _BATCH or whole else views
+        for start in range(0, max(1, views[0].numel()), _BATCH):
+            part = slice(start, start + _BATCH)
+            pieces = tuple(v[part] for v in flat) if flat is not views else views
+            self._add_masked(code[part] if code.numel() > 1 else code, pieces, scale)
 
     def _add_masked(self, code: Tensor, views: tuple[Tensor, ...], scale: float) -> None:
         if self.pending + views[0].numel() > _BATCH:
             self._flush_masked()
         table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device).mul_(scale)
-        self.masked.append((*views, table[code.int()]))
+        param, grad, exp_avg, exp_avg_sq = views
+        self.masked.append((param, grad.to(param.dtype), exp_avg, exp_avg_sq, table[code.int()]))
         self.pending += views[0].numel()
 
     def _flush_masked(self) -> None:

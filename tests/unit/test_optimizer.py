@@ -58,10 +58,14 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("foreach", [True, False, None])
 def test_none_is_adamw(foreach: bool | None, named: bool, scheduler: str) -> None:
-    """Bit for bit at every step: weights and states, with two groups and a schedule of lr (and of beta1)."""
+    """Bit for bit at every step: weights and states, with two groups and a schedule of lr (and of beta1).
+
+    The fused one, unless another is asked for.
+    """
     ours, theirs = model(), model()
     rose = RoseAdamW(groups_of(ours, named=named), strategy="none", foreach=foreach)
-    adam = torch.optim.AdamW(groups_of(theirs, named=False), foreach=foreach)
+    which = {"fused": True} if foreach is None else {"foreach": foreach}
+    adam = torch.optim.AdamW(groups_of(theirs, named=False), **which)
     schedules = [SCHEDULERS[scheduler](opt) for opt in (rose, adam)]
     for step in range(1, 8):
         set_grads(ours, step)
@@ -78,6 +82,28 @@ def test_none_is_adamw(foreach: bool | None, named: bool, scheduler: str) -> Non
             if schedule is not None:
                 schedule.step()
     assert rose.steps_taken() == 7
+
+
+@pytest.mark.parametrize("theirs", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("ours", [None, True, False])
+def test_none_is_within_an_ulp_of_any_adamw(ours: bool | None, theirs: dict[str, bool]) -> None:
+    """A step from the same state, whichever of torch's three kernels either takes."""
+    sizes, generator = (5, 64, 4099), torch.Generator().manual_seed(0)
+    start = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(4)]
+    found = []
+    for make in (
+        lambda pairs: RoseAdamW(pairs, strategy="none", foreach=ours),
+        lambda pairs: torch.optim.AdamW([p for _, p in pairs], **theirs),
+    ):
+        params = [nn.Parameter(p.clone()) for p in start[0]]
+        opt: Any = make([(str(i), p) for i, p in enumerate(params)])
+        for p, g, m, v in zip(params, *start[1:], strict=True):
+            p.grad = g.clone()
+            opt.state[p] = {"step": torch.tensor(6.0), "exp_avg": m.clone(), "exp_avg_sq": v.square()}
+        opt.step()
+        found.append(torch.cat([p.detach() for p in params]))
+    ulp = torch.nextafter(found[1].abs(), torch.tensor(torch.inf)) - found[1].abs()
+    assert ((found[0] - found[1]).abs() <= ulp).all()
 
 
 def test_groups_keep_their_own_settings() -> None:
@@ -278,7 +304,7 @@ def test_state_dict_continues_bitwise() -> None:
 def test_a_state_dict_is_interchangeable_with_adamw() -> None:
     """Fine-tuning may start from AdamW's state, and go back to it."""
     ours, theirs = model(), model()
-    adam = torch.optim.AdamW(groups_of(theirs, named=False))
+    adam = torch.optim.AdamW(groups_of(theirs, named=False), fused=True)
     set_grads(theirs, 1)
     adam.step()
     rose = RoseAdamW(groups_of(ours, named=False), strategy="none")
