@@ -170,8 +170,9 @@ def _run(store: Store, line: Mapping[str, Any]) -> Run:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{attack} is not what rose-ds attack writes: {error}") from error
     metrics = Metrics(**line["metrics"])
-    names = ("task", "method", "seed", "varied")
-    return Run(line["cell"], *(line[n] for n in names), metrics, line.get("trajectory", []), under)
+    trajectory = line.get("trajectory", [])
+    where = line["task"], line["method"], line["seed"], line["varied"]
+    return Run(line["cell"], *where, metrics, trajectory, under)
 
 
 def _candidates(runs: Sequence[Run], planned: Sequence[Mapping[str, Any]]) -> list[Candidate]:

@@ -82,16 +82,16 @@ def accuracy(c: Comparison) -> Table:
                 rows.append((f"{method} (paper)", *blank, f"{(first + second) / 2:.2f}", f"{first - second:.2f}", "-"))
     note = (
         f"{', '.join(c.models) or 'no finished runs'}. Accuracy in percent, mean and standard deviation over seeds, at "
-        "the setting with the highest clean accuracy. Avg: over all clean and AdvGLUE cells of a row; Delta: clean less "
-        "AdvGLUE accuracy, both averaged over tasks, in points. A dash: not there for every task."
+        "the setting with the highest clean accuracy. Avg: over all clean and AdvGLUE cells of a row; Delta: clean "
+        "less AdvGLUE accuracy, both averaged over tasks, in points. A dash: not there for every task."
     )
     return Table("accuracy", "Table 1: accuracy on clean and adversarial text", note, tuple(header), rows)
 
 
 def attacked(c: Comparison) -> Table:
     """Other kinds of attack, calibration and cost."""
-    header = ("task", "method", "perturbed", "Delta perturbed", "under attack", "ECE clean", "ECE AdvGLUE")
-    header += ("step (s)", "peak memory (GiB)", "kept")
+    sets = ("perturbed", "Delta perturbed", "under attack", "ECE clean", "ECE AdvGLUE")
+    header = ("task", "method", *sets, "step (s)", "peak memory (GiB)", "kept (%)")
     rows = []
     for (task, method), entry in c.entries.items():
         metrics = [run.metrics for run in entry.runs]
