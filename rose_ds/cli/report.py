@@ -10,21 +10,51 @@ from rose_ds.cli.arguments import HelpFormatter
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.report import table, write
 
-_DESCRIPTION = """Runs side by side: prints a table, writes comparison.json and comparison.png.
+_DESCRIPTION = """Runs side by side, or everything that a sweep has found.
 
-Example:
+Examples:
   rose-ds report runs/vanilla runs/ensemble --output_dir runs/compared
+  rose-ds report --store results/minilm
+  rose-ds report --store results/minilm --baseline r-drop --output_dir against-r-drop
 
-drop is clean minus attacked accuracy, in points: on AdvGLUE where there is one, else on the perturbed set."""
+Runs: prints a table, writes comparison.json and comparison.png. drop is clean minus attacked accuracy, in points: on
+AdvGLUE where there is one, else on the perturbed set.
+
+A store: prints the first table and what is missing, and writes report.md, report.html (one file), report.png and a CSV
+file a table: accuracies with every seed, other attacks and cost, differences from the baseline with two tests, the
+methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Compare finished runs."""
     parser = argparse.ArgumentParser(prog="rose-ds report", description=_DESCRIPTION, formatter_class=HelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.json")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where comparison.json and comparison.png go")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders with a metrics.json")
+    parser.add_argument("--store", type=Path, help="a sweep's folder, in place of runs")
+    parser.add_argument("--baseline", help="the method to compare the others with; default: vanilla")
+    parser.add_argument("--output_dir", type=Path, help="where the files go; default with --store: report in it")
     options = parser.parse_args(arguments)
+    if (options.store is None) == (not options.runs):
+        parser.error("give folders of runs, or --store")
+    if options.store is not None:
+        _report_store(options.store, options.baseline, options.output_dir)
+        return
+    if options.output_dir is None:
+        parser.error("the following arguments are required: --output_dir")
     runs = [Metrics.read(folder) for folder in options.runs]
     record, chart = write(runs, options.output_dir)
     print(table(runs))
     print(f"written: {record}" + (f", {chart}" if chart else " (no chart: pip install matplotlib)"))
+
+
+def _report_store(folder: Path, baseline: str | None, output: Path | None) -> None:
+    from rose_ds.experiments.comparison import render
+    from rose_ds.experiments.comparison.gather import default_output, gather
+    from rose_ds.experiments.comparison.tables import accuracy, unfinished
+    from rose_ds.experiments.store import Store
+
+    comparison = gather(Store(folder), baseline)
+    written = render.write(comparison, output or default_output(folder))
+    missing = unfinished(comparison)
+    for shown in [accuracy(comparison), *([missing] if missing.rows else [])]:
+        print(render.markdown(shown))
+    print("written: " + ", ".join(map(str, written)))

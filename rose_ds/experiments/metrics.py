@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.json"
-#: Of the format. 1 had no version, status, commit, packages and peak memory.
-VERSION = 2
+#: Of the format. 1 had no version, status, commit, packages and peak memory; 2 no calibration errors and hardware.
+VERSION = 3
 
 _TYPES = {"str": str, "int": int, "dict": dict}
 
@@ -43,6 +43,10 @@ class Metrics:
     advglue_accuracy: float | None = None
     perturbed_accuracy: float | None = None
     """Accuracy on the perturbed copy of the clean dev set."""
+    glue_ece: float | None = None
+    """Expected calibration error on the clean dev set, a fraction; so the next two on theirs."""
+    advglue_ece: float | None = None
+    perturbed_ece: float | None = None
     perturbed_by_family: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """The settings used."""
@@ -53,6 +57,8 @@ class Metrics:
     """Of rose_ds, with "-dirty" where files were changed; None where it is not a git checkout."""
     packages: dict[str, str] = field(default_factory=dict)
     """Versions of what computed it, by name."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """Where it ran: processor, cores, memory, accelerators."""
 
     def write(self, folder: Path) -> Path:
         """Write folder/metrics.json whole or not at all."""
@@ -89,7 +95,7 @@ class Metrics:
                 for family, accuracy in value.items():
                     _check_number(f"{f.name}[{family!r}]", accuracy, fraction=True)
             elif kind.startswith("float"):
-                _check_number(f.name, value, fraction=f.name.endswith(("accuracy", "fraction")))
+                _check_number(f.name, value, fraction=f.name.endswith(("accuracy", "fraction", "ece")))
             elif not isinstance(value, _TYPES[kind.partition(" ")[0].partition("[")[0]]) or isinstance(value, bool):
                 raise ValueError(f"{f.name}={value!r} is not a {kind}")
         if not all(isinstance(version, str) for version in self.packages.values()):

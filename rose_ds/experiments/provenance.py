@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +39,26 @@ def packages() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine of this rank: ``host``, ``cpu``, ``cores`` this process may use, ``memory_bytes``, and where there
+    are any ``accelerators`` (their number) and ``accelerator`` (the first one's name).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"host": platform.node(), "cpu": _cpu(), "cores": cores, "threads": torch.get_num_threads()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        found |= {"accelerators": torch.cuda.device_count(), "accelerator": torch.cuda.get_device_name(0)}
+    return found
+
+
+def _cpu() -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

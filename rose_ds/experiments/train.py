@@ -10,14 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import set_seed
 
 from rose_ds.config import RoseConfig
-from rose_ds.data import TaskData, assign_families, load_task, padding_collator, perturb, tokenize
+from rose_ds.data import TaskData, load_task, padding_collator, tokenize
 from rose_ds.data.loading import SPLITS
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.experiments import provenance
+from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_predictions
 from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import load_model, load_tokenizer
@@ -56,16 +56,15 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     rose = method.rose(args.seed)
     if rose.strategy != "none":
         rose.eligible(name for name, p in model.named_parameters() if p.requires_grad)
+    evaluator = Evaluator(data, tokenizer, run)
     trainer = RoseTrainer(
         model=model,
         args=args,
         train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length),
-        eval_dataset=None
-        if data.validation is None
-        else tokenize(data.validation, data.spec, tokenizer, run.max_length),
+        eval_dataset=evaluator.rows.get("clean"),
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=_accuracy_of,
+        compute_metrics=evaluator.compute_metrics,
         rose=rose,
         objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
     )
@@ -73,7 +72,9 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     name, rose, objective = _method_used(method, trainer)
     trainer.fixed_settings = _fixed(run, trainer)
     meter = trainer.measure()
+    trainer.add_callback(TrajectoryCallback(trainer, evaluator, Path(args.output_dir)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
+    found = evaluator.final(trainer)
     metrics = Metrics(
         task=data.spec.name,
         model=run.model,
@@ -91,12 +92,14 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         config={**_config(run, args), **recorded(rose, objective), "preset": _preset(method)},
         commit=provenance.commit(),
         packages=provenance.packages(),
-        **accuracies(trainer, data, tokenizer, run),
+        hardware=provenance.hardware(),
+        **evaluator.figures(found),
     )
     if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
+        write_predictions(Path(args.output_dir), found)
         metrics.write(Path(args.output_dir))
     return metrics
 
@@ -109,13 +112,16 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     """
     data = _load(run, splits=("validation", "adversarial"))
     tokenizer = load_tokenizer(run.model)
+    evaluator = Evaluator(data, tokenizer, run)
     trainer = RoseTrainer(
         model=load_model(run.model, data.spec, trained=True),
         args=args,
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
+        compute_metrics=evaluator.compute_metrics,
         rose=RoseConfig(strategy="none"),
     )
+    found = evaluator.measure(trainer)
     metrics = Metrics(
         task=data.spec.name,
         model=run.model,
@@ -125,13 +131,15 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         config=asdict(run),
         commit=provenance.commit(),
         packages=provenance.packages(),
-        **accuracies(trainer, data, tokenizer, run),
+        hardware=provenance.hardware(),
+        **evaluator.figures(found),
     )
     if (Path(run.model) / "metrics.json").is_file():  # what it was trained with
         trained = Metrics.read(Path(run.model))
         for name in _OF_TRAINING:
             setattr(metrics, name, getattr(trained, name))
     if trainer.is_world_process_zero():
+        write_predictions(Path(args.output_dir), found)
         metrics.write(Path(args.output_dir))
     return metrics
 
@@ -151,26 +159,6 @@ def _load(run: RunSettings, splits: Sequence[str] = SPLITS) -> TaskData:
         validation=thinned(data.validation, run.max_eval_samples),
         adversarial=thinned(data.adversarial, run.max_eval_samples),
     )
-
-
-def accuracies(trainer: RoseTrainer, data: TaskData, tokenizer: Any, run: RunSettings) -> dict[str, Any]:
-    """Accuracy on the clean, adversarial and perturbed dev sets, by metrics.json's names."""
-    spec = data.spec
-    found: dict[str, Any] = {}
-
-    def correct(dataset: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        prediction = trainer.predict(tokenize(dataset, spec, tokenizer, run.max_length))
-        return _correct(prediction.predictions, prediction.label_ids)
-
-    if data.validation is not None:
-        found["glue_accuracy"] = float(correct(data.validation).mean())
-        hit = correct(perturb(data.validation, spec.fields, seed=run.perturb_seed))
-        found["perturbed_accuracy"] = float(hit.mean())
-        families = np.array(assign_families(len(hit), run.perturb_seed))
-        found["perturbed_by_family"] = {str(f): float(hit[families == f].mean()) for f in np.unique(families)}
-    if data.adversarial is not None:
-        found["advglue_accuracy"] = float(correct(data.adversarial).mean())
-    return found
 
 
 def _check_engine(wanted: str, trainer: RoseTrainer) -> None:
@@ -254,6 +242,7 @@ _RECORDED = (
     "adam_beta2",
     "adam_epsilon",
     "warmup_steps",
+    "train_sampling_strategy",
 )
 
 
@@ -282,12 +271,3 @@ def _method_used(method: MethodSettings, trainer: RoseTrainer) -> tuple[str, Ros
             f"{', '.join(checkpoints.changed(flags, block))}. Leave one of them out"
         )
     return method_with(objective.name, rose).name, rose, objective
-
-
-def _correct(predictions: Any, labels: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    return np.asarray(np.argmax(logits, axis=-1) == labels)
-
-
-def _accuracy_of(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float(_correct(prediction.predictions, prediction.label_ids).mean())}

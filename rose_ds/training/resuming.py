@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds.errors import RefusedConfiguration
@@ -59,6 +61,25 @@ def precision_of(args: TrainingArguments) -> str:
 def schedule_of(args: TrainingArguments) -> str:
     """The learning-rate schedule's name."""
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+
+
+class _SeededLengthSampler(LengthGroupedSampler):
+    """transformers' draws each epoch's order from the global random state, which differs in a resumed run and may
+    differ between ranks. accelerate calls ``set_epoch`` at the start of each epoch.
+    """
+
+    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Any:
+        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
+        self.generator = torch.Generator().manual_seed(int(key))
+        return super().__iter__()
 
 
 class ResumableTrainer(Trainer):
@@ -168,6 +189,14 @@ class ResumableTrainer(Trainer):
         epochs_trained, steps_trained = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # a checkpoint's logging, eval and save steps give way
         return epochs_trained, steps_trained
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; batches of similar length in an order that seed and epoch give, not the random state."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _SeededLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""

@@ -1,0 +1,128 @@
+"""``rose-ds sweep``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rose_ds.cli.arguments import HelpFormatter, Parser, RunArguments
+from rose_ds.experiments.cells import Sweep
+from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.settings import MethodSettings, RunSettings
+
+_DESCRIPTION = """Methods x tasks x seeds x settings, each a run of rose-ds train that can be killed and goes on.
+
+Examples:
+  rose-ds sweep --store runs/small --methods vanilla rose-first --tasks snippets --seeds 0 1 2 --jobs 2 --max_steps 200
+  rose-ds sweep --store runs/grid --methods vanilla rose-first --tasks sst2 --data glue/ --budget 4 \\
+      --grid learning_rate=1e-5,2e-5,5e-5,1e-4 keep_first=0.4,0.6,0.8
+  rose-ds sweep --store results/minilm --config results/minilm/sweep.yaml --data glue/ --jobs 2
+  rose-ds sweep --store results/minilm --config results/minilm/sweep.yaml --status
+
+Any flag of rose-ds train is a setting of every run (rose-ds train --help). Start the same command again, also on
+another machine that sees the same folder, and what is left is done: a run that is under way is left to whom it belongs,
+one that was killed goes on from its last checkpoint. A failed run is recorded with its log's last lines and stops
+nothing. rose-ds report --store STORE makes tables of what is there.
+
+A config file has the keys methods, tasks, seeds, settings, grid, budget (docs/experiments.md); flags overrule it."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a sweep, or say how far it is."""
+    options, rest = _parser().parse_known_args(arguments)
+    train = Parser("sweep", _DESCRIPTION, RunSettings, MethodSettings, RunArguments)
+    known = {name for settings in train.dataclass_types for name, f in settings.__dataclass_fields__.items() if f.init}
+    sweep = _sweep(options, train.given(rest) if rest else {})
+    sweep.check_names(known)
+    cells = sweep.cells()
+    from rose_ds.experiments.store import Status, Store
+    from rose_ds.experiments.sweep import Runner, counts
+
+    store = Store(options.store)
+    if not options.status:
+        Runner(
+            store,
+            cells,
+            jobs=options.jobs,
+            launcher=options.launcher,
+            launcher_args=shlex.split(options.launcher_args),
+            retry_failed=options.retry_failed,
+            keep_models=options.keep_models,
+        ).run()
+    found, results = counts(store, cells), store.results()
+    print(f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in found.items() if count))
+    for cell in cells:
+        if store.status(cell, results) is Status.FAILED:
+            failure = store.failure(cell)
+            print(f"failed (exit code {failure['exit_code']}): {cell.name}\n  log: {store.log(cell)}")
+            print("\n".join(f"  | {line}" for line in failure["log"][-5:]))
+    if found[Status.DONE.value] < len(cells) and not options.status:
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rose-ds sweep",
+        usage="%(prog)s --store DIR [--flag value ...]",
+        description=_DESCRIPTION,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--store", type=Path, required=True, help="Folder of runs and results.jsonl; sweeps may share it.")
+    add("--config", type=Path, help="YAML file with the sweep.")
+    add("--methods", nargs="+", help="As --method of rose-ds train.")
+    add("--tasks", nargs="+", help="As --task of rose-ds train.")
+    add("--seeds", nargs="+", type=int, help="Default: 0, or the config's.")
+    add(
+        "--grid",
+        nargs="+",
+        metavar="FLAG=V,V",
+        help="Settings to try for every method that knows them; or the word published: each method's own range.",
+    )
+    add("--budget", help="How many settings of the grid each method tries on a task; full: all, however unequal.")
+    add("--jobs", type=int, default=1, help="Runs side by side on this machine; its cores are shared out among them.")
+    add("--launcher", choices=list(LAUNCHERS), default="local", help="How a run is started.")
+    add("--launcher_args", default="", help='More words for the launcher, e.g. "--num_gpus 2" or "--gres=gpu:1".')
+    add("--retry_failed", action="store_true", help="Try failed runs again.")
+    add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")
+    add("--status", action="store_true", help="Only say how far it is.")
+    return parser
+
+
+def _sweep(options: argparse.Namespace, flags: dict[str, Any]) -> Sweep:
+    content: dict[str, Any] = {} if options.config is None else Sweep.read(options.config)
+    for name in ("methods", "tasks", "seeds"):
+        chosen = getattr(options, name)
+        if chosen is None:
+            continue
+        own = content.get(name)
+        # a choice among the config's, whose own settings stay
+        content[name] = {key: own.get(key) for key in chosen} if isinstance(own, dict) else chosen
+    if options.grid is not None:
+        content["grid"] = _grid(options.grid)
+    if options.budget is not None:
+        content["budget"] = int(options.budget) if options.budget.isdecimal() else options.budget
+    for name in ("methods", "tasks"):
+        if not content.get(name):
+            raise ValueError(f"no {name}: give --{name}, or a --config that has them")
+    content["settings"] = {**(content.get("settings") or {}), **flags}
+    for own in content["tasks"].values() if isinstance(content["tasks"], dict) else ():
+        for name in flags:
+            (own or {}).pop(name, None)  # a flag goes before what the config says of a task
+    return Sweep(**{name: value for name, value in content.items() if value is not None})
+
+
+def _grid(words: Sequence[str]) -> Any:
+    if list(words) == ["published"]:
+        return "published"
+    grid = {}
+    for word in words:
+        flag, equals, values = word.partition("=")
+        if not equals or not values:
+            raise ValueError(f"--grid {word}: expected FLAG=VALUE,VALUE, e.g. learning_rate=1e-5,2e-5")
+        grid[flag] = [int(v) if v.lstrip("-").isdecimal() else v for v in values.split(",")]
+    return grid

@@ -1,0 +1,235 @@
+"""From a store's lines to runs by task and method, with settings chosen by the clean dev set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rose_ds.experiments.comparison.statistics import Difference, compare
+from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.store import Status, Store
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished cell."""
+
+    key: str
+    task: str
+    method: str
+    seed: int
+    varied: Mapping[str, Any]
+    metrics: Metrics
+    trajectory: Sequence[Mapping[str, Any]]
+    under_attack: float | None = None
+    """Accuracy under attack, a fraction; see ``rose-ds attack``."""
+
+
+#: Set -> its accuracy in a run.
+ACCURACY: dict[str, Callable[[Run], float | None]] = {
+    "clean": lambda run: run.metrics.glue_accuracy,
+    "AdvGLUE": lambda run: run.metrics.advglue_accuracy,
+    "perturbed": lambda run: run.metrics.perturbed_accuracy,
+    "under attack": lambda run: run.under_attack,
+}
+#: The same sets in a run's answers and along its training.
+RECORDED = {"clean": "clean", "AdvGLUE": "adversarial", "perturbed": "perturbed"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting that a method tried on a task, over its finished seeds."""
+
+    varied: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    planned: int
+    """Seeds that it should have."""
+
+    def mean(self, name: str) -> float | None:
+        """Accuracy on a set, over seeds; None where a run has none."""
+        found = [ACCURACY[name](run) for run in self.runs]
+        values = [value for value in found if value is not None]
+        return float(np.mean(values)) if values and len(values) == len(found) else None
+
+    @property
+    def label(self) -> str:
+        """The setting, for a person."""
+        return ", ".join(f"{name}={value}" for name, value in self.varied.items()) or "defaults"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method on a task."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    """Of highest mean accuracy on the clean dev set; the first of equals. Only settings with the most finished seeds
+    can be chosen, so that none wins by the luck of the few it has.
+    """
+    oracle: Candidate | None
+    """The same by AdvGLUE, which no user could know: the largest it could be, shown apart."""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Of the chosen setting."""
+        return self.chosen.runs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a store holds."""
+
+    store: Store
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    entries: Mapping[tuple[str, str], Entry]
+    """(task, method) -> entry, where at least one run is finished."""
+    unfinished: Sequence[tuple[str, Status, str]]
+    """Name, status, and a failed one's last line."""
+    baseline: str | None
+
+    def difference(self, task: str, method: str, name: str) -> Difference | None:
+        """A method against the baseline on a set, over the seeds that both have; None where there is nothing to pair.
+
+        Raises:
+            ValueError: the two were measured on other items.
+        """
+        ours, base = self.entries.get((task, method)), self.entries.get((task, self.baseline or ""))
+        if ours is None or base is None or method == self.baseline:
+            return None
+        pairs = [(run, other) for run in ours.runs for other in base.runs if run.seed == other.seed]
+        answers = [(self._hits(run, name), self._hits(other, name)) for run, other in pairs]
+        if not answers or any(a is None or b is None for a, b in answers):
+            return None
+        left, right = zip(*answers, strict=True)
+        return compare(np.stack(left), np.stack(right))
+
+    def _hits(self, run: Run, name: str) -> _Array | None:
+        record = self.store.predictions(run.key).get(RECORDED[name])
+        return None if record is None else np.equal(record["prediction"], record["label"])
+
+
+def gather(store: Store, baseline: str | None = None) -> Comparison:
+    """Read a store.
+
+    Args:
+        baseline: the method that others are compared with; None: vanilla, where it is among them.
+
+    Raises:
+        ValueError: the store holds no cells, is damaged, or has no such method.
+    """
+    plan, results = store.plan(), store.results()
+    cells = {cell.key: cell for cell in plan}
+    runs = [_run(store, line) for line in results.values()]
+    if not cells and not runs:
+        raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
+    tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
+    methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
+    if baseline is not None and baseline not in methods:
+        raise ValueError(f"baseline={baseline!r} is not one of the store's methods {list(methods)}")
+    entries = {}
+    for task in tasks:
+        for method in methods:
+            candidates = _candidates(
+                [run for run in runs if (run.task, run.method) == (task, method)],
+                [cell.varied for cell in plan if (cell.task, cell.method) == (task, method)],
+            )
+            if candidates:
+                entries[task, method] = _entry(candidates)
+    unfinished = []
+    for cell in plan:
+        status = store.status(cell, results)
+        if status is not Status.DONE:
+            said = store.failure(cell)["log"][-1:] if status is Status.FAILED else []
+            unfinished.append((cell.name, status, "".join(said)))
+    return Comparison(
+        store,
+        tuple(dict.fromkeys(run.metrics.model for run in runs)),
+        tasks,
+        methods,
+        entries,
+        unfinished,
+        baseline or ("vanilla" if "vanilla" in methods else None),
+    )
+
+
+def _run(store: Store, line: Mapping[str, Any]) -> Run:
+    attack = store.root / "attacks" / line["cell"] / "attack.json"
+    under = None
+    if attack.is_file():
+        try:
+            under = float(json.loads(attack.read_text(encoding="utf-8"))["accuracy_under_attack"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{attack} is not what rose-ds attack writes: {error}") from error
+    metrics = Metrics(**line["metrics"])
+    trajectory = line.get("trajectory", [])
+    where = line["task"], line["method"], line["seed"], line["varied"]
+    return Run(line["cell"], *where, metrics, trajectory, under)
+
+
+def _candidates(runs: Sequence[Run], planned: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+    def key(varied: Mapping[str, Any]) -> str:
+        return json.dumps(varied, sort_keys=True)
+
+    found: dict[str, list[Run]] = {key(varied): [] for varied in planned}
+    for run in runs:
+        found.setdefault(key(run.varied), []).append(run)
+    wanted = [key(varied) for varied in planned]
+    return [
+        Candidate(group[0].varied, tuple(sorted(group, key=lambda run: run.seed)), wanted.count(name) or len(group))
+        for name, group in found.items()
+        if group
+    ]
+
+
+def _entry(candidates: Sequence[Candidate]) -> Entry:
+    most = max(len(c.runs) for c in candidates)
+    eligible = [c for c in candidates if len(c.runs) == most]
+    by_adversary = [c for c in eligible if c.mean("AdvGLUE") is not None]
+    return Entry(
+        tuple(candidates),
+        max(eligible, key=lambda c: c.mean("clean") or 0.0),
+        max(by_adversary, key=lambda c: c.mean("AdvGLUE") or 0.0) if by_adversary else None,
+    )
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A run's checkpoint whose clean accuracy is nearest to a level."""
+
+    point: Mapping[str, Any]
+    run: Run
+
+
+def matched(comparison: Comparison, task: str) -> tuple[float, dict[str, list[Matched]]] | None:
+    """Checkpoints of all methods at one clean accuracy, so that robustness is not traded for it unseen.
+
+    The level is the lowest, over methods, of the mean best clean accuracy along training: one that every method gets
+    to. Each run gives the checkpoint nearest to it, the earliest of equals. None where no run was evaluated on its way.
+    """
+    along: dict[str, list[Run]] = {}
+    for method in comparison.methods:
+        entry = comparison.entries.get((task, method))
+        runs = [run for run in entry.runs if any("clean" in p for p in run.trajectory)] if entry else []
+        if runs:
+            along[method] = runs
+    if not along:
+        return None
+    level = min(float(np.mean([max(p["clean"] for p in run.trajectory) for run in runs])) for runs in along.values())
+    return level, {
+        method: [Matched(min(run.trajectory, key=lambda p: abs(p["clean"] - level)), run) for run in runs]
+        for method, runs in along.items()
+    }
+
+
+def default_output(store: Path) -> Path:
+    """Where a store's report goes unless a person says otherwise."""
+    return store / "report"

@@ -1,0 +1,38 @@
+"""How a sweep starts a run: from its flags to a command that lasts as long as the run and passes SIGTERM on."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Launcher = Callable[[Sequence[str], Sequence[str]], list[str]]
+
+
+def local(flags: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """One process on this machine. ``extra`` goes to Python."""
+    return [sys.executable, *extra, "-m", "rose_ds", "train", *flags]
+
+
+def deepspeed(flags: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """The deepspeed launcher, with a port of its own. ``extra``: e.g. --num_gpus 2; the sweep's settings need a
+    ``deepspeed`` config.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    ranks = [program, "--master_port", str(port), *extra, "--no_local_rank", "--module"]
+    return [*ranks, "rose_ds", "train", *flags]
+
+
+def slurm(flags: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """One task through srun: inside an allocation a step of it, outside one an allocation of its own. ``extra``: e.g.
+    --partition=a100 --gres=gpu:1.
+    """
+    step = ["srun", "--nodes=1", "--ntasks=1", "--exact", "--kill-on-bad-exit=1", *extra]
+    return [*step, sys.executable, "-m", "rose_ds", "train", *flags]
+
+
+LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "slurm": slurm}

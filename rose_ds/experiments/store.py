@@ -1,0 +1,271 @@
+"""A folder with the cells of sweeps: what is done, what was claimed by whom, and what came out.
+
+STORE/plan.jsonl           a line a cell that a sweep was asked for
+STORE/results.jsonl        a line a finished cell: what it was, what it measured, where and with which code
+STORE/predictions/KEY.jsonl    its answers, item by item
+STORE/cells/KEY/           working files, not for version control: settings.json, log.txt, run/ (the run's output
+                           folder, with its checkpoints), claim, failed.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.evaluation import PREDICTIONS, read_trajectory
+from rose_ds.experiments.metrics import FILE, Metrics
+
+PLAN = "plan.jsonl"
+RESULTS = "results.jsonl"
+_LOG_LINES = 20
+
+
+class Status(Enum):
+    """Of a cell."""
+
+    DONE = "done"
+    RUNNING = "running"
+    FAILED = "failed"
+    INCOMPLETE = "incomplete"
+    NOT_STARTED = "not started"
+
+
+class Claim:
+    """The right to run a cell: an exclusive flock(2) on a file in its folder.
+
+    The kernel gives it up when the last process that has the file open is gone, however it ended, so a claim is never
+    left behind and never taken from the living. The run inherits the open file: where a sweep alone is killed, its run
+    goes on, and the cell stays claimed. On a file system shared by machines flock must reach all of them: NFS since
+    Linux 2.6.12, Lustre mounted with -o flock, GPFS, CephFS.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def release(self) -> None:
+        """Close this process's copy."""
+        os.close(self.descriptor)
+
+
+class Store:
+    """See the module's text."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.cells = root / "cells"
+        self._read: tuple[tuple[int, int], dict[str, dict[str, Any]]] | None = None
+        """Size and time of RESULTS when it was last read, and what it held."""
+
+    def create(self) -> None:
+        """Make the folders. Raises ValueError where they cannot be made."""
+        try:
+            for folder in (self.cells, self.root / "predictions"):
+                folder.mkdir(parents=True, exist_ok=True)
+            (self.cells / ".gitignore").write_text("*\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot make the store {self.root}: {error.strerror}") from error
+
+    def folder(self, cell: Cell) -> Path:
+        """The cell's working files."""
+        return self.cells / cell.key
+
+    def run_folder(self, cell: Cell) -> Path:
+        """The --output_dir of its run."""
+        return self.folder(cell) / "run"
+
+    def log(self, cell: Cell) -> Path:
+        """What its runs printed."""
+        return self.folder(cell) / "log.txt"
+
+    def add_to_plan(self, cells: Iterable[Cell]) -> None:
+        """Note what was asked for, so that a report knows what is missing."""
+        with FileLock(self.cells / "results.lock"):
+            there = {cell.key for cell in self.plan()}
+            new = [cell for cell in cells if cell.key not in there]
+            lines = [json.dumps({"cell": c.key, **_portable(c)}, separators=(",", ":")) + "\n" for c in new]
+            if lines:
+                _append(self.root / PLAN, "".join(lines))
+
+    # --- what is there ---
+
+    def plan(self) -> list[Cell]:
+        """Every cell that was asked for. Raises ValueError where a line is damaged."""
+        path, cells = self.root / PLAN, []
+        for number, line in enumerate(_whole_lines(path), start=1):
+            try:
+                record = json.loads(line)
+                cells.append(Cell(**{name: record[name] for name in ("task", "method", "seed", "settings", "varied")}))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number} is not a planned cell's line ({error}): delete it") from error
+        return cells
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The finished cells' lines, by key; a last line that a killed process left unfinished is passed over.
+
+        Raises:
+            ValueError: another line is damaged; names it.
+        """
+        path, found = self.root / RESULTS, {}
+        if not path.is_file():
+            return {}
+        stamp = (path.stat().st_size, path.stat().st_mtime_ns)
+        if self._read is not None and self._read[0] == stamp:
+            return self._read[1]
+        for number, line in enumerate(_whole_lines(path), start=1):
+            try:
+                record = json.loads(line)
+                Metrics(**record["metrics"])
+                found[record["cell"]] = record
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number} is not a finished cell's line ({error}): delete it") from error
+        self._read = stamp, found
+        return found
+
+    def predictions(self, key: str) -> dict[str, dict[str, Any]]:
+        """A finished cell's answers by set; see ``rose_ds.experiments.evaluation.Predictions.record``.
+
+        Raises:
+            ValueError: they are not there, or damaged.
+        """
+        path = self.root / "predictions" / f"{key}.jsonl"
+        try:
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return {record["set"]: record for record in records}
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def status(self, cell: Cell, results: Mapping[str, Any]) -> Status:
+        """Of one cell; ``results``: those of ``results()``."""
+        folder = self.folder(cell)
+        if cell.key in results:
+            return Status.DONE
+        if not folder.is_dir():
+            return Status.NOT_STARTED
+        claim = self._lock(folder)
+        if claim is None:
+            return Status.RUNNING
+        claim.release()
+        if (folder / "failed.json").is_file():
+            return Status.FAILED
+        return Status.INCOMPLETE if self.log(cell).is_file() else Status.NOT_STARTED
+
+    def failure(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a failed cell: exit_code, host, log (its last lines)."""
+        found: dict[str, Any] = json.loads((self.folder(cell) / "failed.json").read_text(encoding="utf-8"))
+        return found
+
+    # --- what happens to a cell ---
+
+    def claim(self, cell: Cell) -> Claim | None:
+        """Claim a cell; None where another process has it, or it is done or failed."""
+        folder = self.folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = self._lock(folder)
+        if claim is None:
+            return None
+        if cell.key in self.results() or (folder / "failed.json").is_file():  # while this process looked elsewhere
+            claim.release()
+            return None
+        os.ftruncate(claim.descriptor, 0)
+        os.pwrite(claim.descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)  # for a person who looks
+        _write(folder / "settings.json", {"name": cell.name, **asdict(cell)})
+        return claim
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether the cell's run has come to its end, recorded or not."""
+        return (self.run_folder(cell) / FILE).is_file() and (self.run_folder(cell) / PREDICTIONS).is_file()
+
+    def record(self, cell: Cell, seconds: float | None, *, keep_models: bool) -> None:
+        """Add a finished cell's line, and delete its checkpoints and, unless ``keep_models``, its model.
+
+        Args:
+            seconds: wall-clock time of its last attempt; None: nobody measured it.
+        """
+        run = self.run_folder(cell)
+        metrics = Metrics.read(run)
+        line = {
+            "cell": cell.key,
+            **_portable(cell),
+            "host": platform.node(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": seconds,
+            "metrics": asdict(metrics),
+            "trajectory": read_trajectory(run),
+        }
+        target = self.root / "predictions" / f"{cell.key}.jsonl"
+        shutil.copyfile(run / PREDICTIONS, f"{target}.new")
+        Path(f"{target}.new").replace(target)
+        self._add(cell.key, json.dumps(line, separators=(",", ":")))
+        (self.folder(cell) / "failed.json").unlink(missing_ok=True)
+        for checkpoint in run.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        if not keep_models:
+            for weights in run.glob("*.safetensors"):
+                weights.unlink()
+
+    def fail(self, cell: Cell, exit_code: int) -> None:
+        """Record that a cell's run failed, with its log's last lines."""
+        text = self.log(cell).read_text(encoding="utf-8", errors="replace") if self.log(cell).is_file() else ""
+        lines = text.replace("\r", "\n").splitlines()
+        record = {"exit_code": exit_code, "host": platform.node(), "log": lines[-_LOG_LINES:]}
+        _write(self.folder(cell) / "failed.json", record)
+
+    def forgive(self, cell: Cell) -> None:
+        """Let a failed cell be tried again."""
+        (self.folder(cell) / "failed.json").unlink(missing_ok=True)
+
+    def _add(self, key: str, line: str) -> None:
+        with FileLock(self.cells / "results.lock"):
+            if key not in self.results():
+                _append(self.root / RESULTS, line + "\n")
+
+    @staticmethod
+    def _lock(folder: Path) -> Claim | None:
+        descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return Claim(descriptor)
+
+
+def _portable(cell: Cell) -> dict[str, Any]:
+    """A cell without where its data lay on one machine."""
+    return {**asdict(cell), "settings": {k: v for k, v in cell.settings.items() if k != "data"}}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A file's lines; a last one that a killed process left without its end is passed over."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def _append(path: Path, text: str) -> None:
+    """Add lines, in place of a last one without its end."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(path: Path, record: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,240 @@
+"""Running a sweep's cells: some at a time on this machine, beside other processes that share the store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.store import Claim, Status, Store
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+_WAIT_SECONDS = 2.0
+#: tqdm's own estimate takes all cells to be alike.
+_BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]"
+#: A run that SIGTERM stopped at a checkpoint, by the shell's code and by Python's.
+_STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    claim: Claim
+    slot: int
+    process: subprocess.Popen[bytes]
+    log: Any
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Runs what is not done, ``jobs`` cells at a time.
+
+    Args:
+        launcher: a name in LAUNCHERS; ``launcher_args``: more words for it.
+        retry_failed: try failed cells again.
+        keep_models: keep the trained models, 90 MB each for MiniLM.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cells: Sequence[Cell],
+        *,
+        jobs: int = 1,
+        launcher: str = "local",
+        launcher_args: Sequence[str] = (),
+        retry_failed: bool = False,
+        keep_models: bool = False,
+    ) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs={jobs} must be at least 1")
+        if launcher not in LAUNCHERS:
+            raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
+        self.store, self.cells = store, list(cells)
+        self.jobs, self.launcher, self.launcher_args = jobs, LAUNCHERS[launcher], launcher_args
+        self.retry_failed, self.keep_models = retry_failed, keep_models
+        self._running: list[_Running] = []
+        self._settled: set[str] = set()
+        """Cells that this process has done with: done, failed, or stopped from outside."""
+        self._stop = False
+        self._environment = _environment(jobs)
+
+    def run(self) -> dict[str, Status]:
+        """Run until every cell is done or has failed, whoever runs it; status by key. On SIGTERM or Ctrl-C the runs
+        save a checkpoint and end, and this returns.
+        """
+        self.store.create()
+        self.store.add_to_plan(self.cells)
+        results = self.store.results()
+        for cell in self.cells:
+            status = self.store.status(cell, results)
+            if status is Status.FAILED and self.retry_failed:
+                self.store.forgive(cell)
+            elif status in (Status.DONE, Status.FAILED):
+                self._settled.add(cell.key)
+        bar = tqdm(total=len(self.cells), initial=len(self._settled), desc="sweep", bar_format=_BAR, dynamic_ncols=True)
+        pause = 1.0 if sys.stderr.isatty() else 600.0  # a log file needs no moving clock
+        shown = -pause
+        with self._listening(), bar:
+            while not self._stop and (self._running or len(self._settled) < len(self.cells)):
+                changed = self._reap() + self._start()
+                if changed or time.monotonic() - shown > pause:
+                    bar.n, shown = len(self._settled), time.monotonic()
+                    bar.set_postfix_str(self._progress())
+                time.sleep(_POLL_SECONDS if self._running or changed else _WAIT_SECONDS)
+            self._end()
+            bar.n = len(self._settled)
+        results = self.store.results()
+        return {cell.key: self.store.status(cell, results) for cell in self.cells}
+
+    # --- cells ---
+
+    def _start(self) -> int:
+        """Start cells in free places; how many."""
+        started = 0
+        waiting = [c for c in self.cells if c.key not in self._settled and c not in (r.cell for r in self._running)]
+        for cell in waiting:
+            if len(self._running) >= self.jobs or self._stop:
+                break
+            claim = self.store.claim(cell)
+            if claim is None:
+                self._look_after(cell)
+                continue
+            if self.store.finished(cell):  # by a process that was killed before it could record it
+                self.store.record(cell, None, keep_models=self.keep_models)
+                claim.release()
+                self._settled.add(cell.key)
+                continue
+            self._running.append(self._launch(cell, claim))
+            started += 1
+        return started
+
+    def _look_after(self, cell: Cell) -> None:
+        """A cell of another process's."""
+        if self.store.status(cell, self.store.results()) in (Status.DONE, Status.FAILED):
+            self._settled.add(cell.key)
+
+    def _launch(self, cell: Cell, claim: Claim) -> _Running:
+        slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
+        command = self.launcher(cell.flags(self.store.run_folder(cell)), self.launcher_args)
+        log = self.store.log(cell).open("ab")
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+        log.flush()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**self._environment, **self._device(slot)},
+                pass_fds=(claim.descriptor,),
+                start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs
+            )
+        except OSError as error:
+            raise ValueError(f"cannot start {command[0]}: {error.strerror}") from error
+        return _Running(cell, claim, slot, process, log)
+
+    def _device(self, slot: int) -> dict[str, str]:
+        """A CUDA device for each place, where there are several, nobody has chosen, and a run is one process."""
+        devices = torch.cuda.device_count()
+        if self.launcher is not LAUNCHERS["local"] or devices < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": str(slot % devices)}
+
+    def _reap(self) -> int:
+        """Record the runs that have ended; how many."""
+        ended = [r for r in self._running if r.process.poll() is not None]
+        for run in ended:
+            self._running.remove(run)
+            run.log.close()
+            code = run.process.returncode
+            try:
+                if code == 0 and self.store.finished(run.cell):
+                    self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
+                elif code not in _STOPPED:
+                    self.store.fail(run.cell, code)
+                    tqdm.write(f"failed: {run.cell.name} (exit code {code}); {self.store.log(run.cell)}")
+            finally:
+                run.claim.release()
+            self._settled.add(run.cell.key)
+        return len(ended)
+
+    def _end(self) -> None:
+        """Let the runs that are under way save and end."""
+        for run in self._running:
+            if run.process.poll() is None:
+                run.process.terminate()
+        for run in self._running:
+            run.process.wait()
+        self._reap()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- progress ---
+
+    def _progress(self) -> str:
+        names = ", ".join(r.cell.name for r in self._running)
+        left = remaining_seconds(
+            [c for c in self.cells if c.key not in self._settled], self.store.results().values(), self.jobs
+        )
+        return f"{names}{'' if left is None else f'; about {_clock(left)} to go'}"
+
+
+def remaining_seconds(cells: Sequence[Cell], results: Any, jobs: int) -> float | None:
+    """Time that cells will take: the mean of finished ones of the same task and method, else of the same task or
+    method, else of all; None where none has been timed.
+    """
+    timed = [r for r in results if r["seconds"] is not None]
+    if not timed:
+        return None
+
+    def expected(cell: Cell) -> float:
+        same = [(r["task"] == cell.task) + (r["method"] == cell.method) for r in timed]
+        return statistics.mean(r["seconds"] for r, s in zip(timed, same, strict=True) if s == max(same))
+
+    return sum(map(expected, cells)) / jobs
+
+
+def counts(store: Store, cells: Sequence[Cell]) -> Mapping[str, int]:
+    """How many cells there are of each status."""
+    results = store.results()
+    found = Counter(store.status(cell, results).value for cell in cells)
+    return {status.value: found[status.value] for status in Status}
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """Cores are shared out: more threads than cores slow every run down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // jobs))
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **os.environ}

@@ -1,0 +1,292 @@
+"""A store's report against figures worked out by hand, and its tests against simulated truth."""
+
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rose_ds.cli import main
+from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.comparison import render
+from rose_ds.experiments.comparison.gather import gather, matched
+from rose_ds.experiments.comparison.statistics import compare, mean_sd, one_tailed_t
+from rose_ds.experiments.comparison.tables import Table, accuracy, tables
+from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
+from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.store import Store
+
+pytestmark = pytest.mark.fast
+
+
+def add(store: Store, cell: Cell, clean: str, hostile: str | None, way: Any = (), model: str = "m") -> None:
+    """A finished cell whose answers are given as 1 (right) and 0."""
+    run = store.run_folder(cell)
+    run.mkdir(parents=True)
+    sets = {"clean": clean, **({"adversarial": hostile} if hostile else {})}
+    hits = {name: [int(c) for c in text] for name, text in sets.items()}
+    means = {name: float(np.mean(h)) for name, h in hits.items()}
+    Metrics(
+        task=cell.task,
+        model=model,
+        method=cell.method,
+        seed=cell.seed,
+        steps=9,
+        step_seconds=0.25,
+        peak_memory_bytes=3 * 2**29,
+        glue_accuracy=means["clean"],
+        advglue_accuracy=means.get("adversarial"),
+        perturbed_accuracy=0.5,
+    ).write(run)
+    records = [{"set": n, "idx": list(range(len(h))), "label": [1] * len(h), "prediction": h} for n, h in hits.items()]
+    write_lines(run / PREDICTIONS, records)
+    write_lines(run / TRAJECTORY, list(way))
+    store.record(cell, 1.0, keep_models=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "store")
+    store.create()
+    return store
+
+
+def column(table: Table, name: str) -> list[str]:
+    at = table.header.index(name)
+    return [row[at] for row in table.rows]
+
+
+def named(store: Store, key: str, **options: Any) -> Table:
+    return next(table for table in tables(gather(store, **options)) if table.key == key)
+
+
+def test_means_deviations_average_and_delta(store: Store) -> None:
+    """Avg is the mean of all cells of a row and Delta a difference of means, as in the paper's Table 1."""
+    for seed, (clean, hostile) in enumerate((("1111", "10"), ("1110", "00"))):
+        add(store, Cell("sst2", "vanilla", seed, {}), clean, hostile)
+        add(store, Cell("rte", "vanilla", seed, {}), "1100", "10")
+    table = accuracy(gather(store))
+    assert table.header == ("method", "sst2 clean", "sst2 AdvGLUE", "rte clean", "rte AdvGLUE", "Avg", "Delta", "seeds")
+    sd = np.std([100, 75], ddof=1)
+    average, delta = (87.5 + 25 + 50 + 50) / 4, (87.5 + 50) / 2 - (25 + 50) / 2
+    expected = (
+        "vanilla",
+        f"87.50 ± {sd:.2f}",
+        f"25.00 ± {np.std([50, 0], ddof=1):.2f}",
+        "50.00 ± 0.00",
+        "50.00 ± 0.00",
+    )
+    assert table.rows == [(*expected, f"{average:.2f}", f"{delta:.2f}", "2 2")]
+    cost = named(store, "attacked")
+    assert column(cost, "peak memory (GiB)") == ["1.50 ± 0.00"] * 2
+    assert column(cost, "step (s)") == ["0.250 ± 0.000"] * 2
+    assert column(cost, "Delta perturbed") == ["37.50", "0.00"]
+    assert [(row[0], row[3], row[4], row[5]) for row in named(store, "seeds").rows] == [
+        ("sst2", "0", "100.00", "50.00"),
+        ("sst2", "1", "75.00", "0.00"),
+        ("rte", "0", "50.00", "50.00"),
+        ("rte", "1", "50.00", "50.00"),
+    ]
+
+
+def test_a_task_without_a_set_leaves_the_average_open(store: Store) -> None:
+    add(store, Cell("sst2", "vanilla", 0, {}), "11", "10")
+    add(store, Cell("snippets", "vanilla", 0, {}), "11", None)
+    assert accuracy(gather(store)).rows == [("vanilla", "100.00", "50.00", "100.00", "-", "-", "-", "1 1")]
+
+
+def test_the_papers_figures_stand_beside_the_same_model_only(store: Store) -> None:
+    add(store, Cell("sst2", "vanilla", 0, {}), "11", "10", model="roberta-base")
+    assert accuracy(gather(store)).rows[1] == ("vanilla (paper)", "-", "-", f"{(89.19 + 24.78) / 2:.2f}", "64.41", "-")
+
+
+def test_settings_are_chosen_by_the_clean_set_and_the_oracle_stands_apart(store: Store) -> None:
+    for seed in (0, 1):
+        for rate, clean, hostile in ((1e-4, "1110", "0000"), (2e-4, "1100", "1111")):
+            varied = {"learning_rate": rate}
+            add(store, Cell("sst2", "vanilla", seed, varied, varied), clean, hostile)
+    lone = {"learning_rate": 3e-4}
+    add(store, Cell("sst2", "vanilla", 0, lone, lone), "1111", "1111")  # the best, by the luck of one seed
+    choices = named(store, "choices")
+    assert (column(choices, "chosen"), column(choices, "clean")) == (["learning_rate=0.0001"], ["75.00"])
+    assert column(choices, "settings tried") == ["3"]
+    assert column(accuracy(gather(store)), "sst2 AdvGLUE") == ["0.00 ± 0.00"]
+    oracle = named(store, "oracle")
+    assert oracle.rows == [("sst2", "vanilla", "learning_rate=0.0002", "50.00", "100.00", "+100.00")]
+    assert len(named(store, "settings").rows) == 3
+
+
+def test_unequal_numbers_of_settings_are_said(store: Store) -> None:
+    for rate in (1e-4, 2e-4):
+        varied = {"learning_rate": rate}
+        add(store, Cell("sst2", "rose-first", 0, varied, varied), "11", "11")
+    add(store, Cell("sst2", "vanilla", 0, {}), "11", "11")
+    assert "did not try equally many" in named(store, "choices").note
+
+
+def test_unfinished_runs_are_shown(store: Store) -> None:
+    cells = [Cell("sst2", method, seed, {}) for method in ("vanilla", "smart") for seed in range(3)]
+    store.add_to_plan(cells)
+    store.add_to_plan(cells)  # a second process with the same plan
+    assert store.plan() == cells
+    add(store, cells[0], "10", "10")
+    claim = store.claim(cells[1])
+    assert claim is not None
+    store.log(cells[1]).write_text("a\nout of memory\n")
+    store.fail(cells[1], 1)
+    claim.release()
+    table = named(store, "unfinished")
+    assert [row[:2] for row in table.rows] == [
+        ("sst2 vanilla seed 1", "failed"),
+        ("sst2 vanilla seed 2", "not started"),
+        *((f"sst2 smart seed {seed}", "not started") for seed in range(3)),
+    ]
+    assert table.rows[0][2] == "out of memory"
+    assert accuracy(gather(store)).rows == [
+        ("vanilla", "50.00", "50.00", "50.00", "0.00", "1 of 3"),
+        ("smart", "-", "-", "-", "-", "0"),
+    ]
+
+
+def test_matched_at_a_clean_accuracy_that_all_reach(store: Store) -> None:
+    """The slow method's best is the level; the fast one is compared where it was no better."""
+    fast = [{"step": s, "clean": c, "adversarial": a} for s, c, a in ((1, 0.6, 0.5), (2, 0.8, 0.4), (3, 0.9, 0.1))]
+    slow = [{"step": s, "clean": c, "adversarial": a} for s, c, a in ((1, 0.5, 0.5), (2, 0.7, 0.4), (3, 0.81, 0.3))]
+    add(store, Cell("sst2", "vanilla", 0, {}), "1", "1", fast)
+    add(store, Cell("sst2", "rose-first", 0, {}), "1", "1", slow)
+    found = matched(gather(store), "sst2")
+    assert found is not None
+    assert found[0] == pytest.approx(0.81)
+    assert {m: [p.point["step"] for p in points] for m, points in found[1].items()} == {
+        "vanilla": [2],
+        "rose-first": [3],
+    }
+    assert column(named(store, "matched"), "AdvGLUE") == ["40.00", "30.00"]
+
+
+# --- tests of significance ---
+
+
+def test_t_is_scipys() -> None:
+    ours, base = [0.52, 0.55, 0.51, 0.58, 0.54], [0.50, 0.51, 0.49, 0.53, 0.50]
+    t = (np.mean(ours) - np.mean(base)) / np.sqrt((np.var(ours, ddof=1) + np.var(base, ddof=1)) / 5)
+    assert one_tailed_t(ours, base) == pytest.approx(stats.t.sf(t, 8))
+    assert one_tailed_t(base, ours) == pytest.approx(stats.t.cdf(t, 8))
+    assert one_tailed_t([0.5], [0.4, 0.3]) is None
+    assert one_tailed_t([0.5, 0.5], [0.4, 0.4]) is None
+    assert mean_sd([0.5]) == (0.5, None)
+
+
+def test_the_bootstrap_of_one_seed_is_scipys() -> None:
+    random = np.random.default_rng(3)
+    ours, base = random.random((1, 150)) < 0.6, random.random((1, 150)) < 0.5
+    found = compare(ours, base)
+    gain = ours[0].astype(float) - base[0]
+    theirs = stats.bootstrap((gain,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    assert found.points == pytest.approx(100 * gain.mean())
+    assert (found.low, found.high) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1.0)
+    assert found.p_t is None
+
+
+def test_the_bootstrap_keeps_its_level_and_sees_a_gain() -> None:
+    """Items differ in difficulty and five seeds share them; with no gain, p < 0.05 in about a twentieth of cases."""
+    random = np.random.default_rng(0)
+    ps = []
+    for _ in range(150):
+        difficulty = random.beta(0.7, 0.7, 148)
+        ours, base = (random.random((5, 148)) < difficulty for _ in range(2))
+        ps.append(compare(ours, base, resamples=400).p_bootstrap)
+    assert np.mean(np.array(ps) < 0.05) < 0.1
+    difficulty = random.beta(0.7, 0.7, 148)
+    better = compare(random.random((5, 148)) < np.minimum(1, difficulty + 0.2), random.random((5, 148)) < difficulty)
+    assert better.p_bootstrap < 0.01
+    assert better.low > 0
+    same = random.random((5, 148)) < difficulty
+    assert compare(same, same).p_bootstrap == 1.0
+
+
+def test_seeds_are_paired_and_items_must_agree(store: Store) -> None:
+    for seed, hits in enumerate(("1100", "1000", "0000")):
+        add(store, Cell("sst2", "vanilla", seed, {}), hits, None)
+    for seed, hits in ((2, "0001"), (1, "1110")):
+        add(store, Cell("sst2", "smart", seed, {}), hits, None)
+    found = gather(store).difference("sst2", "smart", "clean")
+    assert found is not None
+    assert (found.seeds, found.points) == (2, pytest.approx(100 * (2 + 1) / 8))
+    assert gather(store).difference("sst2", "vanilla", "clean") is None
+    assert gather(store).difference("sst2", "smart", "AdvGLUE") is None
+    with pytest.raises(ValueError, match="cannot pair answers"):
+        compare(np.ones((2, 3), bool), np.ones((2, 4), bool))
+
+
+# --- files ---
+
+
+class Page(HTMLParser):
+    """Counts tables, and collects what a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables, self.sources = 0, list[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tables += tag == "table"
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_command_writes_every_file(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    way = [{"step": 1, "clean": 0.5, "adversarial": 0.25}, {"step": 2, "clean": 0.75, "adversarial": 0.5}]
+    for seed in (0, 1):
+        add(store, Cell("sst2", "vanilla", seed, {}), "1110", "10", way)
+        add(store, Cell("sst2", "r-drop+rose-first", seed, {}), "1111", "11", way)
+    attack = store.root / "attacks" / Cell("sst2", "vanilla", 0, {}).key
+    attack.mkdir(parents=True)
+    (attack / "attack.json").write_text(json.dumps({"accuracy_under_attack": 0.125}))
+    main(["report", "--store", str(store.root)])
+    printed = capsys.readouterr().out
+    assert "| r-drop+rose-first | 100.00 ± 0.00 | 100.00 ± 0.00 |" in printed
+    out = store.root / "report"
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert page.tables == len(list(out.glob("*.csv"))) == (out / "report.md").read_text().count("\n## ") + 1
+    assert [source[:15] for source in page.sources] == ["data:image/png;"]
+    rows = list(csv.DictReader((out / "attacked.csv").open()))
+    assert [row["under attack"] for row in rows] == ["12.50", "-"]
+    gains = {(r["method"], r["set"]): r["gain (points)"] for r in csv.DictReader((out / "significance.csv").open())}
+    assert gains == {("r-drop+rose-first", "clean"): "+25.00", ("r-drop+rose-first", "AdvGLUE"): "+50.00"}
+
+
+def test_names_cannot_break_the_page_or_the_tables() -> None:
+    table = Table("k", "t<i>", "n & m", ("a", "b"), [("<script>", "x|y")])
+    assert "<script>" not in render.page([table], None)
+    assert "x\\|y" in render.markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give folders of runs, or --store"),
+        (["a", "--store", "b"], "give folders of runs, or --store"),
+        (["a"], "--output_dir"),
+        (["--store", "{store}"], "holds no cells"),
+        (["--store", "{filled}", "--baseline", "smart"], "baseline='smart' is not one of"),
+    ],
+)
+def test_wrong_command_lines(
+    words: list[str], message: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = Store(tmp_path / "filled")
+    filled.create()
+    add(filled, Cell("sst2", "vanilla", 0, {}), "1", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *(word.format(store=store.root, filled=filled.root) for word in words)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""A sweep's definition: what it comes to, what it refuses, and what a cell's name depends on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rose_ds.cli.arguments import Parser, RunArguments
+from rose_ds.cli.sweep import _grid, _parser, _sweep
+from rose_ds.experiments.cells import Cell, Sweep, applies
+from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.methods import METHODS, method_named
+from rose_ds.experiments.settings import MethodSettings, RunSettings
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = {"methods": ["vanilla", "rose-first"], "tasks": ["sst2"]}
+
+
+def parsed(cell: Cell) -> tuple[RunSettings, MethodSettings, Any]:
+    """What ``rose-ds train`` makes of a cell's flags."""
+    flags = [*cell.flags(Path("out")), "--use_cpu", "true"]
+    return Parser("train", "", RunSettings, MethodSettings, RunArguments).settings(flags)
+
+
+def test_the_product_with_seeds_innermost() -> None:
+    sweep = Sweep(**SMALL, seeds=(3, 4), grid={"learning_rate": [1e-4, 2e-4]})
+    found = [(c.method, c.settings["learning_rate"], c.seed) for c in sweep.cells()]
+    assert found == [(m, lr, s) for m in ("vanilla", "rose-first") for lr in (1e-4, 2e-4) for s in (3, 4)]
+
+
+def test_a_cells_flags_are_the_runs_settings() -> None:
+    own = {"rose-first": {"settings": {"keep_first": 0.3, "include": ["layer", "pooler"]}}}
+    sweep = Sweep(methods=own, tasks={"sst2": {"max_steps": 7}}, settings={"bf16": True, "learning_rate": "2e-4"})
+    (cell,) = sweep.cells()
+    run, method, args = parsed(cell)
+    assert (run.task, method.method, method.resume, args.output_dir) == ("sst2", "rose-first", "auto", "out")
+    assert (args.learning_rate, args.max_steps, args.bf16, args.seed) == (2e-4, 7, True, 0)
+    assert method.rose().include == ("layer", "pooler")
+    assert method.rose().keep_first == 0.3
+    assert (args.save_steps, args.eval_steps, args.save_total_limit) == (100, 100, 1)
+
+
+def test_the_more_particular_setting_wins() -> None:
+    sweep = Sweep(
+        methods={"vanilla": {"settings": {"max_grad_norm": 3.0}}, "rose-first": None},
+        tasks={"sst2": {"max_grad_norm": 2.0}, "rte": {}},
+        settings={"max_grad_norm": 1.0},
+    )
+    found = {(c.task, c.method): c.settings["max_grad_norm"] for c in sweep.cells()}
+    assert found == {
+        ("sst2", "vanilla"): 3.0,
+        ("sst2", "rose-first"): 2.0,
+        ("rte", "vanilla"): 3.0,
+        ("rte", "rose-first"): 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "methods"),
+    [
+        ("learning_rate", set(METHODS)),
+        ("gamma", {"rose-ensemble"}),
+        ("keep_second", {"rose-second", "rose-ensemble"}),
+        ("rdrop_alpha", {"r-drop"}),
+        ("keep_first", set(METHODS) - {"vanilla", "r-drop", "smart", "freelb", "rose-second", "cautious"}),
+    ],
+)
+def test_shared_settings_reach_the_methods_that_know_them(flag: str, methods: set[str]) -> None:
+    assert {name for name in METHODS if applies(flag, METHODS[name])} == methods
+    assert applies("gamma", method_named("freelb+rose-ensemble"))
+
+
+def test_the_budget_is_equal_or_said_not_to_be() -> None:
+    grid = {"learning_rate": [1e-5, 2e-5, 3e-5], "keep_first": [0.2, 0.4, 0.6]}
+    with pytest.raises(ValueError, match=r"equally many settings \(vanilla 3, rose-first 9\)"):
+        Sweep(**SMALL, grid=grid).cells()
+    with pytest.raises(ValueError, match=r"\(vanilla 3, rose-first 5\)"):
+        Sweep(**SMALL, grid=grid, budget=5).cells()
+    equal = Sweep(**SMALL, grid=grid, budget=2)
+    assert Counter(c.method for c in equal.cells()) == {"vanilla": 2, "rose-first": 2}
+    assert equal.cells() == equal.cells()
+    assert Counter(c.method for c in Sweep(**SMALL, grid=grid, budget="full").cells())["rose-first"] == 9
+
+
+def test_published_ranges() -> None:
+    cells = Sweep(**SMALL, grid="published", budget="full").cells()
+    assert Counter(c.method for c in cells) == {"vanilla": 10, "rose-first": 90}  # as ROSE's paper
+    assert {c.settings["learning_rate"] for c in cells} == {float(f"{i}e-5") for i in range(1, 11)}
+
+
+def test_what_a_key_depends_on() -> None:
+    one = Cell("sst2", "vanilla", 0, {"learning_rate": 1e-4, "max_steps": 100})
+    assert one.key == Cell("sst2", "vanilla", 0, {"max_steps": 100.0, "learning_rate": 1e-4, "data": "there"}).key
+    others = [
+        Cell("rte", "vanilla", 0, one.settings),
+        Cell("sst2", "r-drop", 0, one.settings),
+        Cell("sst2", "vanilla", 1, one.settings),
+        Cell("sst2", "vanilla", 0, {**one.settings, "max_steps": 101}),
+        Cell("sst2", "vanilla", 0, {**one.settings, "bf16": True}),
+    ]
+    assert len({one.key, *(other.key for other in others)}) == 6
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"methods": [], "tasks": ["rte"]}, "methods=.*give names"),
+    ({"methods": ["rose-third"], "tasks": ["rte"]}, "method='rose-third' is not one of"),
+    ({**SMALL, "seeds": [-1]}, "seeds=.* must be integers >= 0"),
+    ({**SMALL, "seeds": ["a"]}, "seeds=.* must be integers >= 0"),
+    ({**SMALL, "budget": 0}, "budget=0 must be"),
+    ({**SMALL, "grid": "all"}, 'or "published"'),
+    ({**SMALL, "grid": {"learning_rate": 1e-4}}, "learning_rate: expected a list"),
+    ({**SMALL, "settings": {"keep_frist": 1}}, "no flag --keep_frist; near it: keep_first"),
+    ({**SMALL, "settings": {"output_dir": "x"}}, "output_dir is the sweep's to set"),
+    ({**SMALL, "tasks": {"sst2": {"seed": 1}}}, "tasks: sst2: seed is the sweep's to set"),
+    ({**SMALL, "tasks": {"sst2": 3}}, "tasks: sst2: expected settings by name, found 3"),
+    ({**SMALL, "settings": {"keep_first": 2}}, "keep_first=2 must be in"),
+    ({"methods": {"vanilla": {"setting": {}}}, "tasks": ["rte"]}, "a method may have settings and grid"),
+    ({"methods": {"vanilla": {"settings": {"rdrop_alpha": 1}}}, "tasks": ["rte"]}, "constant of objective r-drop"),
+    ({**SMALL, "settings": {"max_length": 2}}, "max_length=2 must be at least 8"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD, ids=range(len(BAD)))
+def test_refused_before_anything_starts(content: dict[str, Any], message: str) -> None:
+    parser = Parser("train", "", RunSettings, MethodSettings, RunArguments)
+    known = {name for s in parser.dataclass_types for name in s.__dataclass_fields__}
+    with pytest.raises(ValueError, match=message):
+        sweep = Sweep(**content)
+        sweep.check_names(known)
+        sweep.cells()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: [a", "is not YAML"),
+        ("[1, 2]", "has the keys methods, tasks"),
+        ("method: [a]", r"found \['method'\]"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_sweep(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Sweep.read(path)
+
+
+def test_flags_overrule_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    own = {"vanilla": {"settings": {"weight_decay": 0.1}}, "r-drop": None}
+    path.write_text(yaml.safe_dump({"methods": own, "tasks": {"sst2": {"max_steps": 9}, "rte": None}}, sort_keys=False))
+    words = ["--store", "s", "--config", str(path), "--methods", "vanilla"]
+    words += ["--seeds", "5", "--grid", "adam_beta2=0.9,0.98"]
+    sweep = _sweep(_parser().parse_args(words), {"max_steps": 4})
+    found = [(c.task, c.seed, c.settings) for c in sweep.cells()]
+    settings = {"max_steps": 4, "weight_decay": 0.1}
+    assert found == [(t, 5, {"adam_beta2": b, **settings}) for t in ("sst2", "rte") for b in (0.9, 0.98)]
+
+
+def test_the_grid_on_a_command_line() -> None:
+    assert _grid(["published"]) == "published"
+    assert _grid(["keep_first=0.4,0.6", "warmup_steps=10"]) == {"keep_first": ["0.4", "0.6"], "warmup_steps": [10]}
+    with pytest.raises(ValueError, match="expected FLAG=VALUE"):
+        _grid(["keep_first"])
+
+
+def test_launchers_carry_the_flags_and_the_users_words() -> None:
+    flags = ["--task", "sst2"]
+    for name, launcher in LAUNCHERS.items():
+        command = launcher(flags, ["--some", "word"])
+        assert command[-4:] == ["rose_ds", "train", *flags], name
+        at = command.index("--some")
+        assert command[at : at + 2] == ["--some", "word"]
+    assert LAUNCHERS["slurm"](flags, [])[0] == "srun"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/sweep.yaml")), ids=lambda p: p.parent.name)
+def test_our_own_sweeps_are_whole(path: Path) -> None:
+    sweep = Sweep(**Sweep.read(path))
+    cells = sweep.cells()
+    assert len(cells) == len({c.key for c in cells}) == len(sweep.methods) * len(sweep.tasks) * len(sweep.seeds)
+    for cell in cells[:: len(sweep.seeds)]:
+        parsed(cell)

@@ -1,0 +1,248 @@
+"""The store: claims that die with their holder, results that survive a kill, status, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
+from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.store import RESULTS, Status, Store
+from rose_ds.experiments.sweep import Runner, counts, remaining_seconds
+
+pytestmark = pytest.mark.fast
+
+CELL = Cell("sst2", "vanilla", 0, {"learning_rate": 1e-4, "data": "here"}, {"learning_rate": 1e-4})
+OTHER = Cell("sst2", "vanilla", 1, {"learning_rate": 1e-4})
+
+
+def finish(store: Store, cell: Cell) -> None:
+    """What a run leaves behind."""
+    run = store.run_folder(cell)
+    (run / "checkpoint-100").mkdir(parents=True)
+    (run / "model.safetensors").write_bytes(b"weights")
+    Metrics(task=cell.task, model="m", method=cell.method, seed=cell.seed, glue_accuracy=0.5).write(run)
+    write_lines(run / PREDICTIONS, [{"set": "clean", "label": [0, 1], "prediction": [0, 0]}])
+    write_lines(run / TRAJECTORY, [{"step": 100, "clean": 0.5}])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "store")
+    store.create()
+    return store
+
+
+def test_one_claim_at_a_time(store: Store) -> None:
+    claim = store.claim(CELL)
+    assert claim is not None
+    assert store.claim(CELL) is None
+    assert Store(store.root).claim(CELL) is None
+    assert store.status(CELL, {}) is Status.RUNNING
+    other = store.claim(OTHER)
+    assert other is not None
+    claim.release()
+    again = store.claim(CELL)
+    assert again is not None
+    again.release()
+    other.release()
+
+
+_HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.store import Store
+claim = Store(Path(sys.argv[1])).claim(Cell("sst2", "vanilla", 0, {"learning_rate": 1e-4}))
+run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(claim.descriptor,))
+print(run.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_claim_outlives_a_killed_sweep_and_dies_with_its_run(store: Store) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, str(store.root)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    run = int(holder.stdout.readline())
+    try:
+        assert store.claim(CELL) is None
+        holder.kill()
+        holder.wait()
+        assert store.claim(CELL) is None  # its run goes on
+    finally:
+        os.kill(run, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    claim = None
+    while claim is None and time.monotonic() < deadline:
+        claim = store.claim(CELL)
+        time.sleep(0.01)
+    assert claim is not None
+    claim.release()
+
+
+def test_statuses(store: Store) -> None:
+    assert store.status(CELL, store.results()) is Status.NOT_STARTED
+    claim = store.claim(CELL)
+    assert claim is not None
+    store.log(CELL).write_text("one\n" * 30 + "step 3\rstep 4\nthe reason\n")
+    claim.release()
+    assert store.status(CELL, store.results()) is Status.INCOMPLETE
+    store.fail(CELL, 7)
+    assert store.status(CELL, store.results()) is Status.FAILED
+    failure = store.failure(CELL)
+    assert (failure["exit_code"], failure["log"][-3:], len(failure["log"])) == (
+        7,
+        ["step 3", "step 4", "the reason"],
+        20,
+    )
+    assert store.claim(CELL) is None  # not before someone says so
+    store.forgive(CELL)
+    assert store.status(CELL, store.results()) is Status.INCOMPLETE
+    finish(store, CELL)
+    store.record(CELL, 1.5, keep_models=False)
+    assert store.status(CELL, store.results()) is Status.DONE
+    assert store.claim(CELL) is None
+    assert counts(store, [CELL, OTHER]) == {
+        "done": 1,
+        "running": 0,
+        "failed": 0,
+        "incomplete": 0,
+        "not started": 1,
+    }
+
+
+def test_a_line_has_all_that_came_out(store: Store) -> None:
+    store.folder(CELL).mkdir()
+    finish(store, CELL)
+    store.record(CELL, 1.5, keep_models=False)
+    line = store.results()[CELL.key]
+    assert (line["method"], line["seed"], line["seconds"], line["varied"]) == (
+        "vanilla",
+        0,
+        1.5,
+        {"learning_rate": 1e-4},
+    )
+    assert line["settings"] == {"learning_rate": 1e-4}  # where the data lay is nobody's business
+    assert line["metrics"]["glue_accuracy"] == 0.5
+    assert line["trajectory"] == [{"step": 100, "clean": 0.5}]
+    assert store.predictions(CELL.key)["clean"]["prediction"] == [0, 0]
+    run = store.run_folder(CELL)
+    assert not list(run.glob("checkpoint-*"))
+    assert not list(run.glob("*.safetensors"))
+    store.record(CELL, 2.0, keep_models=False)
+    assert len((store.root / RESULTS).read_text().splitlines()) == 1
+
+
+def test_models_are_kept_on_demand(store: Store) -> None:
+    store.folder(CELL).mkdir()
+    finish(store, CELL)
+    store.record(CELL, None, keep_models=True)
+    assert (store.run_folder(CELL) / "model.safetensors").is_file()
+
+
+def test_a_line_torn_by_a_kill_is_passed_over_and_replaced(store: Store) -> None:
+    for cell in (CELL, OTHER):
+        store.folder(cell).mkdir()
+        finish(store, cell)
+    store.record(CELL, 1.0, keep_models=True)
+    path = store.root / RESULTS
+    whole = path.read_text()
+    path.write_text(whole + '{"cell": "' + OTHER.key)
+    assert set(Store(store.root).results()) == {CELL.key}
+    store.record(OTHER, 1.0, keep_models=True)
+    assert set(store.results()) == {CELL.key, OTHER.key}
+    assert path.read_text().startswith(whole)
+    path.write_text(whole.replace('"cell"', '"sell"'))
+    with pytest.raises(ValueError, match=rf"{RESULTS}:1 is not a finished cell's line"):
+        store.results()
+
+
+def test_many_writers_lose_no_line(store: Store) -> None:
+    cells = [Cell("sst2", "vanilla", seed, {}) for seed in range(12)]
+    for cell in cells:
+        store.folder(cell).mkdir()
+        finish(store, cell)
+    threads = [threading.Thread(target=lambda c=c: Store(store.root).record(c, 1.0, keep_models=True)) for c in cells]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(store.results()) == {cell.key for cell in cells}
+
+
+# --- the runner, with runs that take no time ---
+
+
+def fake_launcher(script: str) -> Any:
+    """Runs ``script`` with the output folder as argument."""
+
+    def launch(flags: Any, extra: Any) -> list[str]:
+        return [sys.executable, "-c", script, flags[flags.index("--output_dir") + 1], flags[flags.index("--seed") + 1]]
+
+    return launch
+
+
+_RUN = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+out.mkdir(parents=True, exist_ok=True)
+(out.parent / "starts").open("a").write("x")
+if sys.argv[2] == "1":
+    sys.exit("no memory left")
+(out / "predictions.jsonl").write_text("")
+(out / "metrics.json").write_text(json.dumps({"task": "sst2", "model": "m", "version": 3}))
+"""
+
+
+def test_a_failed_run_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    cells = [Cell("sst2", "vanilla", seed, {}) for seed in range(4)]
+    found = Runner(store, cells, jobs=2).run()
+    assert [found[c.key].value for c in cells] == ["done", "failed", "done", "done"]
+    assert store.failure(cells[1])["log"][-1] == "no memory left"
+    assert store.failure(cells[1])["exit_code"] == 1
+    Runner(store, cells, jobs=2).run()  # nothing is left to do, a failed run is not tried again by itself
+    starts = [(store.folder(c) / "starts").read_text() for c in cells]
+    assert starts == ["x", "x", "x", "x"]
+    Runner(store, cells, jobs=2, retry_failed=True).run()
+    assert (store.folder(cells[1]) / "starts").read_text() == "xx"
+
+
+def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    store.folder(CELL).mkdir()
+    finish(store, CELL)
+    assert Runner(store, [CELL]).run() == {CELL.key: Status.DONE}
+    assert not (store.folder(CELL) / "starts").exists()
+
+
+def test_the_estimate_is_of_the_same_task_and_method() -> None:
+    results = [
+        {"task": "sst2", "method": "vanilla", "seconds": 10.0},
+        {"task": "sst2", "method": "freelb", "seconds": 40.0},
+        {"task": "rte", "method": "vanilla", "seconds": None},
+    ]
+    assert remaining_seconds([CELL, OTHER], results, jobs=2) == 10.0
+    assert remaining_seconds([Cell("rte", "freelb", 0, {})], results, jobs=1) == 40.0
+    assert remaining_seconds([Cell("rte", "smart", 0, {})], results, jobs=1) == 25.0
+    assert remaining_seconds([CELL], [], jobs=1) is None
+
+
+def test_settings_are_there_for_a_person(store: Store) -> None:
+    claim = store.claim(CELL)
+    assert claim is not None
+    claim.release()
+    written = json.loads((store.folder(CELL) / "settings.json").read_text())
+    assert written["name"] == "sst2 vanilla seed 0 learning_rate=0.0001"
