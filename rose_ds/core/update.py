@@ -39,7 +39,7 @@ def masked_adamw_(
     used = _where(frozen, exp_avgs, used)
     # Lines 9 and 10
     moved = torch._foreach_lerp(exp_avgs, used, 1 - beta1)
-    torch._foreach_copy_(exp_avgs, _where(frozen, exp_avgs, moved))
+    torch._foreach_copy_(exp_avgs, _where(frozen, exp_avgs, list(moved)))
     denominator = _denominator(used, exp_avg_sqs, step, beta2, eps)
     # Lines 11 to 13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
     change = list(torch._foreach_mul(masks, -(lr / (1 - beta1**step))))
@@ -74,14 +74,16 @@ def adamw_(
     ``foreach=None`` is the fused kernel, which torch has for CPUs and accelerators alike and which needs no memory of
     its own; True and False are torch's other two.
     """
-    scalars = dict(beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+    scalars: dict[str, Any] = dict(
+        beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False
+    )
     if foreach is None and params[0].device.type in _FUSED_ON:
         # torch.optim.adamw.adamw(fused=True) counts steps up, one tensor a parameter; the kernel only reads them
         count = torch.full((), float(step), device=params[0].device)
         torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [count] * len(params), **scalars)
         return
     counts = [torch.tensor(float(step - 1)) for _ in params]
-    adamw(params, grads, exp_avgs, exp_avg_sqs, [], counts, foreach=foreach, **scalars)  # type: ignore[arg-type]
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], counts, foreach=foreach, **scalars)
 
 
 def adamw_masked_update_(

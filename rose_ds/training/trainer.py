@@ -135,9 +135,9 @@ class RoseTrainer(ResumableTrainer):
         for what, there in asked.items():
             if there:
                 raise RefusedConfiguration(
-                    f"{what} asks for another optimizer, or other groups, and ROSE's masks are those of RoseAdamW, AdamW with the "
-                    "learning rate, betas, epsilon and weight decay of TrainingArguments: leave it out, or use "
-                    "transformers.Trainer"
+                    f"{what} asks for another optimizer, or other groups, and ROSE's masks are those of RoseAdamW, "
+                    "AdamW with the learning rate, betas, epsilon and weight decay of TrainingArguments: leave it out, "
+                    "or use transformers.Trainer"
                 )
 
     def _deepspeed_optimizer_block(self) -> dict[str, Any] | None:
