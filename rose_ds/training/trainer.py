@@ -194,6 +194,8 @@ class RoseTrainer(ResumableTrainer):
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
+                # the kernel that Trainer's own AdamW would be: its numbers are the same to the last bit
+                foreach=None if "fused" in self.args.optim else self.args.device.type == "cuda",
                 **{name: getattr(self.rose, name) for name in RoseConfig.field_names()},
             )
         return self.optimizer
