@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, concatenate_datasets
@@ -16,9 +17,16 @@ PAD_TO_MULTIPLE_OF = 8
 _ROWS_AT_ONCE = 1000
 
 
-def tokenize(dataset: Dataset, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(
+    dataset: Dataset,
+    spec: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    order: Sequence[int] | None = None,
+) -> Dataset:
     """Tokenize a split: the columns that the tokenizer gives (input_ids, attention_mask, perhaps token_type_ids), and
-    `labels`. Rows are truncated to `max_length` tokens and not padded.
+    `labels`. Rows are truncated to `max_length` tokens and not padded. `order` gives the model's id of each of the
+    task's labels, where they differ.
 
     The result is in memory. Dataset.map would write a cache file for which the ranks of a node race, draw a progress
     bar on each of them, and hash the tokenizer.
@@ -27,7 +35,8 @@ def tokenize(dataset: Dataset, spec: TaskSpec, tokenizer: PreTrainedTokenizerBas
     for start in range(0, len(dataset), _ROWS_AT_ONCE):
         rows = dataset[start : start + _ROWS_AT_ONCE]
         encoded = tokenizer(*(rows[field] for field in spec.fields), truncation=True, max_length=max_length)
-        parts.append(Dataset.from_dict({**encoded, "labels": rows["label"]}))
+        labels = rows["label"] if order is None else [order[label] for label in rows["label"]]
+        parts.append(Dataset.from_dict({**encoded, "labels": labels}))
     return concatenate_datasets(parts)
 
 

@@ -75,8 +75,10 @@ class Predictions:
 class Evaluator:
     """The dev sets of one task, tokenized once and sorted by length, so that a batch holds little padding."""
 
-    def __init__(self, data: TaskData, tokenizer: Any, run: RunSettings) -> None:
+    def __init__(self, data: TaskData, tokenizer: Any, run: RunSettings, order: Sequence[int]) -> None:
         self.run = run
+        self._ids = np.asarray(order)
+        """The model's id of each of the task's labels; what is kept is in the task's order."""
         sets = {"clean": data.validation, "adversarial": data.adversarial}
         if data.validation is not None:
             sets["perturbed"] = perturb(data.validation, data.spec.fields, seed=run.perturb_seed)
@@ -85,7 +87,7 @@ class Evaluator:
         self.rows: dict[str, Any] = {}
         """Set -> what a Trainer evaluates on."""
         for name in self._idx:
-            tokens = tokenize(sets[name], data.spec, tokenizer, run.max_length)
+            tokens = tokenize(sets[name], data.spec, tokenizer, run.max_length, order)
             self._order[name] = np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable")
             self.rows[name] = tokens.select(self._order[name])
         self._latest: Any = None
@@ -94,7 +96,8 @@ class Evaluator:
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """A Trainer's ``compute_metrics``; keeps the answers themselves."""
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        self._latest = np.asarray(logits, dtype=np.float32), np.asarray(prediction.label_ids)
+        labels = np.argsort(self._ids)[np.asarray(prediction.label_ids)]
+        self._latest = np.asarray(logits, dtype=np.float32)[:, self._ids], labels
         return Predictions([], self._latest[1], self._latest[0]).scores()
 
     def measure(self, trainer: Any, *, clean_is_latest: bool = False) -> dict[str, Predictions]:

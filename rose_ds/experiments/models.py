@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_ds.data import TaskSpec
+
+logger = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
@@ -43,26 +46,76 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def check_length(model: str, tokenizer: Any, max_length: int) -> None:
+    """What tokenizer and config say before any data is read.
+
+    Raises:
+        ModelError: no padding token, or more tokens than the model has positions for.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {model} has no padding token, and batches are padded: set one that the text does not "
+            "use (often tokenizer.pad_token = tokenizer.eos_token, and config.pad_token_id with it) and save both"
+        )
+    positions = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or max_length
+    limit = min(int(tokenizer.model_max_length), positions)  # RoBERTa keeps two positions for itself: the tokenizer's
+    if max_length > limit:
+        raise ModelError(f"--max_length {max_length} is more than the {limit} tokens that {model} takes")
+
+
+def label_order(config: Any, spec: TaskSpec) -> list[int]:
+    """The model's id of each of the task's labels, by their names; names like LABEL_0 say nothing: the task's order.
+
+    Raises:
+        ModelError: the model's labels are other ones.
+    """
+    names = [_plain(name) for _, name in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
+    wanted = [_plain(name) for name in spec.labels]
+    if names == [f"label_{i}" for i in range(len(names))]:
+        return list(range(len(wanted)))
+    if sorted(names) != sorted(wanted):
+        raise ModelError(f"the model's labels are {names}, those of task {spec.name} are {wanted}")
+    return [names.index(name) for name in wanted]
+
+
 def load_model(model: str, spec: TaskSpec, *, trained: bool = False) -> Any:
     """A sequence classifier for a task; ``trained`` demands a classification head that fits the task.
+
+    A head with the task's labels keeps their order, whatever it is (``label_order``). One with other labels is of
+    another task: of the same size it is trained on from where it is, of another size there is a new one.
 
     Raises:
         ModelError: not found, not reachable, or (trained) a model for other labels.
     """
+    config = _load(AutoConfig, model)
     if trained:
-        config = _load(AutoConfig, model)
         architectures = getattr(config, "architectures", None) or []
         if "SequenceClassification" not in str(architectures):
             raise ModelError(f"{model} is a {architectures} checkpoint without a trained classifier: train it first")
         if config.num_labels != len(spec.labels):
             raise ModelError(f"{model} has {config.num_labels} labels, task {spec.name} has {len(spec.labels)}")
+        label_order(config, spec)
+    names = list(spec.labels)
+    if config.num_labels != len(names):
+        logger.info("%s has %d labels, task %s has %d: a new head", model, config.num_labels, spec.name, len(names))
+    else:
+        try:
+            for label, at in zip(spec.labels, label_order(config, spec), strict=True):
+                names[at] = label
+        except ModelError as error:
+            logger.warning("%s; the head goes on as the task's", error)
     return _load(
         AutoModelForSequenceClassification,
         model,
-        num_labels=len(spec.labels),
-        id2label=dict(enumerate(spec.labels)),
-        label2id={name: i for i, name in enumerate(spec.labels)},
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=config.num_labels != len(names),
     )
+
+
+def _plain(name: object) -> str:
+    return str(name).strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def _load(auto: Any, model: str, **kwargs: Any) -> Any:

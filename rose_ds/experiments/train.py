@@ -15,12 +15,13 @@ from transformers import set_seed
 from rose_ds.config import RoseConfig
 from rose_ds.data import TaskData, load_task, padding_collator, tokenize
 from rose_ds.data.loading import SPLITS
+from rose_ds.eligible import eligible_names
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.experiments import provenance
 from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_predictions
 from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
-from rose_ds.experiments.models import load_model, load_tokenizer
+from rose_ds.experiments.models import check_length, label_order, load_model, load_tokenizer
 from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
 from rose_ds.objectives import Objective, resolve
 from rose_ds.training import checkpoints
@@ -47,6 +48,7 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     data = _load(run)
     assert data.train is not None
     tokenizer = load_tokenizer(run.model)
+    check_length(run.model, tokenizer, run.max_length)
     if args.deepspeed:
         # on CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one
         import deepspeed
@@ -55,12 +57,13 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     model = load_model(run.model, data.spec)
     rose = method.rose(args.seed)
     if rose.strategy != "none":
-        rose.eligible(name for name, p in model.named_parameters() if p.requires_grad)
-    evaluator = Evaluator(data, tokenizer, run)
+        eligible_names(rose, {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()})
+    order = label_order(model.config, data.spec)
+    evaluator = Evaluator(data, tokenizer, run, order)
     trainer = RoseTrainer(
         model=model,
         args=args,
-        train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length),
+        train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length, order),
         eval_dataset=evaluator.rows.get("clean"),
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
@@ -112,9 +115,11 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     """
     data = _load(run, splits=("validation", "adversarial"))
     tokenizer = load_tokenizer(run.model)
-    evaluator = Evaluator(data, tokenizer, run)
+    check_length(run.model, tokenizer, run.max_length)
+    model = load_model(run.model, data.spec, trained=True)
+    evaluator = Evaluator(data, tokenizer, run, label_order(model.config, data.spec))
     trainer = RoseTrainer(
-        model=load_model(run.model, data.spec, trained=True),
+        model=model,
         args=args,
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,

@@ -1,0 +1,100 @@
+"""Heads, labels and lengths of checkpoints that were made for something else."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from rose_ds.data import TASKS, tokenize
+from rose_ds.data.loading import TaskData
+from rose_ds.experiments.evaluation import Evaluator
+from rose_ds.experiments.models import ModelError, check_length, label_order, load_model
+
+RTE = TASKS["rte"]
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+    "max_position_embeddings": 16,
+}
+
+
+def saved(folder: Path, *labels: str) -> str:
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)})
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        (("entailment", "not_entailment"), [0, 1]),
+        (("NOT ENTAILMENT", "Entailment"), [1, 0]),
+        (("LABEL_0", "LABEL_1"), [0, 1]),
+    ],
+)
+def test_labels_by_name(labels: tuple[str, ...], order: list[int], tmp_path: Path) -> None:
+    """A head keeps its order of labels, and its weights."""
+    where = saved(tmp_path, *labels)
+    for trained in (True, False):
+        model = load_model(where, RTE, trained=trained)
+        assert label_order(model.config, RTE) == order
+        assert torch.equal(
+            model.classifier.weight, BertForSequenceClassification.from_pretrained(where).classifier.weight
+        )
+        assert [model.config.id2label[i] for i in order] == list(RTE.labels)
+
+
+def test_other_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    where = saved(tmp_path, "negative", "positive")
+    with pytest.raises(ModelError, match=r"labels are \['negative', 'positive'\], those of task rte"):
+        load_model(where, RTE, trained=True)
+    load_model(where, RTE)
+    assert "the head goes on as the task's" in caplog.text
+
+
+def test_a_head_of_another_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The usual way from MNLI to RTE: the encoder stays, the head is new."""
+    where = saved(tmp_path, "entailment", "neutral", "contradiction")
+    with pytest.raises(ModelError, match="has 3 labels, task rte has 2"):
+        load_model(where, RTE, trained=True)
+    with caplog.at_level(logging.INFO, "rose_ds"):
+        model = load_model(where, RTE)
+    assert "a new head" in caplog.text
+    assert model.classifier.out_features == 2
+    old = BertForSequenceClassification.from_pretrained(where)
+    assert all(torch.equal(p, q) for p, q in zip(model.bert.parameters(), old.bert.parameters(), strict=True))
+
+
+def test_lengths(tmp_path: Path) -> None:
+    where = saved(tmp_path, *RTE.labels)
+    tokenizer = SimpleNamespace(pad_token_id=0, model_max_length=10**30)
+    check_length(where, tokenizer, 16)
+    with pytest.raises(ModelError, match="--max_length 17 is more than the 16 tokens"):
+        check_length(where, tokenizer, 17)
+    with pytest.raises(ModelError, match="has no padding token"):
+        check_length(where, SimpleNamespace(pad_token_id=None, model_max_length=16), 8)
+
+
+def test_answers_are_kept_in_the_tasks_order() -> None:
+    """Whatever the model's order: what is right stays right, and logits lie under their labels."""
+    import numpy as np
+    from datasets import Dataset
+
+    def tokenizer(*texts: list[str], **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": [[1] * (i + 1) for i in range(len(texts[0]))]}
+
+    rows = Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1], "idx": [0, 1]})
+    assert tokenize(rows, RTE, tokenizer, 8, [1, 0])["labels"] == [1, 0]  # type: ignore[arg-type]
+    data = TaskData(spec=RTE, adversarial=rows)
+    evaluator = Evaluator(data, tokenizer, SimpleNamespace(max_length=8), [1, 0])  # type: ignore[arg-type]
+    logits = np.array([[-2.0, 3.0], [1.0, 0.0]])  # right, right: the model's label 1 is entailment
+    labels = np.array(evaluator.rows["adversarial"]["labels"])
+    scores = evaluator.compute_metrics(SimpleNamespace(predictions=logits, label_ids=labels))
+    assert scores["accuracy"] == 1.0
+    assert evaluator._latest[1].tolist() == [0, 1] and evaluator._latest[0].argmax(1).tolist() == [0, 1]
