@@ -24,7 +24,6 @@ _REFUSED = {
     "maximize": "negate the loss instead",
     "capturable": "a step reads its thresholds on the host and cannot be captured in a CUDA graph",
     "differentiable": "the masks are not differentiable",
-    "fused": "use foreach=True; masked parameters cannot go through the fused kernel",
 }
 
 
@@ -79,7 +78,9 @@ class RoseAdamW(torch.optim.Optimizer):
             group with its own lr, betas, eps, weight_decay if it likes. Unnamed parameters are accepted where an engine
             names them later (DeepSpeed).
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
-        foreach: as torch's, for parameters that are not masked.
+        foreach, fused: which of torch's kernels updates the parameters that are not masked. By default the fused one on
+            accelerators and the plain one on CPUs, where ``fused=True`` rounds by an element's place in memory: a run
+            then depends, in the last bit, on the number of ranks.
         objective: what ``rose_ds.prepare`` trains on unless told otherwise: a name such as "r-drop", or an object with
             a name and constants. It is here so that a DeepSpeed JSON can carry it.
         rose: the fields of RoseConfig as flat keywords, so that a DeepSpeed JSON can carry them.
@@ -97,6 +98,7 @@ class RoseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         foreach: bool | None = None,
+        fused: bool | None = None,
         objective: str | Mapping[str, Any] | Objective = "task",
         **rose: Any,
     ) -> None:
@@ -106,7 +108,7 @@ class RoseAdamW(torch.optim.Optimizer):
         self.config = RoseConfig.from_mapping(rose)
         self.objective = resolve(objective)
         betas = tuple(betas) if isinstance(betas, list) else betas  # type: ignore[assignment]  # JSON has lists
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check_hyperparameters(group)
@@ -150,6 +152,7 @@ class RoseAdamW(torch.optim.Optimizer):
         self.__dict__.setdefault("_slices_of", {})
         for group in self.param_groups:
             group.setdefault("foreach", None)
+            group.setdefault("fused", None)
 
     # --- what the step needs to know ---
 
@@ -281,8 +284,11 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     group["betas"] = tuple(_number("betas", beta) for beta in betas)
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"{betas=} must be two numbers in [0, 1)")
-    if not (group["foreach"] is None or isinstance(group["foreach"], bool)):
-        raise TypeError(f"foreach={group['foreach']!r} must be true, false or null")
+    for name in ("foreach", "fused"):
+        if not (group[name] is None or isinstance(group[name], bool)):
+            raise TypeError(f"{name}={group[name]!r} must be true, false or null")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach and fused are two kernels: leave one of them out")
     unknown = sorted(set(RoseConfig.field_names()) & set(group))
     if unknown:
         raise ValueError(f"{unknown} in a parameter group: ROSE's settings hold for the whole model, as keywords")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 _BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
-_FUSED_ON = ("cpu", "cuda", "xpu", "mps")
+_FUSED_ON = ("cuda", "xpu", "mps")
 
 
 def masked_adamw_(
@@ -67,23 +67,25 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    foreach: bool | None,
+    foreach: bool | None = None,
+    fused: bool | None = None,
 ) -> None:
     """The same with a mask of ones everywhere: torch's own AdamW, in place. ``step`` counts from 1.
 
-    ``foreach=None`` is the fused kernel, which torch has for CPUs and accelerators alike and which needs no memory of
-    its own; True and False are torch's other two.
+    With neither ``foreach`` nor ``fused``, accelerators take the fused kernel, which needs no memory of its own, and
+    CPUs torch's loop over tensors: the fused kernel for CPUs rounds an element by its place in memory, so that a run
+    would depend on the number of ranks.
     """
     scalars: dict[str, Any] = dict(
         beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False
     )
-    if foreach is None and params[0].device.type in _FUSED_ON:
+    if fused or (fused is None and foreach is None and params[0].device.type in _FUSED_ON):
         # torch.optim.adamw.adamw(fused=True) counts steps up, one tensor a parameter; the kernel only reads them
         count = torch.full((), float(step), device=params[0].device)
         torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [count] * len(params), **scalars)
         return
     counts = [torch.tensor(float(step - 1)) for _ in params]
-    adamw(params, grads, exp_avgs, exp_avg_sqs, [], counts, foreach=foreach, **scalars)
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], counts, foreach=foreach, fused=False, **scalars)
 
 
 def adamw_masked_update_(
@@ -139,7 +141,7 @@ class UpdateBatch:
     """Collects views and updates them together: one foreach call for many tensors, bounded scratch memory.
 
     Args:
-        group: a parameter group's lr, betas, eps, weight_decay and foreach.
+        group: a parameter group's lr, betas, eps, weight_decay, foreach and fused.
         step: of the views' parameters, from 1.
         values: what the mask is where the code is 0, 1, 2, 3.
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
@@ -152,7 +154,8 @@ class UpdateBatch:
         self.scalars = dict(
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
         )
-        self.foreach, self.values, self.rule = group["foreach"], values, rule
+        self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
+        self.values, self.rule = values, rule
         self.free: list[tuple[Tensor, ...]] = []
         self.masked: list[tuple[Tensor, ...]] = []
         self.pending = 0
@@ -187,7 +190,7 @@ class UpdateBatch:
             params, grads, exp_avgs, exp_avg_sqs, masks = (list(column) for column in zip(*self.masked, strict=True))
             if self.rule == "gradient":
                 grads = [g * m for g, m in zip(grads, masks, strict=True)]
-                adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
+                adamw_(params, grads, exp_avgs, exp_avg_sqs, **self.kernel, **self.scalars)
             else:
                 update = masked_adamw_ if self.rule == "robust" else adamw_masked_update_
                 update(params, grads, exp_avgs, exp_avg_sqs, masks, **self.scalars)
@@ -198,5 +201,5 @@ class UpdateBatch:
         self._flush_masked()
         if self.free:
             params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))
-            adamw_(params, grads, exp_avgs, exp_avg_sqs, foreach=self.foreach, **self.scalars)
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, **self.kernel, **self.scalars)
             self.free = []

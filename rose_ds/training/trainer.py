@@ -195,7 +195,8 @@ class RoseTrainer(ResumableTrainer):
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 # the kernel that Trainer's own AdamW would be: its numbers are the same to the last bit
-                foreach=None if "fused" in self.args.optim else self.args.device.type == "cuda",
+                fused="fused" in self.args.optim or None,
+                foreach=False if "fused" in self.args.optim else self.args.device.type == "cuda",
                 **{name: getattr(self.rose, name) for name in RoseConfig.field_names()},
             )
         return self.optimizer
@@ -330,7 +331,10 @@ class RoseTrainer(ResumableTrainer):
             model.eval()
             with torch.no_grad(), replay(RngState.now()), self.compute_loss_context_manager():
                 for times in (1, 2):
-                    losses.append(float(self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)))
+                    found = self.compute_loss(
+                        model, dict(inputs), return_outputs=True, num_items_in_batch=count * times
+                    )
+                    losses.append(float(found[0] if isinstance(found, tuple) else found))
             model.train()
             one, two = losses
             told = checkpoints.gather((bool(one) and math.isfinite(one), not math.isclose(one, two, rel_tol=1e-2)))

@@ -170,10 +170,13 @@ def compare(parameters: dict[str, Tensor], twin: Twin) -> Comparison:
 
 
 def check_parity(parameters: dict[str, Tensor], twin: Twin, tolerance: float = 1e-5) -> Comparison:
-    """Invariant 1: below ``tolerance``, unless risks within rounding of tau changed sides; then few elements moved."""
+    """Invariant 1: below ``tolerance``, unless risks within rounding of tau changed sides; then few elements moved.
+
+    An element that was masked the other way moves by a whole step, and others with it in the steps after.
+    """
     found = compare(parameters, twin)
     assert found.near_tau <= 0.002 * found.ranked + 1, f"too many near ties to compare anything: {found}"
     if found.error >= tolerance:
         assert found.near_tau > 0, f"no risk was near tau, so nothing explains it: {found}"
-        assert found.error < 1e-3 and found.differing < 0.01 * sum(p.numel() for p in parameters.values()), str(found)
+        assert found.error < 1e-3 and found.differing < 0.02 * sum(p.numel() for p in parameters.values()), str(found)
     return found

@@ -200,17 +200,16 @@ def test_frozen() -> None:
     torch.testing.assert_close(v, m0**2, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("foreach", [True, False, None])
+@pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw(foreach: bool | None, weight_decay: float) -> None:
-    """The unmasked update is torch.optim.AdamW's, bit for bit: the fused one, unless another is asked for."""
+def test_adamw(kernel: dict[str, bool], weight_decay: float) -> None:
+    """The unmasked update is torch.optim.AdamW's, bit for bit."""
     shapes = [(5, 7), (11,), (1,)]
     ours = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
     theirs = [torch.nn.Parameter(p.clone()) for p in ours]
     h = {**HYPER, "weight_decay": weight_decay}
-    which = {"fused": True} if foreach is None else {"foreach": foreach}
     adam = torch.optim.AdamW(
-        theirs, lr=h["lr"], betas=(h["beta1"], h["beta2"]), eps=h["eps"], weight_decay=weight_decay, **which
+        theirs, lr=h["lr"], betas=(h["beta1"], h["beta2"]), eps=h["eps"], weight_decay=weight_decay, **kernel
     )
     m, v = [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours]
     for t in range(1, 6):
@@ -218,7 +217,7 @@ def test_adamw(foreach: bool | None, weight_decay: float) -> None:
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         adam.step()
-        adamw_(ours, grads, m, v, step=t, foreach=foreach, **h)
+        adamw_(ours, grads, m, v, step=t, **kernel, **h)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -234,7 +233,7 @@ def test_mask_of_ones_is_adamw(beta1: float, weight_decay: float) -> None:
         if step == 4:
             g[3], g[4] = INF, math.nan
         masked_adamw_([a[0]], [g], [a[1]], [a[2]], [torch.ones(n)], step=step, **h)
-        adamw_([b[0]], [g], [b[1]], [b[2]], step=step, foreach=None, **h)
+        adamw_([b[0]], [g], [b[1]], [b[2]], step=step, fused=True, **h)
         assert all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(a, b, strict=True)), step
 
 

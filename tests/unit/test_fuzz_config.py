@@ -52,7 +52,7 @@ BLOCKS = st.fixed_dictionaries(
         "strategy": st.just("none"),
         "keep_first": FITTING["keep_first"] | JSON,
         "amsgrad": JSON,
-        "fused": JSON,
+        "fused": st.booleans() | JSON,
         "adam_w_mode": JSON,
     },
 )

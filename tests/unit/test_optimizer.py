@@ -47,6 +47,9 @@ def parameters_equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+#: torch's: its default on this device, and each by name
+KERNELS: list[dict[str, Any]] = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}]
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "none": lambda opt: None,
     "linear": lambda opt: torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, total_iters=6),
@@ -56,16 +59,12 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("foreach", [True, False, None])
-def test_none_is_adamw(foreach: bool | None, named: bool, scheduler: str) -> None:
-    """Bit for bit at every step: weights and states, with two groups and a schedule of lr (and of beta1).
-
-    The fused one, unless another is asked for.
-    """
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_none_is_adamw(kernel: dict[str, Any], named: bool, scheduler: str) -> None:
+    """Bit for bit at every step: weights and states, with two groups and a schedule of lr (and of beta1)."""
     ours, theirs = model(), model()
-    rose = RoseAdamW(groups_of(ours, named=named), strategy="none", foreach=foreach)
-    which = {"fused": True} if foreach is None else {"foreach": foreach}
-    adam = torch.optim.AdamW(groups_of(theirs, named=False), **which)
+    rose = RoseAdamW(groups_of(ours, named=named), strategy="none", **kernel)
+    adam = torch.optim.AdamW(groups_of(theirs, named=False), **kernel)
     schedules = [SCHEDULERS[scheduler](opt) for opt in (rose, adam)]
     for step in range(1, 8):
         set_grads(ours, step)
@@ -84,15 +83,15 @@ def test_none_is_adamw(foreach: bool | None, named: bool, scheduler: str) -> Non
     assert rose.steps_taken() == 7
 
 
-@pytest.mark.parametrize("theirs", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-@pytest.mark.parametrize("ours", [None, True, False])
-def test_none_is_within_an_ulp_of_any_adamw(ours: bool | None, theirs: dict[str, bool]) -> None:
+@pytest.mark.parametrize("theirs", KERNELS[1:], ids=str)
+@pytest.mark.parametrize("ours", KERNELS, ids=str)
+def test_none_is_within_an_ulp_of_any_adamw(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """A step from the same state, whichever of torch's three kernels either takes."""
     sizes, generator = (5, 64, 4099), torch.Generator().manual_seed(0)
     start = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(4)]
     found = []
     for make in (
-        lambda pairs: RoseAdamW(pairs, strategy="none", foreach=ours),
+        lambda pairs: RoseAdamW(pairs, strategy="none", **ours),
         lambda pairs: torch.optim.AdamW([p for _, p in pairs], **theirs),
     ):
         params = [nn.Parameter(p.clone()) for p in start[0]]
@@ -151,7 +150,8 @@ REFUSED = [
     ({"maximize": True}, ValueError, "does not support maximize: negate the loss"),
     ({"capturable": True}, ValueError, "does not support capturable"),
     ({"differentiable": True}, ValueError, "does not support differentiable"),
-    ({"fused": True}, ValueError, "does not support fused: use foreach"),
+    ({"fused": True, "foreach": True}, ValueError, "foreach and fused are two kernels"),
+    ({"fused": 1}, TypeError, "fused=1 must be true, false or null"),
     ({"keep": 0.5}, ValueError, r"unknown ROSE setting\(s\) \['keep'\]; known: \['strategy'.*'mask_seed'\]"),
     ({"keep_first": 2}, ValueError, "keep_first=2"),
     ({"lr": -1.0}, ValueError, r"lr=-1\.0 must be >= 0"),
@@ -304,7 +304,7 @@ def test_state_dict_continues_bitwise() -> None:
 def test_a_state_dict_is_interchangeable_with_adamw() -> None:
     """Fine-tuning may start from AdamW's state, and go back to it."""
     ours, theirs = model(), model()
-    adam = torch.optim.AdamW(groups_of(theirs, named=False), fused=True)
+    adam = torch.optim.AdamW(groups_of(theirs, named=False))
     set_grads(theirs, 1)
     adam.step()
     rose = RoseAdamW(groups_of(ours, named=False), strategy="none")
