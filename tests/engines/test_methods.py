@@ -24,7 +24,7 @@ from rose_ds.objectives import FreeLB, Objective, RDrop, Smart, Task
 OBJECTIVES: dict[str, Objective] = {
     "task": Task(),
     "r-drop": RDrop(alpha=1.7),
-    "r-drop-sum": RDrop(alpha=0.2, kl_reduction="sum"),
+    "r-drop-sum": RDrop(alpha=0.3, kl_reduction="sum"),
     "smart": Smart(weight=2.0, steps=2, init_std=1e-2, step_size=0.5, radius=0.3),
     "smart-proximal": Smart(init_std=1e-2, radius=0.2, proximal=1.5, decay=0.7, early_decay=0.4, early_steps=1),
     "freelb": FreeLB(passes=3, step_size=0.3, init_mag=0.5, max_norm=0.4),
