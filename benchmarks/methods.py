@@ -87,7 +87,7 @@ def serve(job: dict[str, Any]) -> None:
     step = iter(chain.from_iterable(repeat(batches)))
 
     def micro_batch() -> tuple[Any, Any]:
-        batch = next(step)
+        batch = dict(next(step))  # batches come round again
         labels = batch.pop("labels")
         return (lambda: model(**batch).logits), (lambda z: torch.nn.functional.cross_entropy(z, labels))
 

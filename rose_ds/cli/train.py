@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rose_ds.cli.arguments import Parser, RunArguments, first_rank, precision_flags
 from rose_ds.experiments.methods import METHODS
 from rose_ds.experiments.settings import MethodSettings, RunSettings, from_preset
+
+
+@dataclass
+class Rehearsal:
+    """Whether to train at all."""
+
+    _argument_group_name: ClassVar[str] = "rehearsal"
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load everything, take one step, and print engine, what is masked, dropout, effective batch, how "
+            "many steps and peak memory, or what is refused. Writes nothing."
+        },
+    )
+
 
 _DESCRIPTION = """Fine-tune a classifier and measure it on clean, adversarial and perturbed text.
 
@@ -16,6 +34,7 @@ Examples:
   rose-ds train --task sst2 --data glue/ --model roberta-base --method rose-first --output_dir runs/sst2
   rose-ds train --task qnli --method r-drop+rose-first --rdrop_alpha 0.5 --keep_first 0.7 --output_dir runs/both
   rose-ds train --task rte --method rose-ensemble --preset paper-base --output_dir runs/rte    # published settings
+  rose-ds train --task rte --method rose-ensemble --output_dir runs/rte --dry_run    # one step, and what would happen
   deepspeed --num_gpus 8 launch/train.py --deepspeed ds_configs/zero2_bf16.json --task qnli --model roberta-large \\
       --method rose-ensemble --learning_rate 1e-5 --adam_beta2 0.98 --weight_decay 0.01 --output_dir runs/qnli
 
@@ -29,15 +48,20 @@ Methods:
 def run(arguments: Sequence[str]) -> None:
     """Train, and print what was measured."""
     methods = "\n".join(f"  {method.name:<14}  {method.text}" for method in METHODS.values())
-    parser = Parser("train", _DESCRIPTION.format(methods=methods), RunSettings, MethodSettings, RunArguments)
+    parser = Parser("train", _DESCRIPTION.format(methods=methods), RunSettings, MethodSettings, RunArguments, Rehearsal)
     arguments = [*arguments, *precision_flags(arguments)]
     preset = from_preset(parser.given(arguments), int(os.environ.get("WORLD_SIZE", "1")))
     if preset is not None:
         parser.set_defaults(**preset.settings)
-    settings, method, args = parser.settings(arguments)
+    settings, method, args, rehearsal = parser.settings(arguments)
     method.filled_in = preset
-    from rose_ds.experiments.train import train
+    from rose_ds.experiments.train import rehearse, train
 
+    if rehearsal.dry_run:
+        told = rehearse(settings, method, args)
+        if first_rank():
+            print(told)
+        return
     metrics = train(settings, method, args)
     if first_rank():
         print(metrics.summary())

@@ -61,7 +61,7 @@ def _read_bytes(path: Path) -> bytes:
 def _read_tsv(spec: TaskSpec, path: Path) -> Dataset:
     # Split at \n only: GLUE texts hold other characters that str.splitlines() takes for line ends. A quote is text.
     header, *lines = _read_bytes(path).removesuffix(b"\n").split(b"\n")
-    names = header.decode("utf-8", errors="replace").rstrip("\r").split("\t")
+    names = header.decode("utf-8-sig", errors="replace").rstrip("\r").split("\t")  # a BOM is not part of a name
     wanted = (*spec.fields, spec.tsv_label)
     missing = [name for name in wanted if name not in names]
     found = ", ".join(map(repr, names))

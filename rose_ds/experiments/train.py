@@ -22,6 +22,7 @@ from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_
 from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import check_length, label_order, load_model, load_tokenizer
+from rose_ds.experiments.rehearsal import first_step, shorten
 from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
 from rose_ds.objectives import Objective, resolve
 from rose_ds.training import checkpoints
@@ -42,44 +43,14 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         CheckpointError: a checkpoint could not be written.
         SystemExit: SIGTERM came; a checkpoint was saved, and nothing else was written.
     """
-    _refuse_mixing(method, args)
-    _refuse_unsavable(args)
-    set_seed(args.seed)
-    data = _load(run)
-    assert data.train is not None
-    tokenizer = load_tokenizer(run.model)
-    check_length(run.model, tokenizer, run.max_length)
-    if args.deepspeed:
-        # on CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
-    model = load_model(run.model, data.spec)
-    rose = method.rose(args.seed)
-    if rose.strategy != "none":
-        eligible_names(rose, {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()})
-    order = label_order(model.config, data.spec)
-    evaluator = Evaluator(data, tokenizer, run, order)
-    trainer = RoseTrainer(
-        model=model,
-        args=args,
-        train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length, order),
-        eval_dataset=evaluator.rows.get("clean"),
-        data_collator=padding_collator(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=evaluator.compute_metrics,
-        rose=rose,
-        objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
-    )
-    _check_engine(run.engine, trainer)
+    trainer, evaluator = _build(run, method, args)
     name, rose, objective = _method_used(method, trainer)
-    trainer.fixed_settings = _fixed(run, trainer)
     meter = trainer.measure()
     trainer.add_callback(TrajectoryCallback(trainer, evaluator, Path(args.output_dir)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
     found = evaluator.final(trainer)
     metrics = Metrics(
-        task=data.spec.name,
+        task=run.task,
         model=run.model,
         method=name,
         seed=args.seed,
@@ -105,6 +76,53 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         write_predictions(Path(args.output_dir), found)
         metrics.write(Path(args.output_dir))
     return metrics
+
+
+def rehearse(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> str:
+    """Take a run's first step without writing anything, and say what the run is going to be. Every rank calls it.
+
+    Raises:
+        As ``train``.
+    """
+    planned = shorten(args)
+    return first_step(_build(run, method, args)[0], planned)
+
+
+def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> tuple[RoseTrainer, Evaluator]:
+    """Everything that training needs; what can be refused before, is."""
+    _refuse_mixing(method, args)
+    _refuse_unsavable(args)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(run.model)
+    check_length(run.model, tokenizer, run.max_length)
+    data = _load(run)
+    assert data.train is not None
+    if args.deepspeed:
+        # on CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
+    model = load_model(run.model, data.spec)
+    rose = method.rose(args.seed)
+    if rose.strategy != "none":
+        eligible_names(rose, {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()})
+    order = label_order(model.config, data.spec)
+    evaluator = Evaluator(data, tokenizer, run, order)
+    trainer = RoseTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize(data.train, data.spec, tokenizer, run.max_length, order),
+        eval_dataset=evaluator.rows.get("clean"),
+        data_collator=padding_collator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=evaluator.compute_metrics,
+        rose=rose,
+        objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
+    )
+    _check_engine(run.engine, trainer)
+    _method_used(method, trainer)
+    trainer.fixed_settings = _fixed(run, trainer)
+    return trainer, evaluator
 
 
 def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:

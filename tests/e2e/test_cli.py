@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,38 @@ def test_train_writes_a_model_and_metrics(trained: Path) -> None:
     logits = model(**AutoTokenizer.from_pretrained(trained)("a fine film", return_tensors="pt")).logits
     assert logits.shape == (1, 2)
     assert torch.isfinite(logits).all()
+
+
+def test_a_dry_run_says_what_would_happen(
+    minilm: str, snippets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["train", "--task", snippets, "--model", minilm, "--output_dir", str(tmp_path), "--dry_run", *FLAGS]
+    main([*flags, "--gradient_accumulation_steps", "3", "--num_train_epochs", "2", "--save_steps", "1"])
+    told = capsys.readouterr().out
+    for words in (
+        "task, ensemble (element) on plain: 48 tensors, 10,621,440 elements eligible",
+        "masked in all 10,621,440 of 22,713,986 (46.8%); weights are kept in float32",
+        "dropout: Dropout 0.1",
+        "effective batch: 8 rows x 1 rank x 3 micro-batches = 24 rows an optimizer step",
+        "400 rows, 17 steps an epoch, 34 steps in all (2.0 epochs)",
+        "fp32, learning rate 0.0001, linear",
+    ):
+        assert f"  {words}\n" in told or told.startswith(words) or f"\n{words}" in told
+    assert re.search(r"the first step: loss 0\.\d{4}, \d+\.\d\d s, peak memory of a rank [\d,]+ MiB\n", told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(
+    minilm: str, snippets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the data is read where tokenizer and config say so."""
+    flags = ["train", "--model", minilm, "--output_dir", str(tmp_path), "--dry_run"]
+    with pytest.raises(SystemExit):
+        main([*flags, "--task", "sst2", "--data", str(tmp_path / "nowhere"), "--max_length", "100000"])
+    assert "--max_length 100000 is more than the 512 tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*flags, "--task", snippets, "--include", "no.such.*"])
+    assert "no.such.*" in capsys.readouterr().err
 
 
 def test_any_method_trains_and_is_recorded(minilm: str, snippets: str, tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_quotes_and_odd_line_separators_are_text(tmp_path):
     assert validation(tmp_path, "sst2")["sentence"] == texts
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = write(tmp_path, "SST-2", "good\t1", "bad\t0")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert validation(tmp_path, "sst2")["sentence"] == ["good", "bad"]
+
+
 def test_windows_line_ends(tmp_path):
     path = write(tmp_path, "SST-2", "good\t1", "bad\t0")
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
