@@ -19,7 +19,7 @@ LAYOUT = (
     + " and, for the adversarial sets, AdvGLUE/dev.json"
 )
 
-_UNTEXT = re.compile("[\0\ud800-\udfff]")
+UNTEXT = re.compile("[\0\ud800-\udfff]")
 
 # A file with this many bad rows or fewer gets a ready command that deletes them; with more it is the wrong file.
 _FEW_BAD_ROWS = 20
@@ -107,7 +107,7 @@ def _checked(texts: list[Any], label: Any, fields: tuple[str, ...], labels: tupl
     for field, text in zip(fields, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected a text in {field!r}, found {text!r:.80}")
-        if _UNTEXT.search(text):
+        if UNTEXT.search(text):
             raise ValueError(f"{field!r} has a NUL or half a surrogate pair, as damaged files do: {text!r:.80}")
     if type(label) is not type(labels[0]) or label not in labels:  # in JSON, true must not pass for 1
         raise ValueError(f"expected the label {' or '.join(map(repr, labels))}, found {label!r:.80}")
@@ -125,23 +125,63 @@ def _report(path: Path, bad: dict[int, str]) -> str:
     )
 
 
+def read_adversarial(spec: TaskSpec, path: Path) -> Dataset:
+    """AdvGLUE's or AdvGLUE++'s items of a task, from one JSON file or all that a folder has: objects with a list of
+    items a task. An item that an earlier file has too is taken once: AdvGLUE comes with and without annotations.
+
+    Raises:
+        DataError: no file has the task, or an item is not one; names file and item.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
+    seen: set[tuple[Any, ...]] = set()
+    for file in files:
+        content = _json(file)
+        if len(files) > 1 and not (isinstance(content, dict) and spec.adv_key in content):
+            continue
+        items = _items(spec, file, content)
+        numbered = [{"idx": n, **item} if isinstance(item, dict) else item for n, item in enumerate(items)]
+        for row in _advglue_rows(spec, file, numbered):
+            what = tuple(row[name] for name in (*spec.fields, "label"))
+            if what not in seen:
+                seen.add(what)
+                for name, values in columns.items():
+                    values.append(row[name])
+    if not columns["label"]:
+        raise DataError(f"{path}: no JSON file here has items under the key {spec.adv_key!r}")
+    return Dataset.from_dict(columns, features=task_features(spec))
+
+
 def _read_advglue(spec: TaskSpec, path: Path) -> Dataset:
+    rows = _advglue_rows(spec, path, _items(spec, path, _json(path)))
+    columns = {name: [row[name] for row in rows] for name in (*spec.fields, "label", "idx")}
+    return Dataset.from_dict(columns, features=task_features(spec))
+
+
+def _json(path: Path) -> Any:
     try:
-        content = json.loads(_read_bytes(path))
+        return json.loads(_read_bytes(path))
     except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are not UTF-8
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def _items(spec: TaskSpec, path: Path, content: Any) -> list[Any]:
     items = content.get(spec.adv_key) if isinstance(content, dict) else None
     if not isinstance(items, list) or not items:
         found = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path}: expected a list of items under the key {spec.adv_key!r}, found: {found:.400}")
+    return items
 
-    columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
+
+def _advglue_rows(spec: TaskSpec, path: Path, items: list[Any]) -> list[dict[str, Any]]:
+    """Items that have been checked."""
+    names = (*spec.fields, "label", "idx")
     ids = tuple(range(len(spec.labels)))
     for number, item in enumerate(items):
         where = f"{path}: {spec.adv_key}[{number}]"
-        missing = [name for name in columns if not isinstance(item, dict) or name not in item]
+        missing = [name for name in names if not isinstance(item, dict) or name not in item]
         if missing:
-            raise DataError(f"{where}: no field {', '.join(map(repr, missing))}; an item needs {', '.join(columns)}")
+            raise DataError(f"{where}: no field {', '.join(map(repr, missing))}; an item needs {', '.join(names)}")
         try:
             _checked([item[field] for field in spec.fields], item["label"], spec.fields, ids)
         except ValueError as error:
@@ -150,6 +190,4 @@ def _read_advglue(spec: TaskSpec, path: Path) -> Dataset:
             raise DataError(f"{where}: expected an integer in 'idx', found {item['idx']!r:.80}")
         if not -(2**31) <= item["idx"] < 2**31:
             raise DataError(f"{where}: 'idx' must fit in 32 bits, found {item['idx']}")
-        for name, values in columns.items():
-            values.append(item[name])
-    return Dataset.from_dict(columns, features=task_features(spec))
+    return items

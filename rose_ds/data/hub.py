@@ -26,6 +26,25 @@ def load_hub(
     return {split: _load_split(spec, split, cache_dir) for split in splits}
 
 
+def load_named(name: str) -> dict[str, datasets.Dataset]:
+    """The splits of any data set on the hub, or in a folder that ``datasets`` reads: NAME, or NAME:CONFIG.
+
+    Raises:
+        DataError: it cannot be reached, or has no training rows.
+    """
+    repository, _, config = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # as below
+        raise DataError(
+            f"cannot load the data set {name!r}: {type(error).__name__}: {error}\n"
+            "Give NAME or NAME:CONFIG of one on the Hugging Face hub, or files with --train_file"
+        ) from error
+    if "train" not in loaded:
+        raise DataError(f"the data set {name!r} has no split 'train', only {', '.join(loaded)}")
+    return dict(loaded)
+
+
 def _load_split(spec: TaskSpec, split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
     if split == "adversarial":
         repository, config, hub_split = ADVGLUE, f"adv_{spec.adv_key}", "validation"

@@ -76,13 +76,18 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 
+def find_task(name: str) -> TaskSpec | None:
+    """The task called `name`, or None; case, hyphens and underscores do not matter: "SST-2" and "sst_2" are "sst2"."""
+    return TASKS.get(name.lower().replace("-", "").replace("_", ""))
+
+
 def get_task(name: str) -> TaskSpec:
-    """The task called `name`; case, hyphens and underscores do not matter, so "SST-2" and "sst_2" are "sst2".
+    """As `find_task`.
 
     Raises:
         DataError: there is no such task; the message lists those there are.
     """
-    key = name.lower().replace("-", "").replace("_", "")
-    if key not in TASKS:
+    spec = find_task(name)
+    if spec is None:
         raise DataError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
-    return TASKS[key]
+    return spec

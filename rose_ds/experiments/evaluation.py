@@ -76,7 +76,7 @@ class Evaluator:
     """The dev sets of one task, tokenized once and sorted by length, so that a batch holds little padding."""
 
     def __init__(self, data: TaskData, tokenizer: Any, run: RunSettings, order: Sequence[int]) -> None:
-        self.run = run
+        self.run, self.task, self.labels = run, data.spec.name, data.spec.labels
         self._ids = np.asarray(order)
         """The model's id of each of the task's labels; what is kept is in the task's order."""
         sets = {"clean": data.validation, "adversarial": data.adversarial}

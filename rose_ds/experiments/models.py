@@ -118,6 +118,16 @@ def _plain(name: object) -> str:
     return str(name).strip().lower().replace("-", "_").replace(" ", "_")
 
 
+def label_names(model: str) -> tuple[str, ...]:
+    """The labels of a trained classifier, in the order of their ids.
+
+    Raises:
+        ModelError: not found, or not reachable.
+    """
+    names: dict[int, str] = _load(AutoConfig, model).id2label
+    return tuple(names[i] for i in sorted(names))
+
+
 def _load(auto: Any, model: str, **kwargs: Any) -> Any:
     where = resolve(model)
     try:

@@ -27,11 +27,41 @@ class RunSettings:
 
     _argument_group_name: ClassVar[str] = "task, data and model"
 
-    task: str = field(default="snippets", metadata=_help("sst2, rte, qnli, qqp (GLUE and AdvGLUE) or snippets."))
+    task: str = field(
+        default="snippets",
+        metadata=_help("sst2, rte, qnli, qqp (GLUE and AdvGLUE) or snippets; with files of your own, a name."),
+    )
     data: str | None = field(
         default=None,
         metadata=_help("Folder in GLUE's TSV layout, with AdvGLUE/dev.json. Default: the Hugging Face hub."),
     )
+    train_file: str | None = field(
+        default=None,
+        metadata=_help("Training rows of your own: .csv, .tsv, .jsonl or .parquet; --task is then only their name."),
+    )
+    validation_file: str | None = field(
+        default=None,
+        metadata=_help("Its clean dev set. Default: a tenth of the training file, by a hash of the text."),
+    )
+    adversarial_file: str | None = field(
+        default=None,
+        metadata=_help(
+            "An adversarial set of the same layout; for GLUE's tasks also AdvGLUE's or AdvGLUE++'s JSON, a "
+            "file or a folder of them."
+        ),
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata=_help("In place of files: NAME or NAME:CONFIG of any classification data set on the hub."),
+    )
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "The one or two columns with the texts. Default: usual names, such as text or premise and hypothesis."
+        ),
+    )
+    label_column: str = field(default="label", metadata=_help("The column with the labels, names or whole numbers."))
+    file_encoding: str = field(default="utf-8", metadata=_help("Of your own text files, e.g. latin-1."))
     model: str = field(
         default="minilm",
         metadata=_help("minilm (the packaged 22.7M-parameter BERT), a folder, or a hub id such as roberta-base."),
@@ -47,6 +77,16 @@ class RunSettings:
     max_train_samples: int | None = field(default=None, metadata=_help("Train on so many rows only, evenly spaced."))
     max_eval_samples: int | None = field(default=None, metadata=_help("Measure on so many rows only, evenly spaced."))
     perturb_seed: int = field(default=0, metadata=_help("Seed of the perturbed dev set."))
+
+    @property
+    def own_files(self) -> bool:
+        """Whether the rows come from the user's own files or data set."""
+        return any(name is not None for name in (self.train_file, self.validation_file, self.dataset))
+
+    @property
+    def task_name(self) -> str | None:
+        """What own files are called: --task, unless it was left at its default."""
+        return None if self.own_files and self.task == "snippets" else self.task
 
     def __post_init__(self) -> None:
         if self.engine not in _ENGINE_CHOICES:
@@ -131,6 +171,13 @@ class MethodSettings:
     resume: str | None = field(
         default=None,
         metadata=_help("auto: go on from the newest whole checkpoint in --output_dir; start afresh if there is none."),
+    )
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Weights of the classes in the loss, in the order of the labels; or balanced: inverse to their "
+            "numbers in the training set."
+        ),
     )
     filled_in: FilledIn | None = field(default=None, init=False)
     """What the preset added."""

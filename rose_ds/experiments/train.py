@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
 from rose_ds.config import RoseConfig
-from rose_ds.data import TaskData, load_task, padding_collator, tokenize
-from rose_ds.data.loading import SPLITS
+from rose_ds.data import padding_collator, tokenize
 from rose_ds.eligible import eligible_names
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.experiments import provenance
+from rose_ds.experiments.card import write_card
 from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_predictions
+from rose_ds.experiments.loading import load_data
+from rose_ds.experiments.losses import weighted_loss, weights_of
 from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
-from rose_ds.experiments.models import check_length, label_order, load_model, load_tokenizer
+from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.rehearsal import first_step, shorten
 from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
 from rose_ds.objectives import Objective, resolve
@@ -45,12 +46,13 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     """
     trainer, evaluator = _build(run, method, args)
     name, rose, objective = _method_used(method, trainer)
+    weights = trainer.fixed_settings["class weights"]
     meter = trainer.measure()
     trainer.add_callback(TrajectoryCallback(trainer, evaluator, Path(args.output_dir)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
     found = evaluator.final(trainer)
     metrics = Metrics(
-        task=run.task,
+        task=evaluator.task,
         model=run.model,
         method=name,
         seed=args.seed,
@@ -63,7 +65,7 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
         kept_fraction=meter.kept_fraction,
         skipped_steps=meter.skipped,
         peak_memory_bytes=max(checkpoints.gather(provenance.peak_memory_bytes(args.device)), key=lambda n: n or 0),
-        config={**_config(run, args), **recorded(rose, objective), "preset": _preset(method)},
+        config={**_config(run, args), **recorded(rose, objective), "preset": _preset(method), "class_weights": weights},
         commit=provenance.commit(),
         packages=provenance.packages(),
         hardware=provenance.hardware(),
@@ -74,6 +76,7 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         write_predictions(Path(args.output_dir), found)
+        write_card(Path(args.output_dir), metrics, evaluator.labels)
         metrics.write(Path(args.output_dir))
     return metrics
 
@@ -95,8 +98,14 @@ def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
     set_seed(args.seed)
     tokenizer = load_tokenizer(run.model)
     check_length(run.model, tokenizer, run.max_length)
-    data = _load(run)
-    assert data.train is not None
+    data = load_data(run)
+    if data.train is None:
+        raise RefusedConfiguration(
+            "nothing to train on: --validation_file alone is for rose-ds evaluate; add --train_file"
+        )
+    weights = None
+    if method.class_weights is not None:
+        weights = weights_of(method.class_weights, data.train["label"], data.spec.labels)
     if args.deepspeed:
         # on CPUs transformers starts torch.distributed alone, and ZeRO-3 would load the model for a world of one
         import deepspeed
@@ -116,12 +125,13 @@ def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
         data_collator=padding_collator(tokenizer),
         processing_class=tokenizer,
         compute_metrics=evaluator.compute_metrics,
+        compute_loss_func=None if weights is None else weighted_loss(weights, order, args.label_smoothing_factor),
         rose=rose,
         objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
     )
     _check_engine(run.engine, trainer)
     _method_used(method, trainer)
-    trainer.fixed_settings = _fixed(run, trainer)
+    trainer.fixed_settings = {**_fixed(run, trainer), "class weights": weights}
     return trainer, evaluator
 
 
@@ -131,7 +141,8 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     Raises:
         DataError, ModelError: the data or model cannot be loaded or do not fit each other.
     """
-    data = _load(run, splits=("validation", "adversarial"))
+    labels = label_names(run.model) if run.own_files else None
+    data = load_data(run, ("validation", "adversarial"), labels)
     tokenizer = load_tokenizer(run.model)
     check_length(run.model, tokenizer, run.max_length)
     model = load_model(run.model, data.spec, trained=True)
@@ -165,23 +176,6 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         write_predictions(Path(args.output_dir), found)
         metrics.write(Path(args.output_dir))
     return metrics
-
-
-def _load(run: RunSettings, splits: Sequence[str] = SPLITS) -> TaskData:
-    """The task's splits, thinned out where a run asks for fewer rows; files may be sorted by label."""
-    data = load_task(run.task, run.data, splits=splits)
-
-    def thinned(dataset: Any, count: int | None) -> Any:
-        if dataset is None or count is None or count >= len(dataset):
-            return dataset
-        return dataset.select([i * len(dataset) // count for i in range(count)])
-
-    return replace(
-        data,
-        train=thinned(data.train, run.max_train_samples),
-        validation=thinned(data.validation, run.max_eval_samples),
-        adversarial=thinned(data.adversarial, run.max_eval_samples),
-    )
 
 
 def _check_engine(wanted: str, trainer: RoseTrainer) -> None:

@@ -1,0 +1,249 @@
+"""A classification task of one's own files: which columns are texts, what the labels are, and a dev set."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rose_ds.data.errors import DataError
+from rose_ds.data.glue_folder import UNTEXT, read_adversarial, task_features
+from rose_ds.data.hub import load_named
+from rose_ds.data.loading import SPLITS, TaskData
+from rose_ds.data.tables import Rows, read_rows, rows_of
+from rose_ds.data.tasks import TaskSpec, find_task
+
+logger = logging.getLogger(__name__)
+
+#: Tried in this order where nobody says which columns are texts.
+USUAL_TEXTS = (
+    ("text",),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("review",),
+)
+#: What the texts are called from here on: a column of a file may have any name, also "label" or "idx".
+OWN_TEXTS = ("text", "text_pair")
+VALIDATION_ONE_IN = 10
+"""Without a validation file one text in so many goes there, chosen by its hash."""
+_TOO_MANY = 50
+"""With more labels than this, half as many labels as rows are no classes."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a task lies, and how it is laid out."""
+
+    train: Path | None = None
+    validation: Path | None = None
+    dataset: str | None = None
+    """In place of both: NAME or NAME:CONFIG on the hub, with a split "train" and, if it has one, "validation"."""
+    adversarial: Path | None = None
+    """Of the same layout; or, for a task of GLUE, AdvGLUE's or AdvGLUE++'s JSON: a file or a folder of them."""
+    text_columns: tuple[str, ...] | None = None
+    label_column: str = "label"
+    encoding: str = "utf-8"
+
+
+def load_files(
+    files: Files, task: str | None = None, labels: Sequence[str] | None = None, splits: Sequence[str] = SPLITS
+) -> TaskData:
+    """Read a task from files.
+
+    Args:
+        task: what to call it; one of GLUE's brings its own columns and labels. None: the file's name.
+        labels: the label names, in the order of their ids, of a trained model; None: those of the training file, in
+            numerical or alphabetical order.
+        splits: which to read; validation is a part of the training file where it has no file of its own.
+
+    Raises:
+        DataError: a file cannot be read, a row has no text or label, or the labels are no classes; names file and line.
+    """
+    glue = find_task(task) if task else None
+    named = files.train or files.validation or files.adversarial
+    if files.dataset is not None:
+        if files.train or files.validation:
+            raise DataError("--dataset brings its own rows: leave --train_file and --validation_file out")
+        named = Path(files.dataset.partition(":")[0])
+        splits_of = load_named(files.dataset)
+        train, validation = (
+            rows_of(splits_of[name], Path(f"{files.dataset}[{name}]"), files.label_column)
+            if name in splits_of
+            else None
+            for name in ("train", "validation")
+        )
+    else:
+        train, validation = _read(files.train, files), _read(files.validation, files)
+    if named is None:
+        raise DataError("no file: give --train_file, or for evaluation --validation_file")
+    json_sets = glue is not None and files.adversarial is not None and _is_advglue(files.adversarial)
+    adversarial = None if json_sets else _read(files.adversarial, files)
+    first = train or validation
+    if first is None:
+        raise DataError("an adversarial file alone is no task: give --train_file or --validation_file too")
+    columns = _columns(files, first, glue)
+    if glue is not None:
+        spec = TaskSpec(glue.name, glue.fields, glue.labels, adv_key=glue.adv_key)
+    else:
+        known = _label_names(first, files.label_column) if labels is None else tuple(labels)
+        spec = TaskSpec(task or named.stem, OWN_TEXTS[: len(columns)], known)
+    ids = glue is not None or labels is not None
+    found: dict[str, Dataset | None] = {}
+    for name, rows in (("train", train), ("validation", validation), ("adversarial", adversarial)):
+        found[name] = None if rows is None else _dataset(rows, columns, files.label_column, spec, ids=ids)
+    if json_sets and files.adversarial is not None:
+        found["adversarial"] = read_adversarial(spec, files.adversarial)
+    if found["validation"] is None and found["train"] is not None:
+        found["train"], found["validation"] = _split(found["train"], spec, first.path)
+    return TaskData(spec, **{name: rows for name, rows in found.items() if name in splits})
+
+
+def with_adversarial(data: TaskData, files: Files) -> TaskData:
+    """A task from elsewhere with the adversarial set of a file or folder.
+
+    Raises:
+        DataError: as ``load_files``.
+    """
+    assert files.adversarial is not None
+    if data.spec.adv_key is not None and _is_advglue(files.adversarial):
+        return replace(data, adversarial=read_adversarial(data.spec, files.adversarial))
+    rows = _read(files.adversarial, files)
+    assert rows is not None
+    columns = _columns(files, rows, data.spec)
+    return replace(data, adversarial=_dataset(rows, columns, files.label_column, data.spec, ids=True))
+
+
+def _read(path: Path | None, files: Files) -> Rows | None:
+    return None if path is None else read_rows(path, files.encoding, files.label_column)
+
+
+def _is_advglue(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == ".json"
+
+
+def _columns(files: Files, rows: Rows, known: TaskSpec | None) -> tuple[str, ...]:
+    """The columns with texts."""
+    if files.text_columns:
+        wanted = len(known.fields) if known else min(2, len(files.text_columns))
+        if len(files.text_columns) != wanted or files.label_column in files.text_columns:
+            raise DataError(
+                f"text_columns={list(files.text_columns)}: expected "
+                + (f"{wanted} columns, as task {known.name} has texts" if known else "one column or two")
+                + f", and not the label column {files.label_column!r}"
+            )
+        return files.text_columns
+    if known is not None:
+        return known.fields
+    for names in USUAL_TEXTS:
+        if all(name in rows.names for name in names) and files.label_column not in names:
+            return names
+    raise DataError(
+        f"{rows.path}: which columns are the texts? Say it with --text_columns A [B]; found: "
+        f"{', '.join(map(repr, rows.names)):.400}"
+    )
+
+
+def _label_names(rows: Rows, column: str) -> tuple[str, ...]:
+    """The classes in a file."""
+    if rows.label_names is not None:
+        return tuple(rows.label_names)
+    values = _labels(rows, column)
+    numbers = [_number(value) for value in values]
+    if all(number is not None for number in numbers):
+        for (line, _), value, number in zip(rows.rows, values, numbers, strict=True):
+            if number is not None and not number.is_integer():
+                raise DataError(
+                    f"{rows.where(line)}: the labels in {column!r} are numbers such as {value}: regression is not "
+                    "supported, for ROSE compares the distributions over classes of two passes (Eq. 1), and a number "
+                    "has none. Make classes of them, or choose another --label_column"
+                )
+    distinct = set(values)
+    if len(distinct) > _TOO_MANY and 2 * len(distinct) > len(values):
+        raise DataError(
+            f"{rows.path}: {column!r} has {len(distinct)} different values in {len(values)} rows, which are no classes "
+            "(numbers to predict are regression, which is not supported): choose another --label_column"
+        )
+    if len(distinct) < 2:
+        raise DataError(f"{rows.path}: {column!r} is {values[0]!r} in every row; a classifier needs two labels")
+    return tuple(sorted(distinct, key=lambda v: ((_number(v) or 0.0) if None not in numbers else 0.0, v)))
+
+
+def _labels(rows: Rows, column: str) -> list[str]:
+    """Each row's label as its name: 1, 1.0 and "1" are one."""
+    at, found = rows.column(column), []
+    for number, cells in rows.rows:
+        value = cells[at]
+        if value is None or value != value or not str(value).strip():  # a NaN is not itself
+            raise DataError(f"{rows.where(number)}: no label in {column!r}")
+        if isinstance(value, (list, dict)):
+            raise DataError(f"{rows.where(number)}: expected one label in {column!r}, found {value!r:.80}")
+        if rows.label_names is not None:
+            found.append(rows.label_names[value])
+            continue
+        text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+        as_number = _number(text)
+        found.append(str(int(as_number)) if as_number is not None and as_number.is_integer() else text)
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec, *, ids: bool) -> Dataset:
+    """``ids``: the file may have the labels' ids in place of their names."""
+    at = [rows.column(name) for name in texts]
+    columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
+    values = _labels(rows, label_column)
+    known = {name: i for i, name in enumerate(spec.labels)}
+    if ids and not set(values) & set(known):
+        known = {str(i): i for i in range(len(spec.labels))}
+    for (number, cells), value in zip(rows.rows, values, strict=True):
+        if value not in known:
+            raise DataError(
+                f"{rows.where(number)}: label {value!r} is not one of {', '.join(map(repr, spec.labels)):.300}"
+            )
+        for field, column, position in zip(spec.fields, texts, at, strict=True):
+            text = cells[position]
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{rows.where(number)}: expected a text in {column!r}, found {text!r:.80}")
+            if UNTEXT.search(text):
+                raise DataError(f"{rows.where(number)}: {column!r} has a NUL or half a surrogate pair: {text!r:.80}")
+            columns[field].append(text)
+        columns["label"].append(known[value])
+        columns["idx"].append(len(columns["idx"]))
+    return Dataset.from_dict(columns, features=task_features(spec))
+
+
+def _split(rows: Dataset, spec: TaskSpec, path: Path) -> tuple[Dataset, Dataset]:
+    """By the texts alone, so that a text that occurs twice is never on both sides."""
+
+    def chosen(row: dict[str, Any]) -> bool:
+        digest = hashlib.sha256("\0".join(row[field] for field in spec.fields).encode()).digest()
+        return int.from_bytes(digest[:8], "big") % VALIDATION_ONE_IN == 0
+
+    sides: tuple[list[int], list[int]] = ([], [])
+    for i, row in enumerate(rows):
+        sides[chosen(row)].append(i)
+    train, validation = sides
+    if not train or not validation:
+        raise DataError(
+            f"{path} has too few rows ({len(rows)}) to set some aside for validation: give --validation_file"
+        )
+    logger.info(
+        "no validation file: %d of %d rows are set aside for it, by a hash of the text", len(validation), len(rows)
+    )
+    return rows.select(train), rows.select(validation)

@@ -1,0 +1,56 @@
+"""The data that a run asks for, from wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rose_ds.data import TaskData, load_task
+from rose_ds.data.files import Files, load_files, with_adversarial
+from rose_ds.data.loading import SPLITS
+from rose_ds.experiments.settings import RunSettings
+
+
+def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence[str] | None = None) -> TaskData:
+    """The task's splits, thinned out where a run asks for fewer rows; files may be sorted by label.
+
+    Args:
+        labels: of a trained model, which its own files must have.
+
+    Raises:
+        DataError: see ``load_task`` and ``load_files``.
+    """
+    files = Files(
+        _path(run.train_file),
+        _path(run.validation_file),
+        run.dataset,
+        _path(run.adversarial_file),
+        None if run.text_columns is None else tuple(run.text_columns),
+        run.label_column,
+        run.file_encoding,
+    )
+    if run.own_files:
+        data = load_files(files, run.task_name, labels, splits)
+    else:
+        wanted = [s for s in splits if s != "adversarial" or run.adversarial_file is None]
+        data = load_task(run.task, run.data, splits=wanted)
+        if "adversarial" in splits and run.adversarial_file is not None:
+            data = with_adversarial(data, files)
+    return replace(
+        data,
+        train=_thinned(data.train, run.max_train_samples),
+        validation=_thinned(data.validation, run.max_eval_samples),
+        adversarial=_thinned(data.adversarial, run.max_eval_samples),
+    )
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _thinned(dataset: Any, count: int | None) -> Any:
+    if dataset is None or count is None or count >= len(dataset):
+        return dataset
+    return dataset.select([i * len(dataset) // count for i in range(count)])

@@ -1,0 +1,324 @@
+"""Files of one's own: the right reading of odd ones, and one clear line with file and row for the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from pyarrow import parquet
+from torch.nn import functional as F
+
+from rose_ds.data import DataError, load_task, perturb
+from rose_ds.data.files import Files, load_files, with_adversarial
+from rose_ds.data.tables import read_rows
+from rose_ds.experiments.losses import weighted_loss, weights_of
+
+pytestmark = pytest.mark.fast
+
+CSV = "text,label\ngood film,pos\nbad film,neg\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(path: Path, **options: Any) -> tuple[list[Any], list[int], tuple[str, ...]]:
+    """Texts, label ids and label names of a file, with nothing set aside."""
+    data = load_files(Files(validation=path, **options))
+    rows = data.validation
+    assert rows is not None
+    texts = [tuple(row[f] for f in data.spec.fields) for row in rows]
+    return [t[0] if len(t) == 1 else t for t in texts], list(rows["label"]), data.spec.labels
+
+
+SAME = (["good film", "bad film"], [1, 0], ("neg", "pos"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV),
+        ("a.CSV", CSV),
+        ("bom.csv", b"\xef\xbb\xbf" + CSV.encode()),
+        ("utf16.csv", CSV.encode("utf-16")),
+        ("crlf.csv", CSV.replace("\n", "\r\n")),
+        ("no-end.csv", CSV.rstrip("\n")),
+        ("empty-rows.csv", CSV.replace("\nbad", "\n\n  \n,\nbad")),
+        ("quoted.csv", 'text,label\n"good film",pos\n"bad film","neg"\n'),
+        ("spaces.csv", "text , label\ngood film, pos\nbad film,neg \n"),
+        ("more.csv", "id,label,text,id\n1,pos,good film,1\n2,neg,bad film,2\n"),
+        ("a.tsv", CSV.replace(",", "\t")),
+        ("a.jsonl", '{"text": "good film", "label": "pos"}\n\n{"label": "neg", "text": "bad film"}\n'),
+        ("a.json", '[{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}]'),
+    ],
+)
+def test_one_reading(name: str, content: str | bytes, tmp_path: Path) -> None:
+    assert read(write(tmp_path / name, content)) == SAME
+
+
+def test_texts_are_kept_as_they_are(tmp_path: Path) -> None:
+    """What a reader of tables would turn into nothing, cut, or unquote."""
+    texts = ["NA", "null", "None", 'say "no", twice', "two\nlines", "semi;colon", " padded ", "\u2028 separator", "007"]
+    rows = "".join('"' + text.replace('"', '""') + f'",{i % 2}\n' for i, text in enumerate(texts))
+    assert read(write(tmp_path / "a.csv", "text,label\n" + rows))[0] == texts
+    plain = ['"an opening quote', 'half " way', "a,b", "\u2028 separator\x85"]
+    rows = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(plain))
+    assert read(write(tmp_path / "a.tsv", "text\tlabel\n" + rows))[0] == plain
+
+
+def test_latin_1_is_said_and_then_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\nfine,1\ncafé,0\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv:3: byte 0xe9 is not utf-8: .*--file_encoding"):
+        read(path)
+    assert read(path, encoding="latin-1")[0] == ["fine", "café"]
+    with pytest.raises(DataError, match="file_encoding='klingon' is no encoding"):
+        read(path, encoding="klingon")
+
+
+def test_parquet_with_and_without_names(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": SAME[0], "label": ["pos", "neg"]}), tmp_path / "plain.parquet")
+    assert read(tmp_path / "plain.parquet") == SAME
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    Dataset.from_dict({"text": SAME[0], "label": [0, 1]}, features=features).to_parquet(tmp_path / "named.parquet")
+    assert read(tmp_path / "named.parquet") == (SAME[0], [0, 1], ("pos", "neg"))  # the file's own order
+    with pytest.raises(DataError, match="is not Parquet"):
+        read(write(tmp_path / "damaged.parquet", b"PAR1 and no more"))
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own label names; a validation split where it has none; what cannot be reached is said in one line."""
+    features = Features({"text": Value("string"), "kind": ClassLabel(names=["spam", "ham"])})
+    rows = Dataset.from_dict({"text": [f"t{i}" for i in range(40)], "kind": [0, 1] * 20}, features=features)
+    asked = []
+
+    def load_dataset(name: str, config: str | None) -> dict[str, Dataset]:
+        asked.append((name, config))
+        if name == "nowhere":
+            raise ConnectionError("offline")
+        return {"train": rows, "test": rows} if config is None else {"train": rows, "validation": rows.select([3])}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_files(Files(dataset="me/mails", label_column="kind"))
+    assert (data.spec.name, data.spec.labels) == ("mails", ("spam", "ham"))
+    assert data.train is not None
+    assert data.validation is not None
+    assert len(data.train) + len(data.validation) == 40
+    data = load_files(Files(dataset="me/mails:raw", label_column="kind"))
+    assert data.validation is not None
+    assert data.validation["label"] == [1]
+    assert asked == [("me/mails", None), ("me/mails", "raw")]
+    with pytest.raises(DataError, match="cannot load the data set 'nowhere': ConnectionError: offline"):
+        load_files(Files(dataset="nowhere"))
+    with pytest.raises(DataError, match="brings its own rows"):
+        load_files(Files(dataset="me/mails", train=Path("a.csv")))
+    with pytest.raises(
+        DataError, match=r"me/mails\[train\]: row 1: column 'label' is not there; found: 'text'"
+    ):
+        load_files(Files(dataset="me/mails"))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["1", "0", "10", "2"], ("0", "1", "2", "10")),
+        (["1.0", "0.0", "1", "-1"], ("-1", "0", "1")),
+        (["b", "a", "c", "a"], ("a", "b", "c")),
+        (["yes", "1", "0.5", "no"], ("0.5", "1", "no", "yes")),
+    ],
+)
+def test_label_names(values: list[str], names: tuple[str, ...], tmp_path: Path) -> None:
+    rows = "".join(f"t{i},{value}\n" for i, value in enumerate(values))
+    assert read(write(tmp_path / "a.csv", "text,label\n" + rows))[2] == names
+    lines = "".join(json.dumps({"text": f"t{i}", "label": v}) + "\n" for i, v in enumerate(values))
+    assert read(write(tmp_path / "a.jsonl", lines))[2] == names
+
+
+def test_numbers_and_truths_in_json(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": "t", "label": v}) + "\n" for v in (True, False, True))
+    assert read(write(tmp_path / "a.jsonl", lines))[1:] == ([1, 0, 1], ("false", "true"))
+    lines = "".join(json.dumps({"text": "t", "label": v}) + "\n" for v in (3, 1.0, 2))
+    assert read(write(tmp_path / "a.jsonl", lines))[1:] == ([2, 0, 1], ("1", "2", "3"))
+
+
+def test_pairs_by_name_and_by_flag(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "premise,hypothesis,label,idx\na,b,0,5\nc,d,1,6\n")
+    assert read(path) == ([("a", "b"), ("c", "d")], [0, 1], ("0", "1"))
+    assert read(path, text_columns=("idx",)) == (["5", "6"], [0, 1], ("0", "1"))
+    assert read(path, text_columns=("hypothesis",), label_column="premise")[2] == ("a", "c")
+
+
+BAD: list[tuple[str, str, dict[str, Any], str]] = [
+    ("a.csv", "", {}, r"a\.csv is empty"),
+    ("a.csv", "text,label\n", {}, r"a\.csv has no rows"),
+    ("a.csv", "text,text,label\na,b,1\nc,d,0\n", {}, r"a\.csv:1: column 'text' occurs twice"),
+    ("a.csv", "text,label,label\na,b,1\n", {}, r"a\.csv:1: column 'label' occurs twice"),
+    ("a.csv", "text,target\na,1\n", {}, r"a\.csv:1: column 'label' is not there; found: 'text', 'target'"),
+    ("a.csv", "body,label\na,1\n", {}, r"which columns are the texts\? .*found: 'body', 'label'"),
+    ("a.csv", "text,label\na,1\nb,0,2\n", {}, r"a\.csv:3: 3 columns, but the header has 2"),
+    ("a.csv", "text,label\na,1\nb\n", {}, r"a\.csv:3: 1 columns, but the header has 2"),
+    ("a.csv", 'text,label\na,1\n"b,0\nc,1\n', {}, r"a\.csv:3: .*is a quote left open"),
+    ("a.csv", "text,label\na,1\nb,\n", {}, r"a\.csv:3: no label in 'label'"),
+    ("a.csv", "text,label\na,1\n ,0\n", {}, r"a\.csv:3: expected a text in 'text', found ' '"),
+    ("a.csv", "text,label\na,1\nb\0,0\n", {}, r"a\.csv:3: 'text' has a NUL"),
+    ("a.csv", 'text,label\n"a\nb",1\n"",0\n', {}, r"a\.csv:4: expected a text"),  # rows of several lines
+    ("a.csv", "text,label\na,1\nb,1\n", {}, r"'label' is '1' in every row"),
+    ("a.csv", "text,label\na,1\nb,0.37\n", {}, r"a\.csv:3: .*numbers such as 0\.37: regression is not supported, for"),
+    ("a.csv", "text,label\n" + "".join(f"a,{i}\n" for i in range(60)), {}, "60 different values in 60 rows"),
+    ("a.csv", "text,label\na,1\n", {"text_columns": ("text", "b", "c")}, "expected one column or two"),
+    ("a.csv", "text,label\na,1\n", {"text_columns": ("label",)}, "not the label column"),
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', {}, r"a\.jsonl:2: not JSON"),
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, r"a\.jsonl:2: no field 'label'"),
+    ("a.jsonl", '{"text": "a", "label": 1}\n["b", 0]\n', {}, r"a\.jsonl:2: expected an object"),
+    ("a.jsonl", '{"text": "a", "text": "b", "label": 1}\n', {}, r"a\.jsonl:1: .*a field occurs twice"),
+    (
+        "a.jsonl",
+        '{"text": 5, "label": 1}\n{"text": "b", "label": 0}\n',
+        {},
+        r"a\.jsonl:1: expected a text in 'text', found 5",
+    ),
+    ("a.jsonl", '{"text": "a", "label": [1]}\n', {}, r"a\.jsonl:1: expected one label"),
+    ("a.jsonl", '{"text": "a", "label": null}\n', {}, r"a\.jsonl:1: no label"),
+    ("a.json", '[{"text": "a", "label": 1}, {"text": "", "label": 0}]', {}, r"a\.json: row 2: expected a text"),
+    ("a.txt", CSV, {}, r"a\.txt: the ending must be one of \.csv, \.tsv"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "options", "message"), BAD, ids=range(len(BAD)))
+def test_one_clear_line(name: str, content: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        read(write(tmp_path / name, content), **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*none\.csv: No such file"):
+        read_rows(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="an adversarial file alone is no task"):
+        load_files(Files(adversarial=write(tmp_path / "a.csv", CSV)))
+
+
+def test_dev_labels_are_the_training_sets(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", "text,label\na,pos\nb,neg\nc,neutral\n")
+    dev = write(tmp_path / "dev.tsv", "text\tlabel\nd\tpos\n")
+    data = load_files(Files(train=train, validation=dev, adversarial=dev), task="mood")
+    assert data.validation is not None
+    assert data.adversarial is not None
+    assert (data.spec.name, data.spec.labels) == ("mood", ("neg", "neutral", "pos"))
+    assert data.validation["label"] == data.adversarial["label"] == [2]
+    for odd in ("odd", "0"):  # an id is not taken for a name where nobody has said which is which
+        write(
+            tmp_path / "dev.tsv",
+            f"text\tlabel\nd\tpos\ne\t{odd}\n".replace("d\tpos\n", "" if odd == "0" else "d\tpos\n"),
+        )
+        with pytest.raises(DataError, match=rf"dev\.tsv:\d: label '{odd}' is not one of 'neg', 'neutral', 'pos'"):
+            load_files(Files(train=train, validation=dev))
+
+
+def test_a_trained_models_labels_by_name_or_id(tmp_path: Path) -> None:
+    names = ("negative", "positive")
+    for text in ("text,label\na,positive\nb,positive\n", "text,label\na,1\nb,1\n"):
+        data = load_files(Files(validation=write(tmp_path / "dev.csv", text)), labels=names)
+        assert data.validation is not None
+        assert (data.validation["label"], data.spec.labels) == ([1, 1], names)
+    with pytest.raises(DataError, match=r"dev\.csv:2: label '2' is not one of 'negative', 'positive'"):
+        load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\na,2\n")), labels=names)
+
+
+def test_a_part_is_set_aside_by_the_text(tmp_path: Path) -> None:
+    rows = [(f"text {i % 300}", i % 3) for i in range(600)]  # each text twice
+    path = write(tmp_path / "train.csv", "text,label\n" + "".join(f"{t},{y}\n" for t, y in rows))
+    data = load_files(Files(train=path))
+    assert data.train is not None
+    assert data.validation is not None
+    assert len(data.train) + len(data.validation) == 600
+    assert 20 < len(data.validation) < 110
+    assert not set(data.train["text"]) & set(data.validation["text"])
+    more = load_files(Files(train=write(tmp_path / "more.csv", path.read_text() + "new,1\n")))
+    assert more.validation is not None
+    assert set(data.validation["text"]) <= set(more.validation["text"])
+    only = load_files(Files(train=path), splits=("validation",))
+    assert only.train is None
+    assert perturb(data.validation, data.spec.fields, seed=0)["text"] != data.validation["text"]
+    with pytest.raises(DataError, match="too few rows"):
+        load_files(Files(train=write(tmp_path / "few.csv", CSV)))
+
+
+# --- AdvGLUE and its kin ---
+
+
+def item(sentence: str, label: int, **more: Any) -> dict[str, Any]:
+    return {"sentence": sentence, "label": label, **more}
+
+
+def test_a_folder_of_adversarial_json(tmp_path: Path) -> None:
+    """Several files, as AdvGLUE++ has one a model; items without idx, and one that two files share."""
+    one = {"sst2": [item("bda film", 0, method="typo"), item("god film", 1)], "qqp": []}
+    other = {"sst2": [item("god film", 1, idx=7), item("fine flm", 1)]}
+    write(tmp_path / "alpaca.json", json.dumps(one))
+    write(tmp_path / "vicuna.json", json.dumps(other))
+    write(tmp_path / "about.json", json.dumps({"licence": "cc"}))
+    data = load_files(
+        Files(validation=write(tmp_path / "dev.tsv", "sentence\tlabel\na\t1\nb\t0\n"), adversarial=tmp_path), "SST-2"
+    )
+    assert data.adversarial is not None
+    assert data.spec.name == "sst2"
+    assert data.adversarial["sentence"] == ["bda film", "god film", "fine flm"]
+    assert data.adversarial["label"] == [0, 1, 1]
+    with pytest.raises(DataError, match="no JSON file here has items under the key 'rte'"):
+        load_files(
+            Files(validation=write(tmp_path / "dev.csv", "sentence1,sentence2,label\na,b,1\n"), adversarial=tmp_path),
+            "rte",
+        )
+
+
+def test_an_adversarial_file_beside_glues_own_layout(tmp_path: Path) -> None:
+    (tmp_path / "SST-2").mkdir()
+    write(tmp_path / "SST-2" / "dev.tsv", "sentence\tlabel\na\t1\n")
+    data = load_task("sst2", tmp_path, splits=("validation",))
+    path = write(tmp_path / "mine.csv", "sentence,label\nbda,negative\n")
+    assert with_adversarial(data, Files(adversarial=path)).adversarial["label"] == [0]  # type: ignore[index]
+
+
+# --- class weights ---
+
+
+def test_balanced_weights() -> None:
+    weights = weights_of(["balanced"], [0, 0, 0, 1], ("a", "b"))
+    assert weights == pytest.approx([2 / 3, 2.0])
+    assert sum(weights[y] for y in [0, 0, 0, 1]) == pytest.approx(4)
+    assert weights_of(["1", "3"], [0, 1], ("a", "b")) == pytest.approx([0.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "message"),
+    [
+        (["balanced"], [0, 0], "no training row has the label 'b'"),
+        (["1"], [0, 1], "has 1 numbers, but the labels are 'a', 'b'"),
+        (["1", "0"], [0, 1], "'0' is neither a positive number nor balanced"),
+        (["1", "x"], [0, 1], "'x' is neither"),
+        (["1", "nan"], [0, 1], "'nan' is neither"),
+    ],
+)
+def test_bad_weights(given: list[str], labels: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weights_of(given, labels, ("a", "b"))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    """Whatever the cut into micro-batches; with weights 1 it is the usual mean."""
+    logits, labels = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    loss = weighted_loss([1.0, 0.5, 2.0], (1, 0, 2))  # the model has the first two the other way round
+    whole = loss({"logits": logits}, labels)
+    parts = [loss({"logits": logits[a:b]}, labels[a:b], torch.tensor(12)) for a, b in ((0, 5), (5, 6), (6, 12))]
+    assert torch.stack(parts).sum() == pytest.approx(float(whole))
+    each = F.cross_entropy(logits, labels, reduction="none")
+    assert float(whole) == pytest.approx(float((each * torch.tensor([0.5, 1.0, 2.0])[labels]).mean()))
+    usual = weighted_loss([1.0, 1.0, 1.0], (0, 1, 2), label_smoothing=0.1)({"logits": logits}, labels)
+    assert float(usual) == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
