@@ -118,9 +118,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load_files(Files(dataset="nowhere"))
     with pytest.raises(DataError, match="brings its own rows"):
         load_files(Files(dataset="me/mails", train=Path("a.csv")))
-    with pytest.raises(
-        DataError, match=r"me/mails\[train\]: row 1: column 'label' is not there; found: 'text'"
-    ):
+    with pytest.raises(DataError, match=r"me/mails\[train\]: row 1: column 'label' is not there; found: 'text'"):
         load_files(Files(dataset="me/mails"))
 
 
