@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import evaluate, report, sweep, train
+from rose_ds.cli import attack, evaluate, report, sweep, train
 from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
@@ -16,6 +16,7 @@ from rose_ds.cli.ending import ending_process_group
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("fine-tune a classifier with ROSE or a baseline, and measure its robustness", train.run),
     "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
+    "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
     "sweep": ("run methods x tasks x seeds x settings, resumable and shared between machines", sweep.run),
     "report": ("compare finished runs: table, JSON and chart", report.run),
 }

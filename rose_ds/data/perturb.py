@@ -23,7 +23,7 @@ MIN_LETTERS = 3
 
 _WORD = re.compile(rf"[^\W\d_]{{{MIN_LETTERS},}}")
 
-_NEIGHBOURS = {
+NEIGHBOURS = {
     "q": "wa", "w": "qes", "e": "wrd", "r": "etf", "t": "ryg", "y": "tuh", "u": "yij", "i": "uok", "o": "ipl",
     "p": "ol", "a": "qsz", "s": "awdx", "d": "sefc", "f": "drgv", "g": "fthb", "h": "gyjn", "j": "hukm", "k": "jil",
     "l": "ko", "z": "asx", "x": "zsdc", "c": "xdfv", "v": "cfgb", "b": "vghn", "n": "bhjm", "m": "njk",
@@ -49,7 +49,7 @@ _DISTRACTORS = ("and true is true", "and false is not true", " ".join(["and true
 def _keyboard(word: str) -> list[str]:
     spellings = []
     for i, letter in enumerate(word[1:], start=1):
-        for slip in _NEIGHBOURS.get(letter.lower(), ""):
+        for slip in NEIGHBOURS.get(letter.lower(), ""):
             spellings.append(word[:i] + (slip.upper() if letter.isupper() else slip) + word[i + 1 :])
     return spellings
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.json"
-#: Of the format. 1 had no version, status, commit, packages and peak memory; 2 no calibration errors and hardware.
-VERSION = 3
+#: Of the format. 1 had no version, status, commit, packages and peak memory; 2 no calibration errors and hardware; 3 no
+#: automatic attacks.
+VERSION = 4
 
 _TYPES = {"str": str, "int": int, "dict": dict}
 
@@ -48,6 +49,8 @@ class Metrics:
     advglue_ece: float | None = None
     perturbed_ece: float | None = None
     perturbed_by_family: dict[str, float] = field(default_factory=dict)
+    under_attack: dict[str, float] = field(default_factory=dict)
+    """Accuracy under each automatic attack that was made, by its name; on the items that were attacked."""
     config: dict[str, Any] = field(default_factory=dict)
     """The settings used."""
     version: int = VERSION
@@ -91,7 +94,7 @@ class Metrics:
             value, kind = getattr(self, f.name), str(f.type)
             if value is None and kind.endswith("| None"):
                 continue
-            if f.name == "perturbed_by_family" and isinstance(value, dict):
+            if f.name in ("perturbed_by_family", "under_attack") and isinstance(value, dict):
                 for family, accuracy in value.items():
                     _check_number(f"{f.name}[{family!r}]", accuracy, fraction=True)
             elif kind.startswith("float"):

@@ -13,6 +13,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
     ("clean", lambda m: m.glue_accuracy, "{:.2%}"),
     ("AdvGLUE", lambda m: m.advglue_accuracy, "{:.2%}"),
     ("perturbed", lambda m: m.perturbed_accuracy, "{:.2%}"),
+    ("DeepWordBug", lambda m: m.under_attack.get("deepwordbug"), "{:.2%}"),
+    ("Pruthi", lambda m: m.under_attack.get("pruthi"), "{:.2%}"),
     ("drop", lambda m: drop(m), "{:.2f}"),
     ("step (s)", lambda m: m.step_seconds, "{:.3f}"),
     ("kept", lambda m: m.kept_fraction, "{:.0%}"),

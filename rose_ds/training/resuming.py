@@ -86,6 +86,7 @@ class ResumableTrainer(Trainer):
     """What RoseTrainer does about checkpoints; see there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
         self.meter: StepMeter | None = None
         self.fixed_settings: dict[str, Any] = {}
@@ -96,6 +97,7 @@ class ResumableTrainer(Trainer):
         self._stop = StopOnSigterm()
         self.add_callback(self._stop)
         if self.args.enable_jit_checkpoint:
+            signal.signal(signal.SIGTERM, handler)  # Trainer has already put its own there
             raise RefusedConfiguration(
                 "enable_jit_checkpoint=True lets each rank save by itself, in whatever step a signal finds it: leave "
                 "it out. RoseTrainer saves on SIGTERM, all ranks together"

@@ -173,15 +173,17 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"fp16": True}, {}, "fp16=True .* without DeepSpeed"),
     ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1, requires_grad=True)]), None)}, "remove optimizers="),
     ({}, {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {})}, "optimizer_cls_and_kwargs"),
+    ({"enable_jit_checkpoint": True}, {}, "enable_jit_checkpoint=True lets each rank save by itself"),
 ]
 
 
-@pytest.mark.parametrize(("more", "kwargs", "message"), REFUSED, ids=["fp16", "optimizers", "optimizer class"])
+@pytest.mark.parametrize(("more", "kwargs", "message"), REFUSED, ids=["fp16", "optimizers", "optimizer class", "jit"])
 def test_refused(
     more: dict[str, Any], kwargs: dict[str, Any], message: str, parts: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(RefusedConfiguration, match=message):
         make(RoseTrainer, parts, tmp_path, more, **kwargs)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # also where Trainer had put a handler of its own
 
 
 def test_dropout_zero_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""Attack every item of a dev set, some hundred at a time, and keep a log from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from rose_ds.attack.searches import SEARCHES, Item, Outcome, Scores, Search, Texts
+from rose_ds.experiments.evaluation import write_lines
+from rose_ds.training import checkpoints
+
+_ACTIVE = 256
+"""Items whose questions share batches."""
+
+Predict = Callable[[Sequence[Texts]], np.ndarray]
+
+
+@dataclass
+class AttackSettings:
+    """Which attack, and how far it goes."""
+
+    _argument_group_name: ClassVar[str] = "attack"
+
+    search: str = field(
+        default="deepwordbug",
+        metadata={
+            "help": "deepwordbug (Gao et al. 2018: important words first, four random edits each) or pruthi (Pruthi et "
+            "al. 2019: the strongest of all internal edits)."
+        },
+    )
+    max_words: int | None = field(
+        default=None,
+        metadata={"help": "Misspell at most so many words of an item. Default: deepwordbug no limit, pruthi 1."},
+    )
+    query_budget: int | None = field(default=None, metadata={"help": "Ask the model at most so often about an item."})
+    attack_seed: int = field(default=0, metadata={"help": "Seed of the random letters."})
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise ValueError(f"search={self.search!r} is not one of {list(SEARCHES)}")
+        for name in ("max_words", "query_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass
+class _Active:
+    row: dict[str, Any]
+    search: Search
+    asked: list[Texts]
+    queries: int = 0
+    """Asked so far."""
+
+
+def attack(
+    rows: Iterable[dict[str, Any]],
+    predict: Predict,
+    settings: AttackSettings,
+    log: Path,
+    *,
+    subject: Mapping[str, Any] | None = None,
+    progress: tqdm[Any] | None = None,
+) -> None:
+    """Attack rows, and write a line for each to ``log`` as it ends; rows that the log has already are left out.
+
+    Args:
+        rows: each with ``idx``, ``label`` (an id) and ``texts``, a tuple of one or two strings.
+        predict: texts -> logits (texts, classes).
+        subject: what is attacked, in words that the log keeps.
+
+    Raises:
+        ValueError: the log is of other settings or another subject, or damaged before its last line.
+    """
+    rows, done = list(rows), _resume(log, {**(subject or {}), **asdict(settings)})
+    waiting = (row for row in rows if row["idx"] not in done)
+    if progress is not None:
+        progress.update(sum(row["idx"] in done for row in rows))
+    active: list[_Active] = []
+    with log.open("a", encoding="utf-8") as lines:
+
+        def ended(row: dict[str, Any], **record: Any) -> None:
+            lines.write(json.dumps({"idx": row["idx"], "label": row["label"], **record}, ensure_ascii=False) + "\n")
+            lines.flush()
+            if progress is not None:
+                progress.update()
+
+        while True:
+            active += _begin(list(islice(waiting, _ACTIVE - len(active))), predict, settings, ended)
+            if not active:
+                return
+            active = _round(active, predict, settings, ended)
+
+
+def _begin(
+    rows: list[dict[str, Any]], predict: Predict, settings: AttackSettings, ended: Callable[..., None]
+) -> list[_Active]:
+    """Start attacks on rows whose answer is right; the others need none."""
+    if not rows:
+        return []
+    answers = predict([row["texts"] for row in rows]).argmax(axis=1)
+    started = []
+    for row, answer in zip(rows, answers, strict=True):
+        if answer != row["label"]:
+            ended(row, outcome="wrong before", queries=1, edits=[], texts=list(row["texts"]))
+            continue
+        seed = settings.attack_seed * 2**32 + row["idx"]
+        search = SEARCHES[settings.search](Item(row["texts"], seed, settings.max_words))
+        one = _Active(row, search, [], queries=1)
+        if _advance(one, None, settings, ended):
+            started.append(one)
+    return started
+
+
+def _round(
+    active: list[_Active], predict: Predict, settings: AttackSettings, ended: Callable[..., None]
+) -> list[_Active]:
+    """Answer every search's question in one batch; those that go on."""
+    logits = predict([texts for one in active for texts in one.asked]).astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    odds /= odds.sum(axis=1, keepdims=True)
+    going, start = [], 0
+    for one in active:
+        part = slice(start, start := start + len(one.asked))
+        label = one.row["label"]
+        flipped = logits[part].argmax(axis=1) != label
+        scores = list(zip(odds[part, label].tolist(), flipped.tolist(), strict=True))
+        if _advance(one, scores, settings, ended):
+            going.append(one)
+    return going
+
+
+def _advance(one: _Active, scores: Scores | None, settings: AttackSettings, ended: Callable[..., None]) -> bool:
+    """Send a search its answers; whether it has another question that the budget allows."""
+    try:
+        one.asked = one.search.send(scores) if scores is not None else next(one.search)
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        said = "broken" if outcome.broken else "held"
+        ended(one.row, outcome=said, queries=one.queries, edits=outcome.edits, texts=list(outcome.texts))
+        return False
+    if settings.query_budget is not None and one.queries + len(one.asked) > settings.query_budget:
+        one.search.close()
+        ended(one.row, outcome="budget", queries=one.queries, edits=[], texts=list(one.row["texts"]))
+        return False
+    one.queries += len(one.asked)
+    return True
+
+
+# --- the log ---
+
+
+def _resume(log: Path, settings: dict[str, Any]) -> set[int]:
+    """The items a log has, after cutting off a line that a kill left half written; a new log gets its settings."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    content = log.read_bytes() if log.is_file() else b""
+    content = content[: content.rfind(b"\n") + 1]
+    if not content:
+        write_lines(log, [{"settings": settings}])
+        return set()
+    os.truncate(log, len(content))
+    records = list(read_log(log))
+    earlier = records[0].get("settings") or {}
+    if earlier != settings:
+        raise ValueError(
+            f"{log} is of another attack ({', '.join(checkpoints.changed(earlier, settings))}): choose another "
+            "--output_dir, or delete it"
+        )
+    return {record["idx"] for record in records[1:]}
+
+
+def read_log(log: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log: its settings, then items.
+
+    Raises:
+        ValueError: a line is not JSON; names file and line.
+    """
+    lines = log.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{log}:{number}: not a line of an attack's log ({error})") from error
+
+
+def summary(logs: Sequence[Path]) -> dict[str, Any]:
+    """What came of an attack, over the logs of all ranks.
+
+    Returns:
+        ``clean_accuracy`` and ``accuracy_under_attack``, fractions of all items; ``success_rate``, of the items that
+        were right before; ``queries`` and ``words``, means over attacked and over broken items.
+    """
+    items = {r["idx"]: r for log in logs for r in read_log(log) if "idx" in r}
+    counts = {name: sum(r["outcome"] == name for r in items.values()) for name in _OUTCOMES}
+    attacked = len(items) - counts["wrong before"]
+    broken = [r for r in items.values() if r["outcome"] == "broken"]
+    queries = [r["queries"] for r in items.values() if r["outcome"] != "wrong before"]
+    return {
+        "items": len(items),
+        **{name.replace(" ", "_"): count for name, count in counts.items()},
+        "clean_accuracy": attacked / len(items),
+        "accuracy_under_attack": (attacked - counts["broken"]) / len(items),
+        "success_rate": counts["broken"] / attacked if attacked else None,
+        "queries": statistics.fmean(queries) if queries else None,
+        "words": statistics.fmean(len(r["edits"]) for r in broken) if broken else None,
+    }
+
+
+_OUTCOMES = ("wrong before", "broken", "held", "budget")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Of a launcher's environment; (0, 1) without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

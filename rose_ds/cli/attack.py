@@ -1,0 +1,86 @@
+"""``rose-ds attack``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from rose_ds.cli.arguments import Parser, first_rank
+from rose_ds.experiments.settings import RunSettings
+
+_DESCRIPTION = """Accuracy of a trained classifier under attack: misspellings searched for it, item by item.
+
+Examples:
+  rose-ds attack --task sst2 --data glue/ --model runs/sst2 --max_eval_samples 200
+  rose-ds attack --model runs/mine --validation_file dev.csv --text_columns body --search pruthi --max_words 2
+  torchrun --nproc_per_node 4 -m rose_ds attack --task snippets --model runs/ensemble
+
+Writes MODEL/attack/SEARCH.json, the accuracies, and SEARCH-RANK-of-WORLD.jsonl, every item with its edits (elsewhere
+with --output_dir); adds the accuracy to MODEL/metrics.json, for rose-ds report. Started again it goes on where it was.
+A search that fails proves nothing: compare models under the same search, seed and items, and only with each other."""
+
+
+@dataclass
+class Output:
+    """Where it goes, and how fast."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    output_dir: str | None = field(default=None, metadata={"help": "Default: the folder attack in --model."})
+    batch_size: int = field(default=64, metadata={"help": "Texts that the model is given at a time."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Attack, and print what was left."""
+    from rose_ds.attack.run import AttackSettings
+
+    parser = Parser("attack", _DESCRIPTION, RunSettings, AttackSettings, Output)
+    settings, how, output = parser.settings(arguments)
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from rose_ds.attack.classifier import Classifier
+    from rose_ds.attack.run import attack, rank_and_world, summary
+    from rose_ds.experiments.loading import load_data
+    from rose_ds.experiments.metrics import FILE as METRICS
+    from rose_ds.experiments.metrics import Metrics
+    from rose_ds.experiments.models import label_names
+
+    rank, world = rank_and_world()
+    if output.output_dir is None and not Path(settings.model).is_dir():
+        raise ValueError(f"--model {settings.model} is no folder to write to: give --output_dir")
+    folder = Path(settings.model) / "attack" if output.output_dir is None else Path(output.output_dir)
+    labels = label_names(settings.model) if settings.own_files else None
+    data = load_data(settings, ("validation",), labels)
+    assert data.validation is not None
+    model = Classifier(settings.model, data.spec, max_length=settings.max_length, batch_size=output.batch_size)
+    rows = [
+        {"idx": row["idx"], "label": row["label"], "texts": tuple(row[name] for name in data.spec.fields)}
+        for row in data.validation.select(range(rank, len(data.validation), world))
+    ]
+    logs = [folder / f"{how.search}-{r}-of-{world}.jsonl" for r in range(world)]
+    if world > 1:  # a rank may have the harder items
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    with tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar:
+        subject = {"task": data.spec.name, "weights": model.fingerprint, "max_length": settings.max_length}
+        attack(rows, model.predict, how, logs[rank], subject=subject, progress=bar)
+    if world > 1:
+        dist.barrier()
+    if first_rank():
+        found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}
+        path = folder / f"{how.search}.json"
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if output.output_dir is None and (Path(settings.model) / METRICS).is_file():
+            metrics = Metrics.read(Path(settings.model))
+            metrics.under_attack[how.search] = found["accuracy_under_attack"]
+            metrics.write(Path(settings.model))
+        right = found["items"] - found["wrong_before"]
+        print(
+            f"{data.spec.name} {how.search}: clean {found['clean_accuracy']:.2%}, under attack "
+            f"{found['accuracy_under_attack']:.2%} ({found['broken']} of {right} right answers broken)"
+        )
+        print(f"written: {path}, {', '.join(map(str, logs))}")

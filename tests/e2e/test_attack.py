@@ -1,0 +1,79 @@
+"""``rose-ds attack`` on a real classifier: one process and two ranks agree, and the report has the accuracy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launching import run, torchrun
+
+from rose_ds.attack import Classifier
+from rose_ds.attack.run import read_log
+from rose_ds.cli import main
+from rose_ds.data import get_task, load_task
+from rose_ds.experiments.metrics import Metrics
+
+FLAGS = ["--max_eval_samples", "12", "--max_length", "48", "--max_words", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, minilm: str, snippets: str) -> Path:
+    """A sentiment classifier that is right more often than not."""
+    out = tmp_path_factory.mktemp("attacked")
+    flags = ["train", "--task", snippets, "--model", minilm, "--method", "vanilla", "--max_steps", "40"]
+    flags += ["--per_device_train_batch_size", "16", "--max_length", "48", "--learning_rate", "2e-4"]
+    flags += ["--max_eval_samples", "32", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
+    main([*flags, "--output_dir", str(out)])
+    return out
+
+
+def items(*logs: Path) -> dict[int, dict[str, Any]]:
+    return {r["idx"]: r for log in logs for r in read_log(log) if "idx" in r}
+
+
+def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["attack", "--task", snippets, "--model", str(model), *FLAGS]
+    main(command)
+    found = json.loads((model / "attack" / "deepwordbug.json").read_text())
+    assert found["items"] == 12
+    assert found["clean_accuracy"] > 0.5
+    assert found["accuracy_under_attack"] < found["clean_accuracy"]
+    assert f"under attack {found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
+
+    classifier = Classifier(str(model), get_task("snippets"), max_length=48)
+    log = model / "attack" / "deepwordbug-0-of-1.jsonl"
+    dev = load_task("snippets", splits=("validation",)).validation
+    assert dev is not None
+    originals = {row["idx"]: row for row in dev}
+    for idx, record in items(log).items():
+        logits = classifier.predict([record["texts"][0], originals[idx]["sentence"]])
+        assert (logits.argmax(axis=1)[0] != record["label"]) == (record["outcome"] in ("broken", "wrong before"))
+        assert (logits.argmax(axis=1)[1] != record["label"]) == (record["outcome"] == "wrong before")
+
+    before = log.read_text()
+    main(command)  # again: nothing to do
+    assert log.read_text() == before
+
+    main(["report", str(model), "--output_dir", str(tmp_path)])
+    assert f"{found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
+    assert Metrics.read(model).under_attack == {"deepwordbug": found["accuracy_under_attack"]}
+
+    job = run([*torchrun(2), "-m", "rose_ds", *command, "--output_dir", str(tmp_path / "two")])
+    assert job.returncode == 0, job.stderr[-2000:]
+    two = [tmp_path / "two" / f"deepwordbug-{rank}-of-2.jsonl" for rank in range(2)]
+    assert [len(items(path)) for path in two] == [6, 6]
+    assert items(*two) == items(log)
+    assert json.loads((tmp_path / "two" / "deepwordbug.json").read_text()) == found
+
+
+def test_predict_takes_strings_and_pairs(model: Path) -> None:
+    """In any batch an answer is the same to a few roundings, and comes back in its place."""
+    classifier = Classifier(str(model), get_task("snippets"), max_length=48, batch_size=3)
+    texts = ["a fine film", "dull", "a very long and quite unusual story about nothing at all", "good", "bad " * 30]
+    together = classifier.predict(texts)
+    alone = np.concatenate([classifier.predict([(text,)]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert together.shape == (5, 2)
