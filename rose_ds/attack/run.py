@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rose_ds.attack.searches import SEARCHES, Item, Outcome, Scores, Search, Texts
-from rose_ds.experiments.evaluation import write_lines
-from rose_ds.training import checkpoints
+from rose_ds.experiments.resumable import ResumableLog, records_of
 
 _ACTIVE = 256
 """Items whose questions share batches."""
@@ -81,19 +78,19 @@ def attack(
     Raises:
         ValueError: the log is of other settings or another subject, or damaged before its last line.
     """
-    rows, done = list(rows), _resume(log, {**(subject or {}), **asdict(settings)})
-    waiting = (row for row in rows if row["idx"] not in done)
-    if progress is not None:
-        progress.update(sum(row["idx"] in done for row in rows))
-    active: list[_Active] = []
-    with log.open("a", encoding="utf-8") as lines:
+    rows = list(rows)
+    with ResumableLog(log, {**(subject or {}), **asdict(settings)}) as lines:
+        done = {record["idx"] for record in lines.records}
+        waiting = (row for row in rows if row["idx"] not in done)
+        if progress is not None:
+            progress.update(sum(row["idx"] in done for row in rows))
 
         def ended(row: dict[str, Any], **record: Any) -> None:
-            lines.write(json.dumps({"idx": row["idx"], "label": row["label"], **record}, ensure_ascii=False) + "\n")
-            lines.flush()
+            lines.append({"idx": row["idx"], "label": row["label"], **record})
             if progress is not None:
                 progress.update()
 
+        active: list[_Active] = []
         while True:
             active += _begin(list(islice(waiting, _ACTIVE - len(active))), predict, settings, ended)
             if not active:
@@ -156,40 +153,7 @@ def _advance(one: _Active, scores: Scores | None, settings: AttackSettings, ende
     return True
 
 
-# --- the log ---
-
-
-def _resume(log: Path, settings: dict[str, Any]) -> set[int]:
-    """The items a log has, after cutting off a line that a kill left half written; a new log gets its settings."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    content = log.read_bytes() if log.is_file() else b""
-    content = content[: content.rfind(b"\n") + 1]
-    if not content:
-        write_lines(log, [{"settings": settings}])
-        return set()
-    os.truncate(log, len(content))
-    records = list(read_log(log))
-    earlier = records[0].get("settings") or {}
-    if earlier != settings:
-        raise ValueError(
-            f"{log} is of another attack ({', '.join(checkpoints.changed(earlier, settings))}): choose another "
-            "--output_dir, or delete it"
-        )
-    return {record["idx"] for record in records[1:]}
-
-
-def read_log(log: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log: its settings, then items.
-
-    Raises:
-        ValueError: a line is not JSON; names file and line.
-    """
-    lines = log.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{log}:{number}: not a line of an attack's log ({error})") from error
+# --- what came of it ---
 
 
 def summary(logs: Sequence[Path]) -> dict[str, Any]:
@@ -199,7 +163,7 @@ def summary(logs: Sequence[Path]) -> dict[str, Any]:
         ``clean_accuracy`` and ``accuracy_under_attack``, fractions of all items; ``success_rate``, of the items that
         were right before; ``queries`` and ``words``, means over attacked and over broken items.
     """
-    items = {r["idx"]: r for log in logs for r in read_log(log) if "idx" in r}
+    items = {r["idx"]: r for r in records_of(logs)}
     counts = {name: sum(r["outcome"] == name for r in items.values()) for name in _OUTCOMES}
     attacked = len(items) - counts["wrong before"]
     broken = [r for r in items.values() if r["outcome"] == "broken"]
@@ -216,8 +180,3 @@ def summary(logs: Sequence[Path]) -> dict[str, Any]:
 
 
 _OUTCOMES = ("wrong before", "broken", "held", "budget")
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Of a launcher's environment; (0, 1) without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,15 +39,15 @@ def run(arguments: Sequence[str]) -> None:
 
     parser = Parser("attack", _DESCRIPTION, RunSettings, AttackSettings, Output)
     settings, how, output = parser.settings(arguments)
-    import torch.distributed as dist
     from tqdm import tqdm
 
     from rose_ds.attack.classifier import Classifier
-    from rose_ds.attack.run import attack, rank_and_world, summary
+    from rose_ds.attack.run import attack, summary
     from rose_ds.experiments.loading import load_data
     from rose_ds.experiments.metrics import FILE as METRICS
     from rose_ds.experiments.metrics import Metrics
     from rose_ds.experiments.models import label_names
+    from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
     rank, world = rank_and_world()
     if output.output_dir is None and not Path(settings.model).is_dir():
@@ -62,14 +61,13 @@ def run(arguments: Sequence[str]) -> None:
         {"idx": row["idx"], "label": row["label"], "texts": tuple(row[name] for name in data.spec.fields)}
         for row in data.validation.select(range(rank, len(data.validation), world))
     ]
-    logs = [folder / f"{how.search}-{r}-of-{world}.jsonl" for r in range(world)]
-    if world > 1:  # a rank may have the harder items
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    with tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar:
+    logs = logs_of(folder, how.search, world)
+    with (
+        all_ranks(),
+        tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar,
+    ):
         subject = {"task": data.spec.name, "weights": model.fingerprint, "max_length": settings.max_length}
         attack(rows, model.predict, how, logs[rank], subject=subject, progress=bar)
-    if world > 1:
-        dist.barrier()
     if first_rank():
         found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}
         path = folder / f"{how.search}.json"

@@ -11,10 +11,10 @@ import pytest
 from launching import run, torchrun
 
 from rose_ds.attack import Classifier
-from rose_ds.attack.run import read_log
 from rose_ds.cli import main
 from rose_ds.data import get_task, load_task
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.resumable import read_log
 
 FLAGS = ["--max_eval_samples", "12", "--max_length", "48", "--max_words", "3"]
 

@@ -14,8 +14,9 @@ import pytest
 
 from rose_ds.attack import SEARCHES, AttackSettings, attack
 from rose_ds.attack.edits import internal, one_of_each
-from rose_ds.attack.run import read_log, summary
+from rose_ds.attack.run import summary
 from rose_ds.attack.searches import MAX_DISTANCE
+from rose_ds.experiments.resumable import read_log
 
 pytestmark = pytest.mark.fast
 
@@ -133,13 +134,13 @@ def test_a_killed_attack_goes_on(cut: int, tmp_path: Path) -> None:
 def test_other_settings_and_damage_are_refused(tmp_path: Path) -> None:
     log = tmp_path / "a.jsonl"
     run(log)
-    with pytest.raises(ValueError, match=r"a\.jsonl is of another attack \(max_words None -> 2\)"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is of other settings \(max_words None -> 2\)"):
         run(log, max_words=2)
     with pytest.raises(ValueError, match="weights"):
         attack(ROWS, logits_of, AttackSettings(), log, subject={"weights": "abc"})
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0], "{", *lines[1:]]) + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: not a line of an attack's log"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not a line of a log"):
         run(log)
     with pytest.raises(ValueError, match=r"search='textfooler' is not one of \['deepwordbug', 'pruthi'\]"):
         AttackSettings(search="textfooler")
