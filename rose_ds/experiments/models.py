@@ -78,11 +78,14 @@ def label_order(config: Any, spec: TaskSpec) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def load_model(model: str, spec: TaskSpec, *, trained: bool = False) -> Any:
+def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: str | None = None) -> Any:
     """A sequence classifier for a task; ``trained`` demands a classification head that fits the task.
 
     A head with the task's labels keeps their order, whatever it is (``label_order``). One with other labels is of
     another task: of the same size it is trained on from where it is, of another size there is a new one.
+
+    Args:
+        attention: transformers' attn_implementation.
 
     Raises:
         ModelError: not found, not reachable, or (trained) a model for other labels.
@@ -110,6 +113,7 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False) -> Any:
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
+        **({} if attention is None else {"attn_implementation": attention}),
         ignore_mismatched_sizes=config.num_labels != len(names),
     )
 

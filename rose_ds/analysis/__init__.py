@@ -1,0 +1,1 @@
+"""Looking at trained models: loss landscapes, interpolation, probing, dropout disagreement."""

@@ -1,0 +1,183 @@
+"""One way to open a finished run: its model, its tokenizer, its data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rose_ds.data import TaskData, perturb, tokenize
+from rose_ds.data.batching import padding_collator
+from rose_ds.experiments.loading import load_data
+from rose_ds.experiments.metrics import FILE, Metrics
+from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
+from rose_ds.experiments.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+#: Fields of RunSettings that say where a model's data is and how it is read.
+_OF_DATA = tuple(f.name for f in fields(RunSettings) if f.name not in ("model", "engine"))
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Opened:
+    """A model and its data."""
+
+    name: str
+    """The method, where the folder says it, and the folder's own name."""
+    settings: RunSettings
+    model: nn.Module
+    """In evaluation mode."""
+    tokenizer: Any
+    data: TaskData
+    device: torch.device
+
+    def batches(self, split: str, count: int | None = None, batch_size: int = 32) -> list[Batch]:
+        """Rows of a split with their labels (the model's ids), evenly spaced, sorted by length, on the device.
+
+        Args:
+            split: train, validation, adversarial, or perturbed.
+            count: how many rows; None: all.
+
+        Raises:
+            ValueError: the data has no such split.
+        """
+        rows = self.rows(split)
+        if count is not None and count < len(rows):
+            rows = rows.select([i * len(rows) // count for i in range(count)])
+        order = label_order(self.model.config, self.data.spec)
+        tokens = tokenize(rows, self.data.spec, self.tokenizer, self.settings.max_length, order)
+        tokens = tokens.select(sorted(range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"])))
+        collate = padding_collator(self.tokenizer)
+        parts = [
+            collate([tokens[i] for i in range(start, min(start + batch_size, len(tokens)))])
+            for start in range(0, len(tokens), batch_size)
+        ]
+        return [{name: value.to(self.device) for name, value in part.items()} for part in parts]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the head's weights, which no two trainings share."""
+        head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(self.model.parameters())[-2:])
+        return hashlib.sha256(head).hexdigest()[:12]
+
+    def rows(self, split: str) -> Any:
+        """A split of the task's data. Raises ValueError where there is none."""
+        if split == "perturbed" and self.data.validation is not None:
+            return perturb(self.data.validation, self.data.spec.fields, seed=self.settings.perturb_seed)
+        rows = getattr(self.data, split, None)
+        if rows is None:
+            raise ValueError(f"{self.data.spec.name} has no rows to call {split!r} here")
+        return rows
+
+
+def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
+    """What a run was trained on, as its metrics.json has it; ``given`` flags come first.
+
+    Raises:
+        ValueError: metrics.json cannot be read.
+    """
+    known: dict[str, Any] = {}
+    if (Path(folder) / FILE).is_file():
+        config = Metrics.read(Path(folder)).config
+        known = {name: config[name] for name in _OF_DATA if name in config}
+    chosen = {name: value for name, value in given.items() if name in _OF_DATA}
+    return RunSettings(**{**known, **chosen, "model": folder})
+
+
+def open_run(
+    folder: str,
+    given: Mapping[str, Any],
+    *,
+    splits: Sequence[str] = ("validation",),
+    attention: str | None = None,
+    trained: bool = True,
+) -> Opened:
+    """A model folder (or a hub id) with its data.
+
+    Args:
+        folder: what ``rose-ds train`` wrote, or any sequence classifier with the task's labels.
+        given: flags of RunSettings that the user gave; the others are those of the run.
+        splits: which of train, validation and adversarial are needed; an adversarial one may be missing.
+        attention: transformers' attn_implementation, e.g. eager for second derivatives.
+        trained: False takes a model without a classification head, and makes one.
+
+    Raises:
+        DataError, ModelError, ValueError: see there.
+    """
+    settings = settings_of(folder, given)
+    tokenizer = load_tokenizer(folder)
+    check_length(folder, tokenizer, settings.max_length)
+    labels = label_names(folder) if settings.own_files and trained else None
+    data = load_data(settings, splits, labels)
+    model = load_model(folder, data.spec, trained=trained, attention=attention).eval()
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return Opened(_name(folder), settings, model.to(device), tokenizer, data, device)
+
+
+def _name(folder: str) -> str:
+    own = Path(folder).name
+    if not (Path(folder) / FILE).is_file():
+        return own
+    method = Metrics.read(Path(folder)).method
+    return own if method is None or method in own else f"{own} ({method})"
+
+
+@torch.inference_mode()
+def loss_and_accuracy(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Mean cross entropy and accuracy over rows, the model as it is (dropout off in evaluation mode); fp64 sums."""
+    loss, right, count = 0.0, 0, 0
+    for batch in batches:
+        labels = batch["labels"]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").double().item()
+        right += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return loss / count, right / count
+
+
+def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
+    """Write NAME.json, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def output_folder(models: Sequence[str], output_dir: str | None) -> Path:
+    """Where results go: --output_dir, else the folder ``analysis`` in the first model's.
+
+    Raises:
+        ValueError: the first model is no folder, and there is no --output_dir.
+    """
+    if output_dir is not None:
+        return Path(output_dir)
+    if not Path(models[0]).is_dir():
+        raise ValueError(f"{models[0]} is no folder to write to: give --output_dir")
+    return Path(models[0]) / "analysis"
+
+
+def same_data(opened: Sequence[Opened]) -> None:
+    """Refuse to draw models of different tasks into one picture.
+
+    Raises:
+        ValueError: names both.
+    """
+    first = opened[0]
+    for other in opened[1:]:
+        if replace(other.settings, model="") != replace(first.settings, model=""):
+            raise ValueError(
+                f"{first.name} and {other.name} were trained on different data or lengths: say which to use with "
+                "--task, --data and --max_length"
+            )

@@ -1,0 +1,47 @@
+"""What the analyses of trained models share: their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rose_ds.cli.arguments import Parser
+from rose_ds.experiments.settings import RunSettings
+
+
+@dataclass
+class Rows:
+    """On which rows, and where the results go."""
+
+    _argument_group_name: ClassVar[str] = "rows and output"
+
+    rows: int = field(default=512, metadata={"help": "Look at so many rows of a set, evenly spaced."})
+    batch_size: int = field(default=64, metadata={"help": "Rows at a time."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: the folder analysis in the first model."})
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def parse(
+    command: str, description: str, arguments: Sequence[str], *settings: Any, models: str
+) -> tuple[list[str], dict[str, Any], tuple[Any, ...]]:
+    """The models, the flags of RunSettings that were given, and an instance of ``Rows`` and of each of ``settings``.
+
+    Args:
+        models: help for the positional arguments.
+    """
+    parser = Parser(command, description, RunSettings, Rows, *settings)
+    parser.usage = "%(prog)s MODEL [MODEL ...] [--flag value ...]"
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    for action in parser._actions:  # which model is said in place of --model, and there is no engine
+        if action.dest in ("model", "engine"):
+            action.help = argparse.SUPPRESS
+    parser.parse_args(arguments)  # which says what is wrong; transformers raises
+    given = parser.given(arguments)
+    _, *instances, rest = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    return rest.models, given, tuple(instances)

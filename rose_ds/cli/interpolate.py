@@ -1,0 +1,53 @@
+"""``rose-ds interpolate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rose_ds.analysis.interpolation import Line
+from rose_ds.cli.analyses import parse
+from rose_ds.cli.arguments import first_rank
+
+_DESCRIPTION = """Loss and accuracy on the line between two models (Eq. 7), on clean, adversarial and perturbed text.
+
+Examples:
+  rose-ds interpolate runs/ensemble runs/vanilla --output_dir figures
+  rose-ds interpolate runs/ensemble runs/vanilla --points 11 --rows 128    # a quick look
+
+a = 0 is the first model, a = 1 the second. Writes interpolation.json, .png and .svg. Started again it goes
+on where it was; under a launcher the points are shared among ranks."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measure, draw, and print the ends."""
+    models, given, (rows, line) = parse(
+        "interpolate", _DESCRIPTION, arguments, Line, models="two folders of trained models, or hub ids"
+    )
+    if len(models) != 2:
+        raise ValueError(f"a line has two ends: give two models, found {len(models)}")
+    from rose_ds.analysis import pictures
+    from rose_ds.analysis.interpolation import walk, weights_between
+    from rose_ds.analysis.load import open_run, output_folder, same_data, write_result
+    from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world, records_of
+
+    folder, world = output_folder(models, rows.output_dir), rank_and_world()[1]
+    one, other = (open_run(model, given, splits=("validation", "adversarial")) for model in models)
+    same_data([one, other])
+    names = ("validation", "perturbed", *(["adversarial"] if one.data.adversarial is not None else []))
+    sets = {name: one.batches(name, rows.rows, rows.batch_size) for name in names}
+    logs = logs_of(folder / "points", "interpolation", world)
+    subject = {"task": one.data.spec.name, "rows": rows.rows, "weights": [one.fingerprint, other.fingerprint]}
+    with all_ranks():
+        walk(one.model, weights_between(one.model, other.model), sets, line, logs, subject)
+    if not first_rank():
+        return
+    points = sorted(records_of(logs), key=lambda record: record["point"])
+    settings = {**asdict(rows), **asdict(line), "task": one.data.spec.name, "models": models}
+    written = [write_result(folder, "interpolation", {"settings": settings, "points": points})]
+    written += pictures.interpolation(points, list(sets), (one.name, other.name), folder)
+    for name in sets:
+        best = max(points, key=lambda p: (p[f"{name}_accuracy"], -p[f"{name}_loss"]))
+        ends = [f"{p[f'{name}_accuracy']:.2%} at a = {p['a']:g}" for p in points if p["a"] in (0, 1)]
+        print(f"{name}: {', '.join(ends)}; highest {best[f'{name}_accuracy']:.2%} at a = {best['a']:g}")
+    print("written: " + ", ".join(map(str, written)))
