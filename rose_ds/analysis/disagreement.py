@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rose_ds.analysis.load import Batch
 from rose_ds.engines.rng import RngState, replay
+from rose_ds.experiments.evaluation import write_lines
+
+FILE = "disagreement.jsonl"
 
 
 @torch.inference_mode()
@@ -41,3 +48,41 @@ def disagreement(module: nn.Module, batches: Sequence[Batch], draws: int = 1, se
     if not moved:
         raise ValueError("two passes with dropout on give the same logits everywhere: the model has no dropout")
     return found
+
+
+class DisagreementCallback(TrainerCallback):
+    """Measures it on a set after certain optimizer steps, on any engine, and writes FILE: step and fraction a line.
+
+    Training goes on with the random numbers that it would have had. Lines of later steps, of a run that was killed and
+    goes on from a checkpoint, are taken out.
+    """
+
+    def __init__(self, trainer: Any, rows: Any, steps: Sequence[int], folder: Path) -> None:
+        self.trainer, self.rows, self.steps, self.path = trainer, rows, frozenset(steps), folder / FILE
+        self.found: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on with what a resumed run has measured."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self.found = [line for line in map(json.loads, lines) if line["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, if this is one of the steps."""
+        if state.global_step not in self.steps:
+            return
+        self.found.append({"step": state.global_step, "disagreement": self._measure(args.seed)})
+        if state.is_world_process_zero:
+            write_lines(self.path, self.found)
+
+    def _measure(self, seed: int) -> float:
+        model, accelerator = self.trainer.model_wrapped, self.trainer.accelerator
+        different = rows = 0
+        model.train()
+        with replay(RngState.now()), torch.no_grad():
+            torch.manual_seed(seed + accelerator.process_index)
+            for batch in self.trainer.get_eval_dataloader(self.rows):
+                inputs = {k: v for k, v in self.trainer._prepare_inputs(batch).items() if k != "labels"}
+                a, b = (model(**inputs).logits.argmax(-1) for _ in range(2))
+                flags = accelerator.gather_for_metrics(a != b)
+                different, rows = different + int(flags.sum()), rows + len(flags)
+        return different / rows

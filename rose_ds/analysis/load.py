@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rose_ds.data import TaskData, perturb, tokenize
+from rose_ds.analysis.probing import new_head
+from rose_ds.data import TaskData, TaskSpec, perturb, tokenize
 from rose_ds.data.batching import padding_collator
 from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.metrics import FILE, Metrics
@@ -122,6 +123,19 @@ def open_run(
     model = load_model(folder, data.spec, trained=trained, attention=attention).eval()
     device = torch.device(torch.accelerator.current_accelerator() or "cpu")
     return Opened(_name(folder), settings, model.to(device), tokenizer, data, device)
+
+
+def fresh_classifier(folder: str, labels: int, seed: int) -> tuple[nn.Module, Any]:
+    """A model with a new head of ``labels`` labels, on the device, and its tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, TaskSpec("probe", ("sentence",), tuple(map(str, range(labels)))))
+    new_head(model, seed)
+    return model.to(torch.device(torch.accelerator.current_accelerator() or "cpu")), tokenizer
 
 
 def _name(folder: str) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import attack, disagreement, evaluate, interpolate, landscape, report, sweep, train
+from rose_ds.cli import attack, disagreement, evaluate, interpolate, landscape, probe, report, sweep, train
 from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "sweep": ("run methods x tasks x seeds x settings, resumable and shared between machines", sweep.run),
     "landscape": ("the loss around trained models, in pictures and numbers (Eq. 6)", landscape.run),
     "interpolate": ("loss and accuracy on the line between two models (Eq. 7)", interpolate.run),
+    "probe": ("whether a model prefers syntax or the surface (Section 4.2)", probe.run),
     "dropout-disagreement": ("how often two dropout passes give two answers (Table 4)", disagreement.run),
     "report": ("compare finished runs: table, JSON and chart", report.run),
 }

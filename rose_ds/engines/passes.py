@@ -266,6 +266,8 @@ class PassBatch:
         self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
         self.divergence: Tensor | None = None
         """The last value whose gradient was to be ranked, detached."""
+        self.disagreed: Tensor | None = None
+        """Of the two passes that were compared: the fraction of rows with two answers."""
         self.moved_statistics = False
         """A pass has been run that counts in BatchNorm's running statistics: one of a micro-batch does."""
         self.trained = False
@@ -298,6 +300,8 @@ class PassBatch:
         return self.ranks_risk
 
     def risk(self, value: Tensor, *passes: Any, share: float = 0.0) -> None:
+        if self.compare is not None and len(passes) == 2:
+            self.disagreed = self.compare.disagreement(*(p.logits for p in passes))
         if not self.ranks_risk and not (share and self.ranks_task):
             return
         self._require_dropout(passes)
@@ -315,6 +319,10 @@ class PassBatch:
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
         assert self.compare is not None
         return self.compare.summed_kl(logits, target)
+
+    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+        assert self.compare is not None
+        return self.compare.disagreement(logits_a, logits_b)
 
     def agree(self, ok: bool) -> bool:
         return self.engine.agree(ok)

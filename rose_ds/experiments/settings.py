@@ -76,6 +76,13 @@ class RunSettings:
     )
     max_train_samples: int | None = field(default=None, metadata=_help("Train on so many rows only, evenly spaced."))
     max_eval_samples: int | None = field(default=None, metadata=_help("Measure on so many rows only, evenly spaced."))
+    disagreement_steps: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "After these optimizer steps measure how often two dropout passes give an item of the dev set two answers "
+            "(Table 4: 200 600 2000 4000)."
+        ),
+    )
     perturb_seed: int = field(default=0, metadata=_help("Seed of the perturbed dev set."))
 
     @property

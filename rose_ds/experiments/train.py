@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
+from rose_ds.analysis.disagreement import DisagreementCallback
 from rose_ds.config import RoseConfig
 from rose_ds.data import padding_collator, tokenize
 from rose_ds.eligible import eligible_names
@@ -49,6 +50,9 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     weights = trainer.fixed_settings["class weights"]
     meter = trainer.measure()
     trainer.add_callback(TrajectoryCallback(trainer, evaluator, Path(args.output_dir)))
+    if run.disagreement_steps:
+        rows = evaluator.rows["clean"]
+        trainer.add_callback(DisagreementCallback(trainer, rows, run.disagreement_steps, Path(args.output_dir)))
     result = trainer.train(resume_from_checkpoint=_checkpoint(method, trainer))
     found = evaluator.final(trainer)
     metrics = Metrics(

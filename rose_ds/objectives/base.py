@@ -37,6 +37,9 @@ class Comparing(Protocol):
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
         """``KL(target || prediction)``, summed over the batch."""
 
+    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+        """Fraction of the batch for which two predictions give two answers (Table 4)."""
+
 
 class MicroBatch(Comparing, Protocol):
     """This rank's micro-batch, and all that an objective knows of the model."""

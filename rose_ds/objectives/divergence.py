@@ -44,6 +44,13 @@ class Comparison:
         """``KL(target || prediction)`` summed over the batch, so that it does not depend on the number of ranks."""
         return _kl(*_rows(self._selected(target), self._selected(logits), self.distribution()))
 
+    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+        """Fraction of the predictions that give two answers (Table 4): another class, or any other label."""
+        a, b = (self._selected(z.detach()) for z in (logits_a, logits_b))
+        if self.distribution() == "bernoulli":
+            return ((a > 0) != (b > 0)).any(-1).float().mean()
+        return (a.argmax(-1) != b.argmax(-1)).float().mean()
+
     def _selected(self, logits: Tensor) -> Tensor:
         if self.positions is None:
             return logits

@@ -38,6 +38,8 @@ class MicroBatchValues(TypedDict):
 
     loss: Tensor
     kl: Tensor | None
+    disagreement: Tensor | None
+    """Fraction of the rows whose two dropout passes, where there were two, give two answers."""
 
 
 def prepare(
@@ -189,7 +191,7 @@ class Stepper:
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
         self._awaiting_step = True
-        return {"loss": value, "kl": batch.divergence}
+        return {"loss": value, "kl": batch.divergence, "disagreement": batch.disagreed}
 
     def step(self) -> StepReport | None:
         """Count the micro-batch; at the accumulation boundary update the weights and zero the gradients.

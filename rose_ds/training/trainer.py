@@ -74,6 +74,7 @@ class RoseTrainer(ResumableTrainer):
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
         self._loss_uses_count: bool | None = None
+        self._disagreements: list[Tensor] = []
         self._refuse()
         self._refuse_without_dropout()
         bars = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]  # not one of the user's own
@@ -269,6 +270,8 @@ class RoseTrainer(ResumableTrainer):
                 grad_norm=lambda: self._grad_norm,
                 max_grad_norm=self.args.max_grad_norm,
             )
+        if micro["disagreement"] is not None:
+            self._disagreements.append(micro["disagreement"])
         return micro["loss"] / accumulation
 
     def _passes(
@@ -402,8 +405,14 @@ class RoseTrainer(ResumableTrainer):
     # --- reports ---
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the last step's thresholds and kept fractions beside the training loss."""
+        """Trainer's, with the last step's thresholds and kept fractions beside the training loss, and how often the two
+        dropout passes gave two answers since the log before.
+        """
         report = self.last_report
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
+            if self._disagreements:
+                mean = self.accelerator.gather(torch.stack(self._disagreements).mean().reshape(1))
+                logs["rose/disagreement"] = float(mean.mean())
+                self._disagreements = []
         super().log(logs, *args, **kwargs)
