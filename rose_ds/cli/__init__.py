@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import attack, disagreement, evaluate, interpolate, landscape, probe, report, sweep, train
+from rose_ds.cli import attack, disagreement, evaluate, inspect, interpolate, landscape, probe, report, sweep, train
 from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
     "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
     "sweep": ("run methods x tasks x seeds x settings, resumable and shared between machines", sweep.run),
+    "inspect": ("what the masks of runs kept, layer by layer, on one page", inspect.run),
     "landscape": ("the loss around trained models, in pictures and numbers (Eq. 6)", landscape.run),
     "interpolate": ("loss and accuracy on the line between two models (Eq. 7)", interpolate.run),
     "probe": ("whether a model prefers syntax or the surface (Section 4.2)", probe.run),

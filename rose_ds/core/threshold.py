@@ -8,7 +8,7 @@ do not depend on their order, so every rank computes the same bits at every worl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Threshold:
     """How many values are NaN."""
     zeros: int = 0
     """How many values are zero, or below 2**-129, where fp32 has all but ended."""
+    histogram: Tensor | None = field(default=None, compare=False, repr=False)
+    """Counts of the finite values over all ranks by their top 12 bits, eight bins an octave: shape (2040,), int64."""
 
 
 def local_only(counts: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
     """
     wanted = None if fixed is None else int(torch.tensor(fixed).view(torch.int32))
     prefix, below, infinite, zeros = 0, 0, 0, 0
+    spread: Tensor | None = None
     totals = rows_below = torch.zeros((), dtype=torch.int64)
     for depth, (shift, width) in enumerate(_ROUNDS):
         rows = [exchange(_histogram(chunks, prefix, shift, width)) for chunks, exchange in spreads]
@@ -71,7 +74,7 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
                 raise ValueError(f"k={k} must be in [1, {total}], the number of values over all ranks")
             if nan:
                 return Threshold(float("nan"), 0, None, infinite, nan)
-            totals = rows[0].sum(1)
+            totals, spread = rows[0].sum(1), counts[:_INFINITY].cpu()
         cumulative = counts.cumsum(0)
         digit = int(torch.searchsorted(cumulative, k - below)) if wanted is None else wanted >> shift & (1 << width) - 1
         rows_below = rows_below.to(counts.device) + rows[0][:, :digit].sum(1)
@@ -83,7 +86,7 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
         kept, kept_rows = below + int(counts[digit]), rows_below + rows[0][:, digit]
     value = torch.tensor(prefix, dtype=torch.int32).view(torch.float32).item()
     alone = len(spreads) > 1 or (len(kept_rows) == 1 and spreads[0][1] is not local_only)
-    return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0, zeros)
+    return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0, zeros, spread)
 
 
 def _histogram(chunks: Iterable[Tensor], prefix: int, shift: int, width: int) -> Tensor:

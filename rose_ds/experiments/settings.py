@@ -76,6 +76,10 @@ class RunSettings:
     )
     max_train_samples: int | None = field(default=None, metadata=_help("Train on so many rows only, evenly spaced."))
     max_eval_samples: int | None = field(default=None, metadata=_help("Measure on so many rows only, evenly spaced."))
+    record_masks: int = field(
+        default=50,
+        metadata=_help("Every so many optimizer steps record what the masks kept, for rose-ds inspect; 0: never."),
+    )
     disagreement_steps: list[int] | None = field(
         default=None,
         metadata=_help(
@@ -100,6 +104,8 @@ class RunSettings:
             raise ValueError(f"engine={self.engine!r} is not one of {list(_ENGINE_CHOICES)}")
         if self.max_length < 8:
             raise ValueError(f"max_length={self.max_length} must be at least 8")
+        if self.record_masks < 0:
+            raise ValueError(f"record_masks={self.record_masks} must be at least 0")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -50,6 +50,8 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     weights = trainer.fixed_settings["class weights"]
     meter = trainer.measure()
     trainer.add_callback(TrajectoryCallback(trainer, evaluator, Path(args.output_dir)))
+    if run.record_masks:
+        trainer.record_masks = Path(args.output_dir), run.record_masks
     if run.disagreement_steps:
         rows = evaluator.rows["clean"]
         trainer.add_callback(DisagreementCallback(trainer, rows, run.disagreement_steps, Path(args.output_dir)))

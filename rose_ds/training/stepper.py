@@ -26,6 +26,7 @@ from rose_ds.objectives.divergence import Comparison
 from rose_ds.optimizer import Plan, RoseAdamW
 from rose_ds.training.describe import Row, describe_dropout, describe_memory, describe_parameters
 from rose_ds.training.fisher import mean_squared_gradient
+from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
 from rose_ds.training.step_report import StepReport
@@ -78,6 +79,8 @@ class Stepper:
         self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
         self.objective = objective or Task()
         self.policy = policy_of(self.config)
+        self.recorder: MaskRecorder | None = None
+        """Sees each step's masks before they are used, where there is one."""
         self.last_report: StepReport | None = None
         """The last optimizer step's report."""
         self._awaiting_step = False
@@ -332,6 +335,8 @@ class Stepper:
             return
         scales = self._scales(selection) if policy.preserve_scale else None
         self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
+        if self.recorder is not None:
+            self.recorder.see(self.optimizer.steps_taken() + 1, selection)
 
     def _check_zeros(self, selection: Selection) -> None:
         """A gradient that is zero everywhere ranks nothing: an error, unless there was one in an earlier step."""

@@ -24,6 +24,7 @@ from rose_ds.optimizer import RoseAdamW
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import RoseProgressCallback
 from rose_ds.training.describe import find_dropout
+from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
 from rose_ds.training.resuming import ResumableTrainer
 from rose_ds.training.step_report import StepReport
@@ -75,6 +76,8 @@ class RoseTrainer(ResumableTrainer):
         self._grad_norm: float | None = None
         self._loss_uses_count: bool | None = None
         self._disagreements: list[Tensor] = []
+        self.record_masks: tuple[Path, int] | None = None
+        """A folder, and every how many optimizer steps what the masks kept is written there."""
         self._refuse()
         self._refuse_without_dropout()
         bars = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]  # not one of the user's own
@@ -390,6 +393,8 @@ class RoseTrainer(ResumableTrainer):
             self.stepper = prepare(model, optimizer, objective=self.objective)
             self._stepper_model = model
             self._check_agreement(self.stepper.config)
+            if self.record_masks is not None:
+                self.stepper.recorder = MaskRecorder(self.stepper, *self.record_masks)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
         return self.stepper

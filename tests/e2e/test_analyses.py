@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,17 @@ def models(tmp_path_factory: pytest.TempPathFactory, minilm: str, snippets: str)
         flags = ["train", "--task", snippets, "--model", minilm, "--method", method, "--max_steps", "6"]
         flags += ["--per_device_train_batch_size", "8", "--max_length", "32", "--learning_rate", "2e-4"]
         flags += ["--max_eval_samples", "32", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
-        flags += ["--logging_steps", "3", "--disagreement_steps", "2", "6", "--output_dir", str(out / method)]
+        flags += [
+            "--logging_steps",
+            "3",
+            "--disagreement_steps",
+            "2",
+            "6",
+            "--record_masks",
+            "2",
+            "--output_dir",
+            str(out / method),
+        ]
         main(flags)
     return {method: str(out / method) for method in METHODS}
 
@@ -133,6 +145,26 @@ def test_disagreement_is_logged_and_measured_over_ranks(minilm: str, snippets: s
     logged = [entry["rose/disagreement"] for entry in state["log_history"] if "loss" in entry]
     assert len(logged) == 3
     assert all((8 * value).is_integer() and 0 <= value <= 1 for value in logged)  # of 4 rows on each of 2 ranks
+
+
+def test_inspect(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "masks.html"
+    main(["inspect", models["rose-first"], models["rose-first"], "--output", str(path)])
+    text = path.read_text(encoding="utf-8")
+    assert text.count("attention.self.query") >= 2  # a row of a heat map of each
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)  # needs no network
+    with pytest.raises(SystemExit):
+        main(["inspect", models["vanilla"]])
+    assert "has no masks.jsonl: a method without masks" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_draws_every_figure(models: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "masks.html"
+    main(["inspect", models["rose-first"], "--output", str(path)])
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    dom = run([*browser, path.as_uri()], timeout=120).stdout
+    assert dom.count('class="main-svg"') >= 5  # heat maps, risks, thresholds, stability
 
 
 def test_probe(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
