@@ -393,7 +393,7 @@ class RoseTrainer(ResumableTrainer):
             self.stepper = prepare(model, optimizer, objective=self.objective)
             self._stepper_model = model
             self._check_agreement(self.stepper.config)
-            if self.record_masks is not None:
+            if self.record_masks is not None and self.stepper.policy is not None:
                 self.stepper.recorder = MaskRecorder(self.stepper, *self.record_masks)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
