@@ -19,24 +19,18 @@ from rose_ds.config import RoseConfig
 from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
-from rose_ds.objectives import Objective, resolve
+from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import RoseProgressCallback
-from rose_ds.training.describe import find_dropout
+from rose_ds.training.checked import CheckedTrainer
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
-from rose_ds.training.resuming import ResumableTrainer
 from rose_ds.training.step_report import StepReport
 from rose_ds.training.stepper import Stepper, prepare
 
-#: Trainer's spellings of the AdamW that RoseAdamW is.
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
-#: Layers whose dropout can be seen in their attributes.
-_KNOWN = ("torch.", "transformers.", "peft.")
 
-
-class RoseTrainer(ResumableTrainer):
+class RoseTrainer(CheckedTrainer):
     """A Trainer that updates only robust parameters.
 
     Args:
@@ -101,87 +95,7 @@ class RoseTrainer(ResumableTrainer):
             return f"fsdp{self.accelerator.state.fsdp_plugin.fsdp_version}"
         return "plain" if self.args.world_size == 1 else "ddp"
 
-    def _refuse(self) -> None:
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            raise RefusedConfiguration(
-                "RoseTrainer makes its own RoseAdamW: remove optimizers= and optimizer_cls_and_kwargs=, and pass "
-                "rose=RoseConfig(...)"
-            )
-        self._refuse_other_optimizers()
-        if (self.args.fp16 or getattr(self.accelerator, "scaler", None) is not None) and not self.is_deepspeed_enabled:
-            raise RefusedConfiguration(
-                "fp16=True (or accelerate's mixed_precision) without DeepSpeed scales the loss outside the "
-                'engine: use bf16=True, or a DeepSpeed config with "fp16"'
-            )
-        if self.args.n_gpu > 1:
-            raise RefusedConfiguration(
-                "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
-                "deepspeed, torchrun or accelerate launch"
-            )
-        block = self._deepspeed_optimizer_block()
-        if block is not None and block.get("type") != "RoseAdamW":
-            raise RefusedConfiguration(
-                f"the DeepSpeed config's optimizer is {block.get('type')!r}: remove the block (RoseTrainer brings "
-                'RoseAdamW), or set its "type" to "RoseAdamW"'
-            )
-
-    def _refuse_other_optimizers(self) -> None:
-        args, own = (
-            self.args,
-            type(self).get_optimizer_cls_and_kwargs is not ResumableTrainer.get_optimizer_cls_and_kwargs,
-        )
-        asked = {
-            f"optim={str(getattr(args.optim, 'value', args.optim))!r}": args.optim not in _ADAMW,
-            f"optim_args={args.optim_args!r}": args.optim_args,
-            f"optim_target_modules={args.optim_target_modules!r}": args.optim_target_modules,
-            f"{type(self).__name__}.get_optimizer_cls_and_kwargs()": own,
-        }
-        for what, there in asked.items():
-            if there:
-                raise RefusedConfiguration(
-                    f"{what} asks for another optimizer, or other groups, and ROSE's masks are those of RoseAdamW, "
-                    "AdamW with the learning rate, betas, epsilon and weight decay of TrainingArguments: leave it out, "
-                    "or use transformers.Trainer"
-                )
-
-    def _deepspeed_optimizer_block(self) -> dict[str, Any] | None:
-        if not self.is_deepspeed_enabled:
-            return None
-        block: dict[str, Any] | None = self.accelerator.state.deepspeed_plugin.hf_ds_config.config.get("optimizer")
-        return block
-
-    def _refuse_without_dropout(self) -> None:
-        if not self.rose.uses_first or self.args.neftune_noise_alpha or find_dropout(self.model):
-            return
-        if not all(type(m).__module__.startswith(_KNOWN) for m in self.model.modules()):
-            return  # somebody's own layers may be random; the first step finds out
-        config = getattr(self.model, "config", None)
-        keys = [key for key in (config.to_dict() if config is not None else {}) if "drop" in key]
-        raise RefusedConfiguration(
-            f'strategy="{self.rose.strategy}" compares two dropout passes, but every dropout probability of this model '
-            f"is 0: set {' or '.join(keys[:4]) + ' in its config' if keys else 'one'} above 0, or choose "
-            'strategy="second"'
-        )
-
-    def _objective(self, given: str | Mapping[str, Any] | Objective | None) -> Objective:
-        named = (self._deepspeed_optimizer_block() or {}).get("params", {}).get("objective")
-        if given is not None and named is not None and resolve(given) != resolve(named):
-            raise RefusedConfiguration(
-                f"the DeepSpeed config's RoseAdamW block says objective={named!r}, objective= says {given!r}: keep one"
-            )
-        return resolve(named if given is None and named is not None else given or "task")
-
     # --- optimizer ---
-
-    def _check_own_optimizer(self) -> None:
-        """Of a subclass whose create_optimizer() is its own."""
-        made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate has wrapped it by now
-        if not self.is_deepspeed_enabled and not isinstance(made, RoseAdamW):
-            raise RefusedConfiguration(
-                f"{type(self).__name__}.create_optimizer() makes {type(made).__name__}, which knows no masks: let it "
-                "make rose_ds.RoseAdamW from the same groups, with (name, parameter) pairs as their params and the "
-                "settings of ROSE as keywords"
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """RoseAdamW over named parameters, with Trainer's own split into decayed and not decayed."""
@@ -398,14 +312,6 @@ class RoseTrainer(ResumableTrainer):
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
         return self.stepper
-
-    def _check_agreement(self, used: RoseConfig) -> None:
-        if used != self.rose:
-            if self.rose != RoseConfig():
-                raise RefusedConfiguration(
-                    f"the DeepSpeed config's RoseAdamW block says {used}, rose= says {self.rose}: keep one of them"
-                )
-            self.rose = used
 
     # --- reports ---
 
