@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ from torch.nn import functional as F
 from rose_ds.analysis.probing import new_head
 from rose_ds.data import TaskData, TaskSpec, perturb, tokenize
 from rose_ds.data.batching import padding_collator
-from rose_ds.experiments.loading import load_data
+from rose_ds.experiments.loading import load_data, settings_of
 from rose_ds.experiments.metrics import FILE, Metrics
 from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-#: Fields of RunSettings that say where a model's data is and how it is read.
-_OF_DATA = tuple(f.name for f in fields(RunSettings) if f.name not in ("model", "engine"))
 Batch = dict[str, torch.Tensor]
 
 
@@ -79,20 +77,6 @@ class Opened:
         if rows is None:
             raise ValueError(f"{self.data.spec.name} has no rows to call {split!r} here")
         return rows
-
-
-def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
-    """What a run was trained on, as its metrics.json has it; ``given`` flags come first.
-
-    Raises:
-        ValueError: metrics.json cannot be read.
-    """
-    known: dict[str, Any] = {}
-    if (Path(folder) / FILE).is_file():
-        config = Metrics.read(Path(folder)).config
-        known = {name: config[name] for name in _OF_DATA if name in config}
-    chosen = {name: value for name, value in given.items() if name in _OF_DATA}
-    return RunSettings(**{**known, **chosen, "model": folder})
 
 
 def open_run(

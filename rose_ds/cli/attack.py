@@ -14,9 +14,11 @@ from rose_ds.experiments.settings import RunSettings
 _DESCRIPTION = """Accuracy of a trained classifier under attack: misspellings searched for it, item by item.
 
 Examples:
-  rose-ds attack --task sst2 --data glue/ --model runs/sst2 --max_eval_samples 200
-  rose-ds attack --model runs/mine --validation_file dev.csv --text_columns body --search pruthi --max_words 2
-  torchrun --nproc_per_node 4 -m rose_ds attack --task snippets --model runs/ensemble
+  rose-ds attack --model runs/sst2 --max_eval_samples 200
+  rose-ds attack --model runs/mine --validation_file hard.csv --text_columns body --search pruthi --max_words 2
+  torchrun --nproc_per_node 4 -m rose_ds attack --model runs/ensemble
+
+Task, data and length are those of the model's run, unless flags say which rows to read.
 
 Writes MODEL/attack/SEARCH.json, the accuracies, and SEARCH-RANK-of-WORLD.jsonl, every item with its edits (elsewhere
 with --output_dir); adds the accuracy to MODEL/metrics.json, for rose-ds report. Started again it goes on where it was.
@@ -39,16 +41,18 @@ def run(arguments: Sequence[str]) -> None:
 
     parser = Parser("attack", _DESCRIPTION, RunSettings, AttackSettings, Output)
     settings, how, output = parser.settings(arguments)
+    given = parser.given(arguments)
     from tqdm import tqdm
 
     from rose_ds.attack.classifier import Classifier
     from rose_ds.attack.run import attack, summary
-    from rose_ds.experiments.loading import load_data
+    from rose_ds.experiments.loading import load_data, settings_of
     from rose_ds.experiments.metrics import FILE as METRICS
     from rose_ds.experiments.metrics import Metrics
     from rose_ds.experiments.models import label_names
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
+    settings = settings_of(settings.model, given)
     rank, world = rank_and_world()
     if output.output_dir is None and not Path(settings.model).is_dir():
         raise ValueError(f"--model {settings.model} is no folder to write to: give --output_dir")

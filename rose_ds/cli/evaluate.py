@@ -10,16 +10,22 @@ from rose_ds.experiments.settings import RunSettings
 _DESCRIPTION = """Accuracy of a trained classifier on a task's clean, adversarial and perturbed dev sets.
 
 Example:
-  rose-ds evaluate --task sst2 --data glue/ --model runs/sst2 --output_dir runs/sst2-evaluated
+  rose-ds evaluate --model runs/sst2 --output_dir runs/sst2-evaluated
+  rose-ds evaluate --model runs/mine --validation_file other.csv --text_columns body --output_dir other
+
+Task, data and length are those of the model's run, unless flags say which rows to read.
 
 Writes metrics.json to --output_dir."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, and print what was measured."""
-    settings, args = Parser("evaluate", _DESCRIPTION, RunSettings, RunArguments).settings(arguments)
+    parser = Parser("evaluate", _DESCRIPTION, RunSettings, RunArguments)
+    settings, args = parser.settings(arguments)
+    from rose_ds.experiments.loading import settings_of
     from rose_ds.experiments.train import evaluate
 
+    settings = settings_of(settings.model, parser.given(arguments))
     metrics = evaluate(settings, args)
     if first_rank():
         print(metrics.summary())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rose_ds.data import TaskData, load_task
 from rose_ds.data.files import Files, load_files, with_adversarial
 from rose_ds.data.loading import SPLITS
+from rose_ds.experiments.metrics import FILE, Metrics
 from rose_ds.experiments.settings import RunSettings
 
 
@@ -44,6 +45,37 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
         validation=_thinned(data.validation, run.max_eval_samples),
         adversarial=_thinned(data.adversarial, run.max_eval_samples),
     )
+
+
+#: Fields of RunSettings that say which rows are read; one of them given, none is taken over from a run.
+_SOURCE = (
+    "task",
+    "data",
+    "train_file",
+    "validation_file",
+    "adversarial_file",
+    "dataset",
+    "text_columns",
+    "label_column",
+)
+#: Fields that are no business of whoever looks at a finished run.
+_OF_TRAINING = ("model", "engine", "record_masks", "disagreement_steps")
+
+
+def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
+    """What a run was trained on, as its metrics.json has it; ``given`` flags come first, and those that say which rows
+    to read take the place of all that the run says about them.
+
+    Raises:
+        ValueError: metrics.json cannot be read.
+    """
+    known: dict[str, Any] = {}
+    if (Path(folder) / FILE).is_file():
+        config = Metrics.read(Path(folder)).config
+        own = set(given) & set(_SOURCE)
+        wanted = {f.name for f in fields(RunSettings)} - set(_OF_TRAINING) - set(_SOURCE if own else ())
+        known = {name: value for name, value in config.items() if name in wanted}
+    return RunSettings(**{**known, **{k: v for k, v in given.items() if k in RunSettings.names()}, "model": folder})
 
 
 def _path(name: str | None) -> Path | None:

@@ -45,7 +45,7 @@ def test_train_writes_a_model_and_metrics(trained: Path) -> None:
     assert metrics["config"]["rose"]["strategy"] == "ensemble"
     assert metrics["config"]["objective"] == {"name": "task"}
     assert metrics["config"]["preset"] is None
-    assert (metrics["version"], metrics["status"]) == (3, "done")
+    assert (metrics["version"], metrics["status"]) == (4, "done")
     assert metrics["packages"]["rose_ds"] == __version__
     assert (metrics["commit"] is not None) == (ROOT / ".git").exists()
     assert 2**28 < metrics["peak_memory_bytes"] < 2**36

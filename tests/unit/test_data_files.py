@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from rose_ds.data import DataError, load_task, perturb
 from rose_ds.data.files import Files, load_files, with_adversarial
 from rose_ds.data.tables import read_rows
+from rose_ds.experiments.loading import settings_of
 from rose_ds.experiments.losses import weighted_loss, weights_of
+from rose_ds.experiments.metrics import Metrics
 
 pytestmark = pytest.mark.fast
 
@@ -320,3 +322,21 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     assert float(whole) == pytest.approx(float((each * torch.tensor([0.5, 1.0, 2.0])[labels]).mean()))
     usual = weighted_loss([1.0, 1.0, 1.0], (0, 1, 2), label_smoothing=0.1)({"logits": logits}, labels)
     assert float(usual) == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)))
+
+
+def test_a_finished_run_says_what_its_data_is(tmp_path: Path) -> None:
+    config = {
+        "task": "sst2",
+        "data": "glue",
+        "max_length": 64,
+        "engine": "zero2",
+        "record_masks": 5,
+        "learning_rate": 1,
+    }
+    Metrics(task="sst2", model="minilm", config={**config, "train_file": None, "max_eval_samples": 7}).write(tmp_path)
+    run = settings_of(str(tmp_path), {})
+    assert (run.task, run.data, run.max_length, run.max_eval_samples, run.engine) == ("sst2", "glue", 64, 7, "auto")
+    assert run.model == str(tmp_path)
+    run = settings_of(str(tmp_path), {"validation_file": "b.csv", "max_length": 32, "search": "pruthi"})
+    assert (run.task, run.data, run.validation_file, run.max_length) == ("snippets", None, "b.csv", 32)
+    assert settings_of("minilm", {"task": "rte"}).task == "rte"
