@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import attack, evaluate, report, sweep, train
+from rose_ds.cli import attack, doctor, evaluate, report, sweep, train
 from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
 #: Name -> what it does, and the function that does it.
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "doctor": ("check an environment before a long run, and say what to mend", doctor.run),
     "train": ("fine-tune a classifier with ROSE or a baseline, and measure its robustness", train.run),
     "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
     "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
