@@ -152,8 +152,10 @@ def check_all_reduce(group: dist.ProcessGroup | None) -> Finding:
             return Finding(
                 f"all-reduce {backend}", "failed", text, "NCCL_DEBUG=INFO shows the path; see also NCCL_P2P_DISABLE"
             )
-    rate = 2 * (world - 1) / world * values.nbytes / min(seconds) / 1e9
-    text = f"4 MiB over {world} ranks in {min(seconds) * 1e3:.1f} ms ({rate:.2g} GB/s)"
+    slowest = torch.tensor([min(seconds)], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    rate = 2 * (world - 1) / world * values.nbytes / slowest.item() / 1e9
+    text = f"4 MiB over {world} ranks in {slowest.item() * 1e3:.1f} ms ({rate:.2g} GB/s)"
     return Finding(f"all-reduce {backend}", "ok", text)
 
 
