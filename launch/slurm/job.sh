@@ -2,7 +2,8 @@
 # What the sbatch scripts share; sourced by them, on the job's first node.
 
 # Where rank 0 listens: the first node, and a port that follows from the job's number, so that jobs on one node differ.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into head: pipefail would take its closed pipe for an error
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 # GPUs of a node (--gpus-per-node=8, or a100:8); ranks of a node where there are none
 ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}

@@ -32,6 +32,8 @@ def program(argv: Sequence[str] | None = None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``rose-ds``; exits with 2 and one line on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
     logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
     if not arguments or arguments[0] not in COMMANDS:
         _overview(arguments)

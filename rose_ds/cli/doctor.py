@@ -26,8 +26,6 @@ Exit code 0: nothing failed, warnings or not. 1: something failed. It trains not
 
 def run(arguments: Sequence[str]) -> None:
     """Check, print, and exit with 1 if a check failed."""
-    # the deepspeed launcher adds --local_rank=N, which the environment says too
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     (asked,) = Parser("doctor", _DESCRIPTION, Questions).settings(arguments)
     findings, world = examine(asked, os.environ)
     alone = any(finding.check == "ranks" and finding.status == "failed" for finding in findings)

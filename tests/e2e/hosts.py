@@ -80,6 +80,18 @@ class Host:
                 env={**os.environ, **(env or {})},
             )
 
+    def processes(self) -> list[psutil.Process]:
+        """All processes on the host."""
+        inside = Path(f"/proc/{self.init.pid}/ns/pid_for_children").readlink()
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if Path(f"/proc/{process.pid}/ns/pid").readlink() == inside:
+                    found.append(process)
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
     def kill(self) -> None:
         """End the host and all its processes at once, as a power cut."""
         self.init.kill()

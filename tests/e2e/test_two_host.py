@@ -188,3 +188,72 @@ def test_two_host_deepspeed_pdsh(cluster: Cluster) -> None:
     text = cluster.run("pdsh", ([*script("deepspeed_pdsh.sh"), *ZERO2, *flags(cluster, "pdsh")], {}))
     assert "node1: " in text and "node2: " in text
     assert_same(one_host(cluster, "zero2"), cluster.output("pdsh"), "zero2")
+
+
+# --- Slurm's scripts, under a Slurm that starts tasks on the two hosts ---
+
+
+def slurm(cluster: Cluster, name: str) -> dict[str, str]:
+    """Variables under which srun, sbatch, scancel and scontrol are the stubs."""
+    folder = cluster.folder / f"slurm-{name}"
+    (folder / "bin").mkdir(parents=True)
+    stub = ROOT / "tests" / "e2e" / "scripts" / "slurm_stub.py"
+    for program in ("sbatch", "srun", "scancel", "scontrol"):
+        path = folder / "bin" / program
+        path.write_text(f"#!{BIN / 'python'}\n" + stub.read_text())
+        path.chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}{os.pathsep}{cluster.env['PATH']}", "SLURM_STUB": str(folder)}
+
+
+def test_two_host_slurm_deepspeed(cluster: Cluster) -> None:
+    command = ["sbatch", "--gpus-per-node=1", "launch/slurm/deepspeed.sbatch", *ZERO2, *flags(cluster, "slurm-zero2")]
+    cluster.run("slurm-zero2", (command, slurm(cluster, "zero2")))
+    assert_same(one_host(cluster, "zero2"), cluster.output("slurm-zero2"), "zero2")
+    assert not (cluster.folder / "slurm-zero2" / "requeued").exists()
+
+
+def test_two_host_slurm_fsdp(cluster: Cluster) -> None:
+    command = ["sbatch", "--gpus-per-node=1", "launch/slurm/fsdp.sbatch", *flags(cluster, "slurm-fsdp2")]
+    cluster.run("slurm-fsdp2", (command, {**slurm(cluster, "fsdp2"), **fsdp_variables(cluster)}))
+    assert_same(one_host(cluster, "fsdp2"), cluster.output("slurm-fsdp2"), "fsdp2")
+
+
+def test_two_host_slurm_preemption(cluster: Cluster) -> None:
+    """SIGTERM to the batch script: a checkpoint, back into the queue, and the run goes on as if nothing had been."""
+    name = "slurm-preempted"
+    out = cluster.folder / "pauses"
+    out.mkdir()
+    env = {**slurm(cluster, "preempted"), "PROGRAM": "tests/e2e/scripts/faulty.py train"}
+    command = ["sbatch", "--gpus-per-node=1", "launch/slurm/deepspeed.sbatch", *ZERO2, *flags(cluster, name)]
+    process, log = cluster.start(name, command, **env, FAULTS=json.dumps({"pause": 1, "out": str(out)}))
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while len(list(out.glob("pausing-*"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
+            time.sleep(0.05)
+        signal_batch_script(cluster.hosts[0], "deepspeed.sbatch")
+        time.sleep(5)  # scancel reaches both hosts through ssh
+        (out / "go").touch()
+        code = process.wait(TIMEOUT)
+    finally:
+        process.kill()
+        process.wait()
+    text = log.read_text()
+    assert code != 0
+    assert "SIGTERM received: checkpoint saved at step 2" in text, text[-6000:]
+    assert (cluster.folder / name / "requeued").read_text() == "4711\n"
+    assert not (cluster.output(name) / "metrics.json").exists()
+    restarted = {**env, "SLURM_RESTART_COUNT": "1", "FAULTS": json.dumps({"out": str(out)})}
+    cluster.run(name, (command, restarted))
+    assert_same(one_host(cluster, "zero2"), cluster.output(name), "zero2")
+
+
+def signal_batch_script(host: Host, script: str) -> None:
+    """SIGTERM to the job's shell alone, as --signal=B: and a preemption send it."""
+    shells = [
+        process
+        for process in host.processes()
+        if process.name() == "bash" and any(argument.endswith(script) for argument in process.cmdline())
+    ]
+    assert len(shells) == 1, shells
+    shells[0].terminate()
