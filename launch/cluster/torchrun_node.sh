@@ -7,6 +7,7 @@
 # fewer hosts. COMMAND=doctor checks the hosts in place of training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+read -r -a program <<<"${PROGRAM:--m rose_ds}"
 exec torchrun --nnodes "${NODES:?number of hosts, or MIN:MAX}" --nproc_per_node "${RANKS_PER_NODE:?GPUs of a host}" \
     --rdzv_backend c10d --rdzv_endpoint "${RENDEZVOUS:?HOST:PORT of one of the hosts}" --rdzv_id "${JOB:-rose_ds}" \
-    --max_restarts "${RESTARTS:-0}" -m rose_ds "${COMMAND:-train}" "$@"
+    --max_restarts "${RESTARTS:-0}" "${program[@]}" "${COMMAND:-train}" "$@"

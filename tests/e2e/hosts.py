@@ -92,6 +92,12 @@ class Host:
                 continue
         return found
 
+    def sweep(self) -> None:
+        """Kill what still runs there, but sshd."""
+        for process in self.processes():
+            if process.pid != self.init.pid:
+                process.kill()
+
     def kill(self) -> None:
         """End the host and all its processes at once, as a power cut."""
         self.init.kill()

@@ -65,12 +65,18 @@ class Cluster:
         try:
             codes = [process.wait(max(deadline - time.monotonic(), 1)) for process, _ in started]
         finally:
-            for process, _ in started:
-                process.kill()
-                process.wait()
+            self.stop([process for process, _ in started])
             text = "\n".join(log.read_text(errors="replace") for _, log in started)
         assert codes == [0] * len(commands), text[-8000:]
         return text
+
+    def stop(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        """Leave nothing running on the hosts."""
+        for host in self.hosts:
+            host.sweep()
+        for process in processes:
+            process.kill()
+            process.wait()
 
     def output(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -108,7 +114,7 @@ def flags(cluster: Cluster, name: str) -> list[str]:
 
 def fsdp_variables(cluster: Cluster) -> dict[str, str]:
     config = str(accelerate_config(cluster.folder))
-    return {"CONFIG": config, "PROGRAM": "tests/e2e/scripts/cpu_fsdp.py rose_ds train"}
+    return {"CONFIG": config, "PROGRAM": "tests/e2e/scripts/cpu_fsdp.py rose_ds"}
 
 
 def one_host(cluster: Cluster, engine: str) -> Path:
@@ -223,7 +229,7 @@ def test_two_host_slurm_preemption(cluster: Cluster) -> None:
     name = "slurm-preempted"
     out = cluster.folder / "pauses"
     out.mkdir()
-    env = {**slurm(cluster, "preempted"), "PROGRAM": "tests/e2e/scripts/faulty.py train"}
+    env = {**slurm(cluster, "preempted"), "PROGRAM": "tests/e2e/scripts/faulty.py"}
     command = ["sbatch", "--gpus-per-node=1", "launch/slurm/deepspeed.sbatch", *ZERO2, *flags(cluster, name)]
     process, log = cluster.start(name, command, **env, FAULTS=json.dumps({"pause": 1, "out": str(out)}))
     try:
@@ -236,8 +242,7 @@ def test_two_host_slurm_preemption(cluster: Cluster) -> None:
         (out / "go").touch()
         code = process.wait(TIMEOUT)
     finally:
-        process.kill()
-        process.wait()
+        cluster.stop([process])
     text = log.read_text()
     assert code != 0
     assert "SIGTERM received: checkpoint saved at step 2" in text, text[-6000:]
@@ -257,3 +262,121 @@ def signal_batch_script(host: Host, script: str) -> None:
     ]
     assert len(shells) == 1, shells
     shells[0].terminate()
+
+
+def test_two_host_kubeflow_command(cluster: Cluster) -> None:
+    """The manifest's command on each host, with the variables that the operator sets in each pod."""
+    manifest = yaml.safe_load((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
+    replicas = manifest["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    assert nodes == 2
+    jobs = []
+    for at, replica in enumerate(replicas[kind] for kind in ("Master", "Worker")):
+        (container,) = replica["template"]["spec"]["containers"]
+        # argparse takes the last of a flag
+        told = [*container["command"], *container["args"], *ZERO2, *flags(cluster, "kubeflow")]
+        operator = {"PET_NNODES": str(nodes), "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(at)}
+        operator |= {"PET_MASTER_ADDR": "node1", "PET_MASTER_PORT": "23456"}
+        jobs.append((told, {**operator, **{v["name"]: v["value"] for v in container["env"]}}))
+    cluster.run("kubeflow", *jobs)
+    assert_same(one_host(cluster, "zero2"), cluster.output("kubeflow"), "zero2")
+
+
+# --- faults between hosts ---
+
+FAULTY = {"NODES": "2", "RANKS_PER_NODE": "1", "RENDEZVOUS": "node1:29400", "PROGRAM": "tests/e2e/scripts/faulty.py"}
+
+
+@dataclass
+class Interrupted:
+    """A job whose ranks all wait in their fourth step, with a checkpoint after the second."""
+
+    cluster: Cluster
+    name: str
+    flags: list[str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    logs: list[Path] = field(default_factory=list)
+
+    def __enter__(self) -> Interrupted:
+        out = self.cluster.folder / f"out-{self.name}"
+        out.mkdir()
+        env = {**FAULTY, "JOB": self.name, "FAULTS": json.dumps({"pause": 3, "out": str(out)})}
+        told = [*script("torchrun_node.sh"), *self.flags, *flags(self.cluster, self.name), "--save_steps", "2"]
+        for at in range(2):
+            process, log = self.cluster.start(self.name, told, at, **env)
+            self.processes.append(process)
+            self.logs.append(log)
+        deadline = time.monotonic() + TIMEOUT
+        while len(list(out.glob("pausing-*"))) < 2:
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                self.cluster.stop(self.processes)
+                raise AssertionError(self.text()[-6000:])
+            time.sleep(0.05)
+        return self
+
+    def go(self) -> None:
+        (self.cluster.folder / f"out-{self.name}" / "go").touch()
+
+    def text(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.stop(self.processes)
+        for host in self.cluster.hosts:
+            if host.init.is_running():
+                host.cable("up")
+
+
+@pytest.mark.parametrize("seconds", [5, 60])
+def test_two_host_link_comes_back(cluster: Cluster, seconds: int) -> None:
+    """A cut that ends before the timeout changes nothing but the time."""
+    name = f"cut-{seconds}"
+    with Interrupted(cluster, name, []) as job:
+        cluster.hosts[1].cable("down")
+        job.go()
+        time.sleep(seconds)
+        assert all(process.poll() is None for process in job.processes), job.text()[-6000:]
+        cluster.hosts[1].cable("up")
+        codes = [process.wait(TIMEOUT) for process in job.processes]
+        assert codes == [0, 0], job.text()[-6000:]
+    assert_same(one_host(cluster, "ddp"), cluster.output(name), "ddp")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_host_link_stays_cut(cluster: Cluster, engine: str) -> None:
+    """Both hosts end soon after the process group's timeout, and say why; resumed, nothing is lost."""
+    name, more = f"lost-{engine}", ZERO2 if engine == "zero2" else []
+    with Interrupted(cluster, name, [*more, "--ddp_timeout", "20"]) as job:
+        cluster.hosts[1].cable("down")
+        job.go()
+        begin = time.monotonic()
+        codes = [process.wait(150) for process in job.processes]
+        print(f"{engine}: both hosts ended {time.monotonic() - begin:.0f} s after the cut")
+        assert 0 not in codes
+        for log in job.logs:
+            assert "another rank did not take part" in log.read_text(), log.read_text()[-6000:]
+    resume(cluster, name, engine, more, nodes=2)
+
+
+def test_two_host_power_cut(cluster: Cluster, tmp_path: Path) -> None:
+    """A host is gone without a word; the other one ends in time, and goes on alone with both ranks."""
+    with two_hosts(tmp_path) as hosts:
+        fragile = Cluster(hosts, cluster.folder, cluster.env, cluster.runs)
+        with Interrupted(fragile, "power", ["--ddp_timeout", "20"]) as job:
+            hosts[1].cable("down")
+            hosts[1].kill()
+            job.go()
+            begin = time.monotonic()
+            assert job.processes[0].wait(150) != 0
+            print(f"the host that was left ended after {time.monotonic() - begin:.0f} s")
+            assert "another rank did not take part" in job.logs[0].read_text()
+    resume(cluster, "power", "ddp", [], nodes=1)
+
+
+def resume(cluster: Cluster, name: str, engine: str, more: list[str], nodes: int) -> None:
+    """Go on from the newest checkpoint, on as many hosts; ends as the run without a fault."""
+    told = [*script("torchrun_node.sh"), *more, *flags(cluster, name), "--save_steps", "2", "--resume", "auto"]
+    env = {"NODES": str(nodes), "RANKS_PER_NODE": str(2 // nodes), "RENDEZVOUS": "node1:29400", "JOB": f"{name}-again"}
+    text = cluster.run(f"{name}-again", *[(told, env)] * nodes)
+    assert "resuming from" in text and "checkpoint-2" in text
+    assert_same(one_host(cluster, engine), cluster.output(name), engine)
