@@ -36,6 +36,8 @@ class Finding:
 def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     """The findings of all ranks: what all found alike once, the rest with the ranks that found it.
 
+    Where all ranks say ok, the first one's words stand for all: free memory, say, differs from rank to rank.
+
     Args:
         by_rank: each rank's findings.
     """
@@ -47,6 +49,10 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
             for finding in findings:
                 if finding.check == check:
                     alike.setdefault(finding, []).append(rank)
+        everywhere = {rank for ranks in alike.values() for rank in ranks} == set(range(len(by_rank)))
+        if everywhere and all(finding.status == "ok" for finding in alike):
+            found.append(next(iter(alike)))
+            continue
         for finding, ranks in alike.items():
             everyone = len(ranks) == len(by_rank)
             found.append(finding if everyone else Finding(**{**asdict(finding), "ranks": tuple(ranks)}))

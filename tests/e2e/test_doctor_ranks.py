@@ -26,7 +26,9 @@ def checks(output: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_ranks_agree(launcher: str, tmp_path: Path, extensions: Path) -> None:
-    start = [*torchrun(), "-m"] if launcher == "torchrun" else [*deepspeed(), "--module"]
+    start = (
+        [*torchrun(), "-m"] if launcher == "torchrun" else [*deepspeed(), "--module"]
+    )  # which gives --local_rank=N before the command
     flags = ["--json", "--deepspeed", "ds_configs/zero3.json", "--model", "minilm", "--output_dir", str(tmp_path)]
     done = run([*start, "rose_ds", "doctor", *flags], timeout=200)
     assert done.returncode == 0

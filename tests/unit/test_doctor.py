@@ -246,6 +246,8 @@ def test_findings_of_ranks_are_put_together() -> None:
         ("disk", "failed", (1,)),
         ("launcher", "ok", ()),
     ]
+    assert merged([[good], [Finding("disk", "ok", "2 GiB")]]) == [good]
+    assert [f.ranks for f in merged([[good], []])] == [(0,)]
     assert found[1].line() == "FAILED   disk: 0 GiB (rank 1)\n         -> free some"
     assert record(found, 3)["ok"] is False and record([good], 1)["ok"] is True
 
