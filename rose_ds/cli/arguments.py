@@ -7,9 +7,11 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from transformers import HfArgumentParser, TrainingArguments
 
 from rose_ds.deepspeed_config import read
@@ -31,6 +33,14 @@ class RunArguments(TrainingArguments):
         default=not _ACCELERATOR,
         metadata={"help": "Train on the CPU; the default where there is no accelerator."},
     )
+
+    def __post_init__(self) -> None:
+        # transformers (training_args.py, _setup_devices) passes --ddp_timeout on for accelerators alone: CPU ranks
+        # would wait half an hour for a host that is gone
+        several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.use_cpu and several and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
+        super().__post_init__()
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
