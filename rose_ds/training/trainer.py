@@ -19,6 +19,7 @@ from rose_ds.config import RoseConfig
 from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.exchange import limit_waiting
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training import checkpoints
@@ -386,6 +387,8 @@ class RoseTrainer(ResumableTrainer):
             optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
             self.stepper = prepare(model, optimizer, objective=self.objective)
             self._stepper_model = model
+            if self.is_deepspeed_enabled:
+                limit_waiting(self.args.ddp_timeout_delta)
             self._check_agreement(self.stepper.config)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
