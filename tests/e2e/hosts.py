@@ -6,6 +6,7 @@ on a cluster with a network file system; /dev/shm and /run are not.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 INTERFACE = "rose0"
+_NUMBERS = itertools.count(1)
 _PROGRAMS = {
     "ip": "iproute2",
     "sshd": "openssh-server",
@@ -112,7 +114,7 @@ class Host:
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """node1 and node2. ``folder``: for keys and configs, empty, and readable on both."""
     _remove_those_left_behind()
-    names = [f"rose-{os.getpid()}-{i}" for i in (1, 2)]
+    names = [f"rose-{os.getpid()}-{next(_NUMBERS)}" for _ in range(2)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for name in names:
