@@ -39,7 +39,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$root/launch/requirements.txt" --editable "$root[$extra]"
+        --constraint "$root/launch/requirements.txt" --editable "${root}[$extra]"
     echo "$wanted" >"$stamp"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -81,6 +82,20 @@ def explaining_lost_ranks(doing: Callable[[], str]) -> Iterator[None]:
             "use a DistributedSampler (it evens them out), accelerate's even_batches=True, or drop_last=True on every "
             f"rank. The transport said: {error}"
         ) from error
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Give every gloo group of this process the job's timeout.
+
+    DeepSpeed makes groups of its own (deepspeed/utils/groups.py) without one, and theirs would be torch's half hour: so
+    long would a rank wait for a host that is gone.
+    """
+    if not dist.is_initialized():
+        return
+    c10d = dist.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        if dist.get_backend(group) == "gloo":
+            c10d._set_pg_timeout(timeout, group)
 
 
 def communication_device(group: dist.ProcessGroup | None) -> torch.device:

@@ -8,12 +8,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import attack, disagreement, evaluate, inspect, interpolate, landscape, probe, report, sweep, train
+from rose_ds.cli import (
+    attack,
+    disagreement,
+    doctor,
+    evaluate,
+    inspect,
+    interpolate,
+    landscape,
+    probe,
+    report,
+    sweep,
+    train,
+)
 from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
 #: Name -> what it does, and the function that does it.
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "doctor": ("check an environment before a long run, and say what to mend", doctor.run),
     "train": ("fine-tune a classifier with ROSE or a baseline, and measure its robustness", train.run),
     "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
     "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
@@ -36,6 +49,8 @@ def program(argv: Sequence[str] | None = None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``rose-ds``; exits with 2 and one line on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
     logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
     if not arguments or arguments[0] not in COMMANDS:
         _overview(arguments)

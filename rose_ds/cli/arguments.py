@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from transformers import HfArgumentParser, TrainingArguments
 
-from rose_ds.errors import RefusedConfiguration
+from rose_ds.deepspeed_config import read
 
 _ACCELERATOR = torch.accelerator.is_available()
 
@@ -33,6 +33,14 @@ class RunArguments(TrainingArguments):
         default=not _ACCELERATOR,
         metadata={"help": "Train on the CPU; the default where there is no accelerator."},
     )
+
+    def __post_init__(self) -> None:
+        # transformers (training_args.py, _setup_devices) passes --ddp_timeout on for accelerators alone: CPU ranks
+        # would wait half an hour for a host that is gone
+        several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.use_cpu and several and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
+        super().__post_init__()
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -89,36 +97,7 @@ def precision_flags(arguments: Sequence[str]) -> list[str]:
     path = parser.parse_known_args(arguments)[0].deepspeed
     if not path:
         return []
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RefusedConfiguration(f"--deepspeed {path}: {str(error.strerror).lower()}") from error
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a NUL in the path
-        raise RefusedConfiguration(f"--deepspeed {path} is not JSON: {error}") from error
-    wrong = _misshapen(config)
-    if wrong:
-        raise RefusedConfiguration(f"--deepspeed {path}: {wrong}")
+    config = read(path, "--deepspeed")
     given = {a.split("=")[0] for a in arguments}
     enabled = [section for section in ("bf16", "fp16") if config.get(section, {}).get("enabled") is True]
     return [f"--{section}" for section in enabled if f"--{section}" not in given]
-
-
-def _misshapen(config: Any) -> str | None:
-    """What is wrong with the parts of a DeepSpeed config that transformers takes for granted."""
-    if not isinstance(config, dict):
-        return f"a DeepSpeed config is a JSON object, found {config!r:.80}"
-    for name in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
-        section = config.get(name, {})
-        if not isinstance(section, dict):
-            return f'"{name}" must be an object, found {section!r:.80}'
-        for key, wanted, fits in (
-            ("stage", "0, 1, 2 or 3", lambda v: type(v) is int and 0 <= v <= 3),
-            ("enabled", 'true, false or "auto"', lambda v: isinstance(v, bool) or v == "auto"),
-            ("type", "a name", lambda v: isinstance(v, str)),
-            ("params", "an object", lambda v: isinstance(v, dict)),
-        ):
-            if key in section and not fits(section[key]):
-                return f'"{key}" in "{name}" must be {wanted}, found {section[key]!r:.80}'
-    if all(config.get(section, {}).get("enabled") is True for section in ("bf16", "fp16")):
-        return '"bf16" and "fp16" are both enabled: enable one'
-    return None

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_ds.data import TaskSpec
@@ -116,6 +117,18 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: 
         **({} if attention is None else {"attn_implementation": attention}),
         ignore_mismatched_sizes=config.num_labels != len(names),
     )
+
+
+def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a classifier's parameters by name, from its config alone: no weights are read.
+
+    Raises:
+        ModelError: not found, or not reachable.
+    """
+    config = _load(AutoConfig, model)
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config)
+    return {name: tuple(param.shape) for name, param in network.named_parameters()}
 
 
 def _plain(name: object) -> str:

@@ -19,6 +19,7 @@ from rose_ds.config import RoseConfig
 from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.exchange import limit_waiting
 from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training import checkpoints
@@ -306,6 +307,8 @@ class RoseTrainer(CheckedTrainer):
             optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
             self.stepper = prepare(model, optimizer, objective=self.objective)
             self._stepper_model = model
+            if self.is_deepspeed_enabled:
+                limit_waiting(self.args.ddp_timeout_delta)
             self._check_agreement(self.stepper.config)
             if self.record_masks is not None and self.stepper.policy is not None:
                 self.stepper.recorder = MaskRecorder(self.stepper, *self.record_masks)

@@ -12,6 +12,40 @@ from rose_ds.optimizer import RoseAdamW
 #: Whose private names the adapters use. Another version may have moved them without an error.
 SUPPORTED_DEEPSPEED = "0.19.8"
 
+#: What is refused, and the way out; the same words for an engine and for a config file.
+_REFUSED = {
+    "round_robin_gradients": (
+        "zero_optimization.round_robin_gradients reorders the partitions, so slices would get the wrong names: set "
+        "it to false"
+    ),
+    "parameter_alignment": (
+        "zero_optimization.parameter_alignment puts padding between parameters, which shifts DeepSpeed's own "
+        "fragment index: remove it"
+    ),
+    "zero++": (
+        "ZeRO++ (zero_hpz_partition_size, zero_quantized_gradients, zero_quantized_weights) is not known to keep "
+        "the two gradients of a step exact: leave these settings out"
+    ),
+    "nvme": 'zero_optimization.offload_*.device "nvme" swaps gradients and states out behind the optimizer: use "cpu"',
+    "ratio": (
+        "zero_optimization.offload_optimizer.ratio < 1 updates a part of the model with another optimizer: set 1.0"
+    ),
+    "super_offload": "offload_optimizer.super_offload steps outside the optimizer: remove it",
+    "zenflow": "zero_optimization.zenflow updates selected gradients on its own: remove it",
+    "deepcompile": (
+        "compile.deepcompile rewrites the backward pass, whose gradients rose_ds must see twice: set it to false"
+    ),
+    "pipeline": "pipeline parallelism runs forward and backward in one schedule, so there is no second pass: use ZeRO",
+    "experts": "mixture-of-experts layers reduce in other groups than rose_ds exchanges over",
+    "mpu": "model parallelism (mpu) splits tensors over ranks that rose_ds does not exchange with: use ZeRO-3",
+    "accumulation": "managed_gradient_accumulation=false hides the accumulation boundary: set it to true",
+    "autocast": 'torch_autocast with fp16 scales losses outside the engine: use "fp16" or "bf16" sections instead',
+    "half masters": (
+        "bf16/fp16 master weights (bf16_master_weights_and_grads, fp16_master_weights_and_grads) lose ROSE's small "
+        "updates: keep fp32 masters"
+    ),
+}
+
 
 def check_version(version: str) -> None:
     """Raise unless this is the DeepSpeed release that the adapters were written against."""
@@ -27,9 +61,9 @@ def check_engine(engine: Any) -> None:
     import deepspeed
 
     check_version(deepspeed.__version__)
-    for refused, message in _findings(engine):
+    for name, refused in _findings(engine).items():
         if refused:
-            raise RefusedConfiguration(message)
+            raise RefusedConfiguration(_REFUSED[name])
 
 
 def rose_optimizer_of(engine: Any) -> RoseAdamW:
@@ -46,63 +80,65 @@ def rose_optimizer_of(engine: Any) -> RoseAdamW:
     return base
 
 
-def _findings(engine: Any) -> list[tuple[bool, str]]:
+def _findings(engine: Any) -> dict[str, bool]:
     zero = engine._config.zero_config
     stage = int(engine.zero_optimization_stage())
     offload = [o for o in (zero.offload_optimizer, zero.offload_param) if o is not None]
     masters = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
     masters = masters or getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or []
-    return [
-        (
-            stage in (1, 2) and engine.zero_round_robin_gradients(),
-            "zero_optimization.round_robin_gradients reorders the partitions, so slices would get the wrong names: set "
-            "it to false",
+    return {
+        "round_robin_gradients": stage in (1, 2) and engine.zero_round_robin_gradients(),
+        "parameter_alignment": bool(engine.zero_parameter_alignment()),
+        "zero++": stage == 3
+        and (zero.zero_hpz_partition_size > 1 or zero.zero_quantized_gradients or zero.zero_quantized_weights),
+        "nvme": any(str(getattr(o.device, "value", o.device)) == "nvme" for o in offload),
+        "ratio": zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0,
+        "super_offload": bool(engine.super_offload()),
+        "zenflow": bool(engine.zenflow),
+        "deepcompile": engine.is_deepcompile_enabled(),
+        "pipeline": bool(getattr(engine, "pipeline_parallelism", False)),
+        "experts": bool(engine.has_moe_layers),
+        "mpu": engine.mpu is not None,
+        "accumulation": not engine.managed_gradient_accumulation(),
+        "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        "half masters": engine.zero_optimization() and any(p.dtype != torch.float32 for p in masters),
+    }
+
+
+def refused_by_file(config: dict[str, Any]) -> list[str]:
+    """What ``check_engine`` would refuse, as far as the config file alone tells; one message for each.
+
+    Args:
+        config: as ``rose_ds.deepspeed_config.read`` returns it.
+    """
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    sections = {name: _section(zero, name) for name in ("offload_optimizer", "offload_param")}
+    autocast = _section(config, "torch_autocast")
+    ratio = sections["offload_optimizer"].get("ratio", 1.0)
+    partitioned = zero.get("zero_hpz_partition_size", 1)
+    found = {
+        "round_robin_gradients": stage in (1, 2) and zero.get("round_robin_gradients") is True,
+        "parameter_alignment": zero.get("parameter_alignment") is True,
+        "zero++": stage == 3
+        and (
+            (isinstance(partitioned, int) and partitioned > 1)
+            or zero.get("zero_quantized_gradients") is True
+            or zero.get("zero_quantized_weights") is True
         ),
-        (
-            bool(engine.zero_parameter_alignment()),
-            "zero_optimization.parameter_alignment puts padding between parameters, which shifts DeepSpeed's own "
-            "fragment index: remove it",
-        ),
-        (
-            stage == 3
-            and (zero.zero_hpz_partition_size > 1 or zero.zero_quantized_gradients or zero.zero_quantized_weights),
-            "ZeRO++ (zero_hpz_partition_size, zero_quantized_gradients, zero_quantized_weights) is not known to keep "
-            "the two gradients of a step exact: leave these settings out",
-        ),
-        (
-            any(str(getattr(o.device, "value", o.device)) == "nvme" for o in offload),
-            'zero_optimization.offload_*.device "nvme" swaps gradients and states out behind the optimizer: use "cpu"',
-        ),
-        (
-            zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0,
-            "zero_optimization.offload_optimizer.ratio < 1 updates a part of the model with another optimizer: set 1.0",
-        ),
-        (bool(engine.super_offload()), "offload_optimizer.super_offload steps outside the optimizer: remove it"),
-        (bool(engine.zenflow), "zero_optimization.zenflow updates selected gradients on its own: remove it"),
-        (
-            engine.is_deepcompile_enabled(),
-            "compile.deepcompile rewrites the backward pass, whose gradients rose_ds must see twice: set it to false",
-        ),
-        (
-            bool(getattr(engine, "pipeline_parallelism", False)),
-            "pipeline parallelism runs forward and backward in one schedule, so there is no second pass: use ZeRO",
-        ),
-        (bool(engine.has_moe_layers), "mixture-of-experts layers reduce in other groups than rose_ds exchanges over"),
-        (
-            engine.mpu is not None,
-            "model parallelism (mpu) splits tensors over ranks that rose_ds does not exchange with: use ZeRO-3",
-        ),
-        (
-            not engine.managed_gradient_accumulation(),
-            "managed_gradient_accumulation=false hides the accumulation boundary: set it to true",
-        ),
-        (
-            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
-            'torch_autocast with fp16 scales losses outside the engine: use "fp16" or "bf16" sections instead',
-        ),
-        (
-            engine.zero_optimization() and any(p.dtype != torch.float32 for p in masters),
-            "bf16/fp16 master weights (bf16_master_weights_and_grads, fp16_master_weights_and_grads) lose ROSE's small "
-            "updates: keep fp32 masters",
-        ),
-    ]
+        "nvme": any(section.get("device") == "nvme" for section in sections.values()),
+        "ratio": isinstance(ratio, int | float) and ratio < 1,
+        "super_offload": sections["offload_optimizer"].get("super_offload") is True,
+        "zenflow": zero.get("zenflow") is not None,
+        "deepcompile": _section(config, "compile").get("deepcompile") is True,
+        "accumulation": config.get("managed_gradient_accumulation") is False,
+        "autocast": autocast.get("enabled") is True and autocast.get("dtype") in ("float16", "fp16"),
+        "half masters": _section(config, "bf16").get("bf16_master_weights_and_grads") is True
+        or _section(config, "fp16").get("fp16_master_weights_and_grads") is True,
+    }
+    return [_REFUSED[name] for name, refused in found.items() if refused]
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# accelerate launch (FSDP) on every host.
+#   NODES=2 RANKS=16 NODE_RANK=0 MASTER_ADDR=node1 bash launch/cluster/accelerate_node.sh \
+#       --task sst2 --model roberta-large --output_dir /shared/runs/sst2
+# NODES hosts with RANKS processes in all; NODE_RANK is 0 on the host MASTER_ADDR, then 1, 2, ...; the rest is the same.
+# CONFIG is an accelerate config; whatever it says of machines and processes, the variables decide.
+# COMMAND=doctor checks the hosts in place of training.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+read -r -a program <<<"${PROGRAM:--m rose_ds}"
+exec accelerate launch --config_file "${CONFIG:-ds_configs/fsdp2_nodes.yaml}" \
+    --num_machines "${NODES:?number of hosts}" --num_processes "${RANKS:?ranks of all hosts together}" \
+    --machine_rank "${NODE_RANK:?0 on MASTER_ADDR, then 1, 2, ...}" \
+    --main_process_ip "${MASTER_ADDR:?the host of machine rank 0}" --main_process_port "${MASTER_PORT:-29500}" \
+    "${program[@]}" "${COMMAND:-train}" "$@"

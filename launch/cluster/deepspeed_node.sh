@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# DeepSpeed without ssh: started by hand, or by a scheduler, on every host of a hostfile.
+#   NODE_RANK=0 HOSTFILE=launch/cluster/hostfile bash launch/cluster/deepspeed_node.sh --deepspeed ds_configs/zero2_bf16.json \
+#       --task sst2 --model roberta-large --output_dir /shared/runs/sst2
+# NODE_RANK is the host's line in the hostfile, counted from 0; all else is the same on every host.
+# MASTER_ADDR (default: the hostfile's first host) and MASTER_PORT are where rank 0 listens.
+# COMMAND=doctor checks the hosts in place of training.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+hostfile=${HOSTFILE:-launch/cluster/hostfile}
+first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
+exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "${NODE_RANK:?the line of this host in the hostfile, from 0}" \
+    --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \
+    --no_local_rank --module rose_ds "${COMMAND:-train}" "$@"

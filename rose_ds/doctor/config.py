@@ -1,0 +1,155 @@
+"""What is wrong with a DeepSpeed config, as far as the file and the machine tell."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rose_ds.deepspeed_config import read
+from rose_ds.doctor.finding import Finding
+from rose_ds.engines.zero.refuse import refused_by_file
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.optimizer import RoseAdamW
+
+#: Sections whose misspelt names DeepSpeed passes over without a word.
+_SECTIONS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "data_types",
+    "torch_autocast",
+    "compile",
+    "managed_gradient_accumulation",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+)
+
+
+def check_config(path: str, world_size: int) -> tuple[list[Finding], dict[str, Any]]:
+    """Everything that is wrong with a config file, and the config; it is empty where it cannot be read.
+
+    Args:
+        path: of the JSON file.
+        world_size: of the job.
+    """
+    try:
+        config = read(path, "--deepspeed")
+    except RefusedConfiguration as error:
+        return [Finding("config", "failed", str(error), "compare with the files in ds_configs/")], {}
+    wrong = [
+        *_parsed(config),
+        *refused_by_file(config),
+        *_optimizer(config),
+        *_machine(config),
+        *_batch(config, world_size),
+    ]
+    findings = [Finding("config", "failed", f"{path}: {text}", mend) for text, mend in map(_split, wrong)]
+    findings += [Finding("config", "warning", f"{path}: {text}", mend) for text, mend in map(_split, _misspelt(config))]
+    if not findings:
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        findings = [Finding("config", "ok", f"{path}: ZeRO-{stage}, {_precision(config)}, nothing that is refused")]
+    return findings, config
+
+
+def half_of(config: Mapping[str, Any]) -> bool:
+    """Whether weights are kept in bf16 or fp16."""
+    return _precision(config) != "fp32"
+
+
+def _precision(config: Mapping[str, Any]) -> str:
+    enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
+    return enabled[0] if enabled else "fp32"
+
+
+def _split(message: str) -> tuple[str, str]:
+    """What is wrong, and the way out: rose_ds's messages have it after the last colon."""
+    text, _, mend = message.rpartition(": ")
+    return (text, mend) if text else (message, "")
+
+
+def _parsed(config: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed's own schema says of the ZeRO section."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValidationError as error:
+        return [
+            f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}: correct or remove it"
+            for e in error.errors()
+        ]
+    except (ValueError, TypeError, AssertionError) as error:
+        return [f"zero_optimization {error}: correct or remove it"]
+    return []
+
+
+def _optimizer(config: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer")
+    offloaded = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
+        wrong.append(
+            "offload_optimizer would demand DeepSpeedCPUAdam, which cannot mask: set "
+            '"zero_force_ds_cpu_optimizer" to false at the top level'
+        )
+    block = config.get("optimizer")
+    if block is None:
+        return wrong  # rose-ds train and RoseTrainer bring their own
+    if block.get("type") != "RoseAdamW":
+        found = block.get("type")
+        return [*wrong, f'"optimizer" is {found!r}, not RoseAdamW: set "type" to "RoseAdamW", or leave the block out']
+    settings = {name: value for name, value in block.get("params", {}).items() if value != "auto"}
+    try:
+        RoseAdamW([("layer.0.weight", torch.nn.Parameter(torch.zeros(1)))], **settings)
+    except (ValueError, TypeError) as error:
+        return [*wrong, f'"optimizer" of type RoseAdamW, {error}: correct "params"']
+    return wrong
+
+
+def _machine(config: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    zero = config.get("zero_optimization", {})
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and zero.get(key) is not True:
+        wrong.append(
+            f"at ZeRO-3 rose-ds train cannot save the model whole without zero_optimization.{key}: set it to true"
+        )
+    precision, cuda = _precision(config), torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        wrong.append("fp16 is not there on CPU ranks: use bf16 or fp32")
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        wrong.append(f"{torch.cuda.get_device_name()} has no bf16: use fp16 or fp32")
+    return wrong
+
+
+def _batch(config: Mapping[str, Any], world_size: int) -> list[str]:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    numbers = [config.get(name) for name in names]
+    if all(isinstance(number, int) for number in numbers):
+        whole, micro, steps = (int(number) for number in numbers if isinstance(number, int))
+        if whole != micro * steps * world_size:
+            return [
+                f"train_batch_size {whole} is not {micro} rows x {steps} micro-batches x {world_size} ranks = "
+                f'{micro * steps * world_size}: leave one of them out, or write "auto" for all three'
+            ]
+    return []
+
+
+def _misspelt(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name in config:
+        close = difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=0.8)
+        if close and name not in _SECTIONS:
+            found.append(f'"{name}" is not a setting of DeepSpeed, which passes it over: write "{close[0]}"')
+    return found

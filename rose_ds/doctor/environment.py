@@ -1,0 +1,156 @@
+"""This process's machine: packages, compiler, DeepSpeed's compiled extension, devices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from rose_ds.doctor.finding import Finding
+
+#: Whose versions change what a run computes; their pins are in rose_ds's own metadata.
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
+#: A build takes about a minute. Who has held the lock for longer than this was killed.
+_BUILD_SECONDS = 600.0
+
+
+def required() -> dict[str, Requirement]:
+    """What rose_ds asks of ``PACKAGES``, by name; empty where rose_ds itself is not installed."""
+    try:
+        lines = importlib.metadata.requires("rose_ds") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = {requirement.name: requirement for requirement in map(Requirement, lines) if requirement.marker is None}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def installed() -> dict[str, str]:
+    """Versions of ``PACKAGES`` that are there."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions(wanted: Mapping[str, Requirement], found: Mapping[str, str]) -> list[Finding]:
+    """Compare installed versions with what rose_ds asks for."""
+    if not wanted:
+        told = ", ".join(f"{name} {version}" for name, version in found.items())
+        return [Finding("versions", "warning", f"rose_ds is not installed, so its pins are unknown; {told}", _INSTALL)]
+    wrong = []
+    for name, requirement in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing ({requirement.specifier})")
+        # +cpu or +cu126 says where a build runs, not what it is
+        elif not requirement.specifier.contains(found[name].partition("+")[0], prereleases=True):
+            wrong.append(f"{name} {found[name]} is not {requirement.specifier}")
+    if wrong:
+        pins = " ".join(f"'{requirement}'" for requirement in wanted.values())
+        return [Finding("versions", "failed", "; ".join(wrong), f"pip install {pins}")]
+    return [Finding("versions", "ok", ", ".join(f"{name} {found[name]}" for name in wanted))]
+
+
+_INSTALL = "pip install -e . in the checkout, or pip install rose_ds"
+
+
+def check_compiler(needed: bool) -> list[Finding]:
+    """A C++ compiler and ninja, with which DeepSpeed builds its extension for CPU ranks.
+
+    Args:
+        needed: whether a run without them fails.
+    """
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    compiler = get_cxx_compiler()
+    missing = [] if shutil.which(compiler) else [f"C++ compiler ({compiler})"]
+    missing += [] if is_ninja_available() else ["ninja"]
+    if not missing:
+        return [Finding("compiler", "ok", f"{shutil.which(compiler)}, ninja")]
+    mend = "apt install g++ (or set CXX to a compiler), pip install ninja"
+    why = "DeepSpeed on CPU ranks builds an extension with it" if needed else "only DeepSpeed on CPU ranks needs it"
+    return [Finding("compiler", "failed" if needed else "warning", f"no {' and no '.join(missing)}: {why}", mend)]
+
+
+def extensions_folder() -> Path:
+    """Where torch puts the extensions that it builds."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given:
+        return Path(given)
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def check_extension_locks(folder: Path, now: float | None = None) -> list[Finding]:
+    """Locks of killed builds, on which every later job waits without a word.
+
+    Args:
+        folder: as ``extensions_folder()`` returns it.
+        now: seconds since the epoch; default: the clock's.
+    """
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    if not locks:
+        built = sorted({path.stem for pattern in ("*/*.so", "*/*/*.so") for path in folder.glob(pattern)})
+        return [Finding("extensions", "ok", f"{folder}: {', '.join(built) or 'nothing built yet'}, no lock")]
+    ages = {path: (time.time() if now is None else now) - path.stat().st_mtime for path in locks}
+    stale = [path for path, age in ages.items() if age > _BUILD_SECONDS]
+    if stale:
+        names = ", ".join(map(str, stale))
+        text = f"{names} is left from a build that was killed: DeepSpeed would wait for it for ever"
+        return [Finding("extensions", "failed", text, f"rm {' '.join(map(str, stale))}")]
+    text = f"{', '.join(map(str, locks))}: a build is under way, or was killed minutes ago"
+    return [Finding("extensions", "warning", text, "wait for it, or remove the lock if no job is running")]
+
+
+def build_extension() -> list[Finding]:
+    """Build what DeepSpeed builds on first use on CPU ranks; about a minute the first time."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    start = time.monotonic()
+    try:
+        ShareMemCommBuilder().load(verbose=False)
+    except Exception as error:  # whatever compiler, linker and loader raise: it is what the check is for
+        text = f"DeepSpeed's extension for CPU ranks cannot be built: {str(error).strip().splitlines()[-1]}"
+        return [Finding("build", "failed", text, "apt install g++ python3-dev, pip install ninja")]
+    return [Finding("build", "ok", f"DeepSpeed's extension for CPU ranks, {time.monotonic() - start:.0f} s")]
+
+
+def check_device(local_rank: int) -> list[Finding]:
+    """This rank's accelerator."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        if built and shutil.which("nvidia-smi"):
+            mend = "python -c 'import torch; torch.cuda.init()' says why; the driver must be new enough for this torch"
+            return [Finding("device", "failed", f"there is a GPU driver, but torch ({built}) sees no GPU", mend)]
+        return [Finding("device", "ok", "no GPU: ranks train on the CPU, with gloo")]
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        mend = "start as many ranks on a host as it has GPUs, or make more of them visible (CUDA_VISIBLE_DEVICES)"
+        return [Finding("device", "failed", f"local rank {local_rank} has no GPU: this host has {count}", mend)]
+    half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use fp16"
+    return [Finding("device", "ok", f"{count} x {torch.cuda.get_device_name(local_rank)}, {half}")]
+
+
+def same_everywhere(versions: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> Finding:
+    """Whether all ranks have the same packages. Each argument by rank."""
+    odd = [rank for rank, found in enumerate(versions) if found != versions[0]]
+    if not odd:
+        many = len(set(hosts))
+        return Finding("same versions", "ok", f"on all {len(hosts)} ranks, {many} host name{'s' * (many > 1)}")
+    first = versions[odd[0]]
+    differ = [
+        f"{name} {versions[0].get(name)} and {first.get(name)}"
+        for name in PACKAGES
+        if first.get(name) != versions[0].get(name)
+    ]
+    text = f"rank 0 on {hosts[0]} and rank {odd[0]} on {hosts[odd[0]]} differ: {', '.join(differ)}"
+    return Finding("same versions", "failed", text, "install the same on every host, or start from one image")

@@ -1,0 +1,151 @@
+"""All checks in their order, on this rank and between ranks."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from rose_ds.config import RoseConfig
+from rose_ds.doctor import disk, environment, memory, ranks
+from rose_ds.doctor.config import check_config, half_of
+from rose_ds.doctor.finding import Finding, merged
+from rose_ds.eligible import eligible_names
+from rose_ds.experiments.methods import method_named
+from rose_ds.experiments.models import ModelError, parameter_shapes
+
+
+@dataclass
+class Questions:
+    """What the run is going to be, as far as it is known."""
+
+    _argument_group_name: ClassVar[str] = "what to check"
+
+    deepspeed: str | None = field(default=None, metadata={"help": "The run's DeepSpeed config."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "minilm, a folder or a hub id: estimate memory and disk for it. Only its config is read."},
+    )
+    method: str = field(default="rose-ensemble", metadata={"help": "The run's method: decides what is held in memory."})
+    bf16: bool = field(default=False, metadata={"help": "Weights in bf16; --deepspeed says it by itself."})
+    output_dir: str = field(default=".", metadata={"help": "Where the run is going to write. It is not created."})
+    world_size: int | None = field(
+        default=None,
+        metadata={"help": "Estimate memory for so many ranks. Default: the launcher's."},
+    )
+    timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for the other ranks."})
+    build: bool = field(
+        default=False,
+        metadata={"help": "Build DeepSpeed's extension for CPU ranks now, rather than in the first step."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object in place of lines."})
+
+    def __post_init__(self) -> None:
+        if self.world_size is not None and self.world_size < 1:
+            raise ValueError(f"world_size={self.world_size} must be at least 1")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout={self.timeout} must be a number of seconds above 0")
+        method_named(self.method)
+
+
+def examine(asked: Questions, variables: Mapping[str, str]) -> tuple[list[Finding], int]:
+    """Run all checks; under a launcher every rank calls it, and gets the findings of all.
+
+    Args:
+        asked: the command line.
+        variables: the process's environment.
+
+    Returns:
+        The findings, and the launcher's number of ranks. Where ranks are missing: those of this rank alone.
+    """
+    launch, launcher = ranks.launch_from(variables)
+    found = [*_local(asked, variables, 1 if launch is None else launch.world_size), *launcher]
+    if launch is None:
+        return found, 1
+    joined = ranks.join(launch, asked.timeout)
+    if joined.status == "failed":
+        return [*found, joined], launch.world_size
+    everyone: list[Any] = [None] * launch.world_size
+    dist.all_gather_object(everyone, (found, environment.installed(), platform.node(), torch.cuda.is_available()))
+    between = [joined, environment.same_everywhere([e[1] for e in everyone], [e[2] for e in everyone])]
+    between += _collectives(all(e[3] for e in everyone), memory.local_rank(variables))
+    between.append(_shared_output(Path(asked.output_dir), launch.rank))
+    gathered: list[Any] = [None] * launch.world_size
+    dist.all_gather_object(gathered, between)
+    return [*merged([e[0] for e in everyone]), *merged(gathered)], launch.world_size
+
+
+def _local(asked: Questions, variables: Mapping[str, str], world: int) -> list[Finding]:
+    cpu_deepspeed = asked.deepspeed is not None and not torch.cuda.is_available()
+    found = environment.check_versions(environment.required(), environment.installed())
+    found += environment.check_compiler(needed=cpu_deepspeed)
+    if asked.build and memory.local_rank(variables) == 0:
+        found += environment.build_extension()
+    found += environment.check_extension_locks(environment.extensions_folder())
+    found += environment.check_device(memory.local_rank(variables))
+    planned = asked.world_size or world
+    config: dict[str, Any] | None = None
+    if asked.deepspeed is not None:
+        findings, config = check_config(asked.deepspeed, planned)
+        found += findings
+    half = asked.bf16 or half_of(config or {})
+    parameters = 0
+    if asked.model is not None:
+        findings, parameters = _check_model(asked, config, half, planned, variables)
+        found += findings
+    checkpoint = memory.checkpoint_bytes(parameters, half) if parameters else None
+    return found + disk.check_disk(Path(asked.output_dir), checkpoint, (2 if half else 4) * parameters)
+
+
+def _check_model(
+    asked: Questions, config: dict[str, Any] | None, half: bool, world: int, variables: Mapping[str, str]
+) -> tuple[list[Finding], int]:
+    assert asked.model is not None
+    rose = RoseConfig.from_mapping(method_named(asked.method).rose)
+    try:
+        shapes = parameter_shapes(asked.model)
+        eligible = [] if rose.strategy == "none" else eligible_names(rose, shapes)
+    except ModelError as error:
+        return [Finding("model", "failed", str(error), "download it where there is a network, and give the folder")], 0
+    except ValueError as error:
+        return [Finding("model", "failed", str(error), "rose-ds train takes the same --include")], 0
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    masked = sum(math.prod(shapes[name]) for name in eligible)
+    zero = (config or {}).get("zero_optimization", {})
+    stages = [zero.get("stage", 0)] if config else [0, 1, 2, 3] if world > 1 else [0]
+    offloaded = [
+        isinstance(zero.get(name), dict) and zero[name].get("device") == "cpu"
+        for name in ("offload_optimizer", "offload_param")
+    ]
+    plans = [memory.Plan(stage, world, half, bool(eligible), rose.uses_first, *offloaded) for stage in stages]
+    there = memory.machine(memory.ranks_on_host(variables, world), memory.local_rank(variables))
+    return memory.check_memory(parameters, masked, plans, there), parameters
+
+
+def _collectives(cuda: bool, local_rank: int) -> list[Finding]:
+    found = [ranks.check_all_reduce(None), ranks.check_threshold(None)]
+    if cuda and dist.is_nccl_available():
+        torch.cuda.set_device(local_rank)
+        group = dist.new_group(backend="nccl")
+        found += [ranks.check_all_reduce(group), ranks.check_threshold(group)]
+    return found
+
+
+def _shared_output(output_dir: Path, rank: int) -> Finding:
+    mark = disk.leave_mark(output_dir) if rank == 0 else None
+    try:
+        told: list[Any] = [None if mark is None else mark.name]
+        dist.broadcast_object_list(told)
+        saw = told[0] is not None and (disk.existing(output_dir) / told[0]).exists()
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, saw)
+    finally:
+        if mark is not None:
+            mark.unlink(missing_ok=True)
+    return disk.shared_or_not(seen)

@@ -1,0 +1,185 @@
+"""How much memory a model's training takes on a rank, and how much disk its checkpoints, before either is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rose_ds.doctor.finding import Finding
+
+GIB = 2**30
+#: Above this share of what is free, activations may no longer fit.
+_TIGHT = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is going to be trained."""
+
+    stage: int
+    """ZeRO stage; 0 also for one process and DDP, 3 also for FSDP."""
+    ranks: int
+    half: bool
+    """Weights in bf16 or fp16, with fp32 masters."""
+    masks: bool = True
+    first_order: bool = True
+    """Whether a second gradient is ranked."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on a rank, by what they are for."""
+
+    on_device: Mapping[str, int]
+    on_host: Mapping[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        """On the accelerator, or on a CPU rank all that is not offloaded."""
+        return sum(self.on_device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Offloaded to host memory."""
+        return sum(self.on_host.values())
+
+
+def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
+    """Memory of a rank at the step, where it is highest; activations and gathered layers come on top.
+
+    Args:
+        parameters: elements of the whole model.
+        eligible: how many of them may be masked.
+        plan: how it is trained.
+    """
+    part = math.ceil(parameters / plan.ranks) if plan.stage >= 1 else parameters
+    eligible_part = math.ceil(eligible / plan.ranks) if plan.stage >= 1 else eligible
+    stored = 2 if plan.half else 4
+    masters = plan.half or plan.stage >= 1  # DeepSpeed keeps a flat fp32 copy in fp32 training too
+    weights = {"weights": stored * (part if plan.stage == 3 else parameters)}
+    gradients = {"gradients": stored * (part if plan.stage >= 2 else parameters)}
+    states = {
+        "fp32 masters": 4 * part * masters,
+        "AdamW's states": 8 * part,
+        "the fp32 gradient of a step": 4 * part * masters,
+        # torch's AdamW has scratch memory as large as what it updates at once; the masked update works in parts
+        "AdamW's scratch": 8 * part * (masters and not plan.masks),
+        "masks": eligible_part * plan.masks,
+        "the ranked gradient": 4 * eligible_part * plan.first_order,
+    }
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
+    for group, offloaded in ((weights, plan.offload_parameters), (gradients, False), (states, plan.offload_optimizer)):
+        (host if offloaded else device).update({what: size for what, size in group.items() if size})
+    return Estimate(device, host)
+
+
+def checkpoint_bytes(parameters: int, half: bool) -> int:
+    """A checkpoint of the whole job: weights, fp32 masters and AdamW's two states."""
+    return parameters * (12 + (2 if half else 4))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a host has for its ranks."""
+
+    ranks: int
+    """Of the job, on this host."""
+    host_free: int
+    """Bytes of memory that all processes of the host can still get."""
+    device_free: int | None
+    """Bytes free on this rank's accelerator; None where it trains on the CPU."""
+
+
+def machine(ranks: int, local_rank: int) -> Machine:
+    """This host now, within the limit of its container."""
+    device_free = None
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        device_free = torch.cuda.mem_get_info(local_rank)[0]
+    return Machine(ranks, min(_memory_available(), _container_limit()), device_free)
+
+
+def _memory_available() -> int:
+    import psutil  # accelerate and deepspeed need it too
+
+    return int(psutil.virtual_memory().available)
+
+
+def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes left to this container by cgroups v2; a very large number where there is no limit."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        return int(limit) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroups v2, or "max"
+        return 2**63
+
+
+def shortage(needed: Estimate, there: Machine) -> float:
+    """Needed over free memory, of the device or the host, whichever is worse; above 1 it does not fit."""
+    if there.device_free is None:
+        return (needed.device_bytes + needed.host_bytes) * there.ranks / max(there.host_free, 1)
+    on_host = needed.host_bytes * there.ranks / max(there.host_free, 1)
+    return max(needed.device_bytes / max(there.device_free, 1), on_host)
+
+
+def check_memory(parameters: int, eligible: int, plans: Sequence[Plan], there: Machine) -> list[Finding]:
+    """Compare what a rank needs with what its host has.
+
+    Args:
+        parameters: elements of the model.
+        eligible: how many of them may be masked.
+        plans: the one that a config says, or all those that a launcher may choose among.
+        there: the host.
+    """
+    free = f"{there.host_free / GIB:.1f} GiB of host memory free for {there.ranks} rank{'s' * (there.ranks > 1)}"
+    if there.device_free is not None:
+        free = f"{there.device_free / GIB:.1f} GiB free on the GPU, {free}"
+    estimates = {_name(plan): estimate(parameters, eligible, plan) for plan in plans}
+    ratios = {name: shortage(needed, there) for name, needed in estimates.items()}
+    if len(plans) == 1:
+        told = [_spelled(estimates[_name(plans[0])])]
+    else:
+        told = [f"{name} {(e.device_bytes + e.host_bytes) / GIB:.2f} GiB" for name, e in estimates.items()]
+    text = (
+        f"{parameters:,} parameters, {eligible:,} eligible; a rank needs beside activations {', '.join(told)}; {free}"
+    )
+    fit = [name for name, ratio in ratios.items() if ratio <= _TIGHT]
+    if len(fit) == len(plans):
+        return [Finding("memory", "ok", text)]
+    if fit:
+        return [Finding("memory", "warning", text, f"what fits with room for activations: {', '.join(fit)}")]
+    worst = min(ratios.values())
+    mend = "a higher ZeRO stage, more ranks, bf16, offload (ds_configs/zero3_offload.json), or a smaller model"
+    if worst <= 1:
+        return [Finding("memory", "warning", f"{text}: activations may not fit beside it", mend)]
+    return [Finding("memory", "failed", f"{text}: {worst:.1f} times what is free", mend)]
+
+
+def _name(plan: Plan) -> str:
+    return {0: "ZeRO-0/DDP", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3/FSDP"}[plan.stage] if plan.ranks > 1 else "one rank"
+
+
+def _spelled(needed: Estimate) -> str:
+    parts = [f"{what} {size / GIB:.2f}" for what, size in needed.on_device.items()]
+    parts += [f"{what} {size / GIB:.2f} (host)" for what, size in needed.on_host.items()]
+    return f"{(needed.device_bytes + needed.host_bytes) / GIB:.2f} GiB: {', '.join(parts)}"
+
+
+def ranks_on_host(environment: Mapping[str, str], world_size: int) -> int:
+    """How many of the job's ranks are on this host, as torchrun or deepspeed say; else one a GPU, at least one."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return min(world_size, max(torch.cuda.device_count(), 1))
+
+
+def local_rank(environment: Mapping[str, str]) -> int:
+    """Of this process; 0 without a launcher."""
+    given = environment.get("LOCAL_RANK", "0")
+    return int(given) if given.isdigit() else 0

@@ -1,0 +1,299 @@
+"""rose-ds doctor on one machine: what each check finds, and what it says to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from rose_ds.cli import main
+from rose_ds.doctor import disk, environment, memory, ranks
+from rose_ds.doctor.config import check_config
+from rose_ds.doctor.finding import Finding, merged, record
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- versions, compiler, locks ---
+
+
+def wanted(**pins: str) -> dict[str, Requirement]:
+    return {name: Requirement(name + pin) for name, pin in pins.items()}
+
+
+def test_the_pins_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = environment.required()
+    assert set(found) == set(environment.PACKAGES)
+    assert f'"deepspeed{found["deepspeed"].specifier}"' in text
+
+
+def test_versions_that_do_not_fit_are_named_with_what_to_install() -> None:
+    pins = wanted(torch=">=2.11,<2.15", deepspeed="==0.19.8", accelerate=">=1.15,<1.16")
+    (found,) = environment.check_versions(pins, {"torch": "2.13.0+cu126", "deepspeed": "0.18.0"})
+    assert found.status == "failed"
+    assert found.text == "deepspeed 0.18.0 is not ==0.19.8; accelerate is missing (<1.16,>=1.15)"
+    assert "'deepspeed==0.19.8'" in found.mend
+    (found,) = environment.check_versions(pins, {"torch": "2.13.0+cpu", "deepspeed": "0.19.8", "accelerate": "1.15.0"})
+    assert (found.status, found.text) == ("ok", "torch 2.13.0+cpu, deepspeed 0.19.8, accelerate 1.15.0")
+
+
+def test_a_compiler_is_missed_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (needed,), (other,) = (environment.check_compiler(needed) for needed in (True, False))
+    assert (needed.status, other.status) == ("failed", "warning")
+    assert "no C++ compiler (no-such-compiler)" in needed.text and "CXX" in needed.mend
+
+
+@pytest.mark.parametrize(("age", "status"), [(5, "warning"), (3600, "failed")])
+def test_a_lock_of_a_killed_build(tmp_path: Path, age: float, status: str) -> None:
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm").mkdir(parents=True)
+    assert environment.check_extension_locks(tmp_path)[0].status == "ok"
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    (found,) = environment.check_extension_locks(tmp_path, now=lock.stat().st_mtime + age)
+    assert found.status == status and str(lock) in found.text
+    assert status == "warning" or found.mend == f"rm {lock}"
+
+
+def test_hosts_with_other_packages_are_named() -> None:
+    one, other = {"torch": "2.13.0", "deepspeed": "0.19.8"}, {"torch": "2.12.0", "deepspeed": "0.19.8"}
+    assert environment.same_everywhere([one, one], ["a", "b"]).text == "on all 2 ranks, 2 host names"
+    found = environment.same_everywhere([one, one, other], ["a", "a", "b"])
+    assert found.status == "failed"
+    assert found.text == "rank 0 on a and rank 2 on b differ: torch 2.13.0 and 2.12.0"
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_projects_own_configs_are_accepted(path: Path) -> None:
+    findings, config = check_config(str(path), 8)
+    assert config == json.loads(path.read_text())
+    if "fp16" in path.stem:  # there is no GPU to run it on
+        assert [f.text for f in findings] == [f"{path}: fp16 is not there on CPU ranks"]
+    else:
+        assert [f.status for f in findings] == ["ok"], findings
+
+
+ROSE = {"type": "RoseAdamW", "params": {"lr": "auto", "strategy": "first", "keep_first": 0.7}}
+#: a change to ds_configs/zero3.json, and words of the finding
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "zero++": ({"zero_optimization": {"zero_quantized_gradients": True}}, "ZeRO++", "leave these settings out"),
+    "round_robin": (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin",
+        "set it to false",
+    ),
+    "alignment": ({"zero_optimization": {"parameter_alignment": True}}, "parameter_alignment", "remove it"),
+    "nvme": ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, '"nvme"', 'use "cpu"'),
+    "ratio": (
+        {
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        },
+        "ratio < 1",
+        "set 1.0",
+    ),
+    "force": (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "DeepSpeedCPUAdam",
+        '"zero_force_ds_cpu_optimizer" to false',
+    ),
+    "deepcompile": ({"compile": {"deepcompile": True}}, "deepcompile", "set it to false"),
+    "accumulation": ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", "set it to true"),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast", '"bf16"'),
+    "masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "master weights", "keep fp32"),
+    "unsavable": (
+        {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}},
+        "cannot save the model whole",
+        "set it to true",
+    ),
+    "adamw": ({"optimizer": {"type": "AdamW"}}, "'AdamW', not RoseAdamW", "leave the block out"),
+    "keep": ({"optimizer": {**ROSE, "params": {"keep_first": 2}}}, "keep_first=2 must be in (0, 1]", "params"),
+    "unknown": ({"optimizer": {**ROSE, "params": {"keep": 1}}}, "unknown ROSE setting(s) ['keep']", "params"),
+    "schema": ({"zero_optimization": {"reduce_bucket": 5}}, "zero_optimization.reduce_bucket", "correct or remove it"),
+    "stage": (
+        {"zero_optimization": {"stage": 4}},
+        '"stage" in "zero_optimization" must be 0, 1, 2 or 3',
+        "ds_configs/",
+    ),
+    "batch": (
+        {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+        "32 is not 4 rows x 2 micro-batches x 8 ranks = 64",
+        '"auto"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_config_that_a_run_would_refuse(name: str, tmp_path: Path) -> None:
+    change, words, mend = WRONG[name]
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    for key, value in change.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    findings, _ = check_config(str(path), 8)
+    assert [f.status for f in findings] == ["failed"], findings
+    assert words in findings[0].text and mend in findings[0].mend
+
+
+def test_a_rose_block_and_misspelt_names(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"optimizer": ROSE, "zero_optimisation": {"stage": 2}}))
+    (found,), _ = check_config(str(path), 1)
+    assert found.status == "warning"
+    assert '"zero_optimisation" is not a setting' in found.text and found.mend == 'write "zero_optimization"'
+    path.write_text("{")
+    (found,), config = check_config(str(path), 1)
+    assert (found.status, config) == ("failed", {}) and "is not JSON" in found.text
+
+
+# --- memory and disk ---
+
+
+def measured() -> list[dict[str, Any]]:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["runs"]
+    return list(runs.values())
+
+
+@pytest.mark.parametrize("run", measured(), ids=lambda run: f"{run['strategy']}-x{run['ranks']}")
+def test_the_estimate_is_near_what_was_measured(run: dict[str, Any]) -> None:
+    """RoBERTa-large at ZeRO-3 in bf16: the highest rank's peak, which has activations of one sentence in it."""
+    masks = run["strategy"] != "none"
+    first = run["strategy"] in ("first", "ensemble")
+    plan = memory.Plan(run["stage"], run["ranks"], half=run["precision"] == "bf16", masks=masks, first_order=first)
+    needed = memory.estimate(run["parameters"], run["eligible"], plan).device_bytes
+    peak = max(phase["peak"] for phases in run["ranks_phases"] for phase in phases.values())
+    assert needed == pytest.approx(peak, rel=0.15)
+
+
+def test_memory_falls_with_the_stage_and_the_ranks() -> None:
+    def bytes_of(stage: int, ranks: int) -> int:
+        return memory.estimate(1000, 800, memory.Plan(stage, ranks, half=True)).device_bytes
+
+    assert bytes_of(0, 4) == bytes_of(0, 1) > bytes_of(1, 4) > bytes_of(2, 4) > bytes_of(3, 4) > bytes_of(3, 8)
+    offloaded = memory.estimate(
+        1000, 800, memory.Plan(3, 4, half=True, offload_optimizer=True, offload_parameters=True)
+    )
+    assert offloaded.device_bytes + offloaded.host_bytes == bytes_of(3, 4)
+    assert dict(offloaded.on_device) == {"gradients": 500}
+
+
+def test_what_does_not_fit_is_said_with_what_does() -> None:
+    plans = [memory.Plan(stage, 4, half=False) for stage in range(4)]
+    needs = [memory.estimate(10**6, 10**6, plan).device_bytes for plan in plans]
+    one = memory.Machine(1, int(needs[3] / 0.7), None)
+    (found,) = memory.check_memory(10**6, 10**6, plans, one)
+    assert (found.status, found.mend) == ("warning", "what fits with room for activations: ZeRO-3/FSDP")
+    (found,) = memory.check_memory(10**6, 10**6, plans[3:], memory.Machine(1, int(needs[3] / 0.9), None))
+    assert found.status == "warning" and "activations may not fit" in found.text
+    (found,) = memory.check_memory(10**6, 10**6, plans, memory.Machine(4, needs[3], None))
+    assert found.status == "failed" and "4.0 times what is free" in found.text
+    gpu = memory.Machine(4, 2**40, needs[3] * 2)  # each rank has its own
+    assert memory.check_memory(10**6, 10**6, plans[3:], gpu)[0].status == "ok"
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    assert memory._container_limit(tmp_path) > 2**50
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert memory._container_limit(tmp_path) > 2**50
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._container_limit(tmp_path) == 900
+
+
+def test_the_output_folder(tmp_path: Path) -> None:
+    (found,) = disk.check_disk(tmp_path / "not" / "yet", 100, 100)
+    assert found.status == "ok" and str(tmp_path) in found.text
+    assert not (tmp_path / "not").exists() and not list(tmp_path.iterdir())
+    (found,) = disk.check_disk(tmp_path, 2**60, 100)
+    assert found.status == "failed" and "--save_total_limit" in found.mend
+    (tmp_path / "file").touch()
+    assert disk.check_disk(tmp_path / "file", None, 0)[0].text.endswith("is a file")
+    assert "cannot be written" in disk.check_disk(Path("/proc/runs"), None, 0)[0].text
+
+
+# --- launchers and findings ---
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def test_what_a_launcher_set() -> None:
+    launch, (found,) = ranks.launch_from(TORCHRUN)
+    assert launch == ranks.Launch(1, 4, "node1", 29500, agent_store=False) and found.status == "ok"
+    assert ranks.launch_from({})[0] is None
+    for change, words in (({"MASTER_ADDR": ""}, "MASTER_ADDR is missing"), ({"RANK": "one"}, "RANK='one'")):
+        launch, (found,) = ranks.launch_from({**TORCHRUN, **change})
+        assert launch is None and found.status == "failed" and words in found.text
+    launch, (found,) = ranks.launch_from({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert launch is None and found.status == "failed" and "Slurm sets no RANK" in found.text
+
+
+def test_findings_of_ranks_are_put_together() -> None:
+    good, bad = Finding("disk", "ok", "1 GiB"), Finding("disk", "failed", "0 GiB", "free some")
+    launcher = Finding("launcher", "ok", "3 ranks")
+    found = merged([[good, launcher], [bad, launcher], [good, launcher]])
+    assert [(f.check, f.status, f.ranks) for f in found] == [
+        ("disk", "ok", (0, 2)),
+        ("disk", "failed", (1,)),
+        ("launcher", "ok", ()),
+    ]
+    assert merged([[good], [Finding("disk", "ok", "2 GiB")]]) == [good]
+    assert [f.ranks for f in merged([[good], []])] == [(0,)]
+    assert found[1].line() == "FAILED   disk: 0 GiB (rank 1)\n         -> free some"
+    assert record(found, 3)["ok"] is False and record([good], 1)["ok"] is True
+
+
+# --- the command ---
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*TORCHRUN, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NTASKS"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_sound_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    config = "ds_configs/zero2.json"
+    main(["doctor", "--model", "minilm", "--deepspeed", config, "--output_dir", str(tmp_path / "run"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    checks = {check["check"]: check for check in found["checks"]}
+    assert found["ok"] is True and found["world_size"] == 1
+    assert {c["status"] for c in found["checks"]} == {"ok"}, found
+    # the packaged BERT with a classifier of two labels
+    assert checks["memory"]["text"].startswith("22,713,986 parameters, 10,621,440 eligible")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"optimizer": {"type": "Adam"}}')
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--deepspeed", str(config), "--model", "./no/such"])
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert "FAILED   config:" in printed and "'Adam', not RoseAdamW" in printed
+    assert "FAILED   model: model folder ./no/such does not exist" in printed
+    assert printed.splitlines()[-1].endswith("2 to mend")
+
+
+def test_bad_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, words in (
+        (["--timeout", "0"], "timeout=0.0 must be"),
+        (["--world_size", "0"], "world_size=0 must be at least 1"),
+        (["--method", "roze"], "method='roze' is not one of"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["doctor", *flags])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
