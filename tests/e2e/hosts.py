@@ -84,7 +84,10 @@ class Host:
 
     def processes(self) -> list[psutil.Process]:
         """All processes on the host."""
-        inside = Path(f"/proc/{self.init.pid}/ns/pid_for_children").readlink()
+        try:
+            inside = Path(f"/proc/{self.init.pid}/ns/pid_for_children").readlink()
+        except OSError:  # the host is dead
+            return []
         found = []
         for process in psutil.process_iter():
             try:
