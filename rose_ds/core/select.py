@@ -19,6 +19,7 @@ Score = Callable[[Any], Tensor]
 #: What a 0 in the mask means; see ``rose_ds.core.update``.
 Rule = Literal["robust", "gradient", "update"]
 _CHUNK = 1 << 21  # scores computed at a time: bounds the scratch memory
+_KEPT = 1 << 24  # up to so many scores of this rank are kept while they are ranked, instead of computed four times
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,19 @@ def _parts(numel: int) -> Iterator[slice]:
     return (slice(start, min(start + _CHUNK, numel)) for start in range(0, numel, _CHUNK))
 
 
+class _Kept:
+    """Scores that are computed once."""
+
+    def __init__(self, score: Callable[[int, slice], Tensor], sizes: Sequence[int]) -> None:
+        parts = [[score(i, at) for at in _parts(n)] for i, n in enumerate(sizes)]
+        self.values = [torch.cat(mine) if mine else torch.zeros(0) for mine in parts]
+
+    def __call__(self, i: int, at: slice) -> Tensor:
+        return self.values[i][at]
+
+
 class _Lazy:
-    """Scores computed anew for each round of the threshold, a part of a slice at a time."""
+    """Scores asked for in each round of the threshold, a part of a slice at a time."""
 
     def __init__(self, score: Callable[[int, slice], Tensor], sizes: Sequence[int], indices: Sequence[int]) -> None:
         self.score, self.sizes, self.indices = score, sizes, indices
@@ -95,6 +107,9 @@ def _rank_elements(selector: Selector, inputs: StepInputs) -> tuple[Threshold, C
 
     def score(i: int, at: slice) -> Tensor:
         return selector.score(ElementMagnitudes(inputs, i, at))
+
+    if sum(sizes) <= _KEPT:
+        score = _Kept(score, sizes)
 
     values = [(_Lazy(score, sizes, layout.slices_of(e)), e) for e in layout.exchanges]
     threshold = _threshold(selector, values, layout.element_count)
