@@ -72,7 +72,9 @@ class Host:
 
     def start(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command on the host, from the repository's root; what it prints goes to ``log``."""
-        enter = ["nsenter", f"--target={self.init.pid}", "--net", "--mount", "--uts", "--pid", f"--wd={ROOT}", "--"]
+        enter = ["nsenter", f"--target={self.init.pid}", "--net", "--mount", "--uts", "--pid", "--"]
+        # not nsenter --wd: that folder would be of the other mount namespace, and files cannot be renamed across
+        enter += ["sh", "-c", 'cd "$0" && exec "$@"', str(ROOT)]
         with log.open("ab") as file:
             return subprocess.Popen(
                 [*enter, *command],
