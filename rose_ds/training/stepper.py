@@ -33,6 +33,8 @@ from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 64  # last micro-batches that a loop may announce before it steps
+
 
 class MicroBatchValues(TypedDict):
     """What ``Stepper.backward`` returns: detached values of this rank's micro-batch."""
@@ -86,6 +88,8 @@ class Stepper:
         self._awaiting_step = False
         self._selection: Selection | None = None
         self._left_to_optimizer: list[RemovableHandle] = []
+        self._unstepped = 0
+        """Last micro-batches since the optimizer stepped."""
         self._had_risk = False
         self._told: set[str] = set()
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
@@ -231,6 +235,13 @@ class Stepper:
         if not self._awaiting_step:
             raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
         self._awaiting_step = False
+        self._unstepped += last
+        if self._unstepped > max(_PATIENCE, 2 * self.engine.accumulation_steps):
+            self._tell(
+                "unstepped",
+                f"{self._unstepped} last micro-batches and not one optimizer.step() of this RoseAdamW: is it another "
+                "optimizer, or a wrapper of it, that the loop steps?",
+            )
         if last and not self._left_to_optimizer:  # a loop may give one step several last micro-batches
 
             def begin(*_: object) -> None:
@@ -240,7 +251,7 @@ class Stepper:
             def finish(*_: object) -> None:
                 for handle in self._left_to_optimizer:
                     handle.remove()
-                self._left_to_optimizer = []
+                self._left_to_optimizer, self._unstepped = [], 0
                 skipped = self.optimizer.skips
                 self.optimizer.plan = None
                 self._finish(grad_norm(), skipped)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from plain_jobs import build
 from reference import train
 from spawn import run_ranks
-from test_plain import build
 from tiny import Case
 from torch_jobs import Job, start
 

@@ -145,3 +145,22 @@ def test_a_parameter_missing_from_the_optimizer() -> None:
 def test_the_version_and_the_names_a_user_imports() -> None:
     assert set(rose_ds.__all__) <= set(dir(rose_ds))
     assert RoseConfig(**{name: getattr(RoseConfig(), name) for name in RoseConfig.field_names()}) == RoseConfig()
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_an_optimizer_that_nobody_steps_is_told_of(stepped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A loop that leaves the step to the optimizer, and steps another one."""
+    case = Case()
+    model, stepper = build(case)
+    other = torch.optim.SGD(model.parameters(), lr=0.0)
+    ids, labels = micro_batch(case, 1, 0)
+    for _ in range(70):
+        with rows(len(ids), slice(None)):
+            stepper.backward(lambda: model(ids), lambda logits: F.cross_entropy(logits, labels))
+        stepper.leave_step_to_optimizer(last=True)
+        (stepper.optimizer if stepped else other).step()
+        stepper.optimizer.zero_grad()
+    told = [record.message for record in caplog.records if "not one optimizer.step()" in record.message]
+    assert len(told) == (0 if stepped else 1)
+    if told:
+        assert told[0].startswith("65 last micro-batches")
