@@ -136,6 +136,28 @@ def batch_of(job: dict[str, Any], rank: int, micro: int) -> tuple[Any, Any]:
     return torch.tensor(rows), torch.tensor(labels)
 
 
+def fsdp(model: Any, job: dict[str, Any]) -> Any:
+    """The model sharded layer by layer, in the precision asked for, its sums in fp32."""
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    layers = model.roberta.encoder.layer
+    low = torch.bfloat16 if job["precision"] == "bf16" else None
+    if job["engine"] == "fsdp1":
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(layers[0])}),
+            mixed_precision=MixedPrecision(param_dtype=low, reduce_dtype=torch.float32) if low else None,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    for layer in layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Run the job on this rank."""
     import contextlib
@@ -162,17 +184,23 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     RobertaForSequenceClassification(
         RobertaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    settings = ds_config(job)
+    settings, zero = ds_config(job), job["engine"] == "zero"
     meter, found, seconds = Meter(), {}, []
     meter.reset()
-    init = deepspeed.zero.Init(config_dict_or_path=settings) if job["stage"] == 3 else contextlib.nullcontext()
+    partitioned = zero and job["stage"] == 3
+    init = deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else contextlib.nullcontext()
     with init:
         model = RobertaForSequenceClassification(config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     found["model"] = {"peak": meter.peak(), "after": meter.current()}
     meter.reset()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-    stepper = rose_ds.prepare(engine)
+    if zero:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+        stepper = rose_ds.prepare(engine)
+    else:
+        engine = fsdp(model, job)
+        optimizer = rose_ds.RoseAdamW(engine.named_parameters(), lr=1e-5, strategy=job["strategy"])
+        stepper = rose_ds.prepare(engine, optimizer, accumulation_steps=job["accumulation"], max_grad_norm=1.0)
     engine.train()
     found["engine"] = {"peak": meter.peak(), "after": meter.current()}
     found["backward"] = found["step"] = {"peak": 0, "after": 0}
@@ -261,10 +289,15 @@ def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     return {**job, **shared, "ranks_phases": [result["phases"] for result in results]}
 
 
+def engine_of(job: dict[str, Any]) -> str:
+    """Its name; older results have DeepSpeed's alone."""
+    return f"zero{job['stage']}" if job.get("engine", "zero") == "zero" else str(job["engine"])
+
+
 def key_of(job: dict[str, Any]) -> str:
     """The job's name in the results."""
     extra = f"accumulation{job['accumulation']} batch{job['batch']} steps{job['steps']}"
-    return f"{job['model']} zero{job['stage']} {job['precision']} x{job['ranks']} {job['strategy']} {extra}"
+    return f"{job['model']} {engine_of(job)} {job['precision']} x{job['ranks']} {job['strategy']} {extra}"
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -303,13 +336,13 @@ def table(results: dict[str, Any]) -> str:
         "| model | ranks | strategy | built | engine | backward | step | all ranks | extra backward | extra step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for run in sorted(runs, key=lambda r: (r["model"], r["stage"], r["accumulation"], r["ranks"], r["strategy"])):
+    for run in sorted(runs, key=lambda r: (r["model"], engine_of(r), r["accumulation"], r["ranks"], r["strategy"])):
         plain = results["runs"].get(key_of({**run, "strategy": "none"}))
         gib = [f"{peak(run, phase) / 2**30:.2f}" for phase in PHASES]
         total = sum(max(rank[phase]["peak"] for phase in PHASES) for rank in run["ranks_phases"])
         compared = plain is not None and plain is not run
         extra = [f"{extra_bytes(run, plain, p):+.2f} B" if compared else "-" for p in ("backward", "step")]
-        how = f"{run['model']}, ZeRO-{run['stage']} {run['precision']}"
+        how = f"{run['model']}, {engine_of(run)} {run['precision']}"
         how += f", accumulation {run['accumulation']}" if run["accumulation"] > 1 else ""
         cells = [how, str(run["ranks"]), run["strategy"], *gib, f"{total / 2**30:.2f}", *extra]
         lines.append(f"| {' | '.join(cells)} |")
@@ -338,6 +371,9 @@ def parser() -> argparse.ArgumentParser:
         default=["none", "second", "ensemble"],
         help='"none" is AdamW, what the others are compared with',
     )
+    made.add_argument(
+        "--engine", choices=("zero", "fsdp1", "fsdp2"), default="zero", help="zero: DeepSpeed, see --stage"
+    )
     made.add_argument("--stage", type=int, choices=range(4), default=3, help="ZeRO stage")
     made.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     made.add_argument("--batch", type=int, default=1, metavar="N", help="sentences to a micro-batch and rank")
@@ -364,7 +400,7 @@ def main() -> None:
     results = read(options.output)
     jobs = [] if options.table else list(itertools.product(options.ranks, options.strategy))
     for i, (ranks, strategy) in enumerate(jobs, 1):
-        same = ("model", "stage", "precision", "batch", "accumulation", "steps")
+        same = ("model", "engine", "stage", "precision", "batch", "accumulation", "steps")
         job = {**{name: getattr(options, name) for name in same}, "ranks": ranks, "strategy": strategy}
         known = key_of(job) in results["runs"] and not options.force
         print(f"[{i}/{len(jobs)}] {key_of(job)}{': in the file' if known else ''}", file=sys.stderr, flush=True)
