@@ -49,6 +49,8 @@ class Record:
     """What was counted since the run began."""
     unlogged_loss: list[float] = field(default_factory=list)
     """Each rank's loss summed over the steps after ``logged_step``, the last step that was logged."""
+    unlogged_disagreements: list[list[float]] = field(default_factory=list)
+    """The same of the fraction of rows with two answers: each rank's micro-batches."""
     logged_step: int = 0
 
     def write(self, folder: Path) -> None:

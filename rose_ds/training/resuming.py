@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -91,6 +92,8 @@ class ResumableTrainer(Trainer):
         self.meter: StepMeter | None = None
         self.fixed_settings: dict[str, Any] = {}
         """Further settings, by name, that a checkpoint records and a resumed run must share."""
+        self.disagreements: list[Tensor] = []
+        """Since the last log, a micro-batch each: the fraction of rows whose two dropout passes gave two answers."""
         self.resumed_folder: Path | None = None
         """The checkpoint that the run under way goes on from."""
         self._resumed: checkpoints.Record | None = None
@@ -237,6 +240,9 @@ class ResumableTrainer(Trainer):
         same = len(record.unlogged_loss) == self.args.world_size
         mean = sum(record.unlogged_loss) / len(record.unlogged_loss)
         self._tr_loss += record.unlogged_loss[self.args.process_index] if same else mean
+        values = record.unlogged_disagreements
+        mine = values[self.args.process_index] if same and values else list(itertools.chain(*values))
+        self.disagreements = list(torch.tensor(mine, device=self.args.device))
         self._globalstep_last_logged = record.logged_step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -265,7 +271,8 @@ class ResumableTrainer(Trainer):
         fixed, free = self._settings()
         checkpoints.gather(None)  # every rank has written its files
         own = checkpoints.files_in(folder)
-        ranks = checkpoints.gather((own, float(self._tr_loss), self.optimizer_steps()))
+        disagreements = torch.stack(self.disagreements).tolist() if self.disagreements else []
+        ranks = checkpoints.gather((own, float(self._tr_loss), disagreements, self.optimizer_steps()))
         files: dict[str, int] = {}
         # a shared folder may show one rank's files late to another; with save_on_each_node each node has its own
         for seen in [own] if self.args.save_on_each_node else [seen for seen, *_ in ranks]:
@@ -279,7 +286,8 @@ class ResumableTrainer(Trainer):
             fixed=json.loads(json.dumps(fixed)),
             free=free,
             totals={} if self.meter is None else self.meter.totals(),
-            unlogged_loss=[loss for _, loss, _ in ranks],
+            unlogged_loss=[loss for _, loss, *_ in ranks],
+            unlogged_disagreements=[values for _, _, values, _ in ranks],
             logged_step=self._globalstep_last_logged,
         )
         if self.args.should_save and not self.args.save_only_model:

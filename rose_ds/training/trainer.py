@@ -70,7 +70,6 @@ class RoseTrainer(CheckedTrainer):
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
         self._loss_uses_count: bool | None = None
-        self._disagreements: list[Tensor] = []
         self.record_masks: tuple[Path, int] | None = None
         """A folder, and every how many optimizer steps what the masks kept is written there."""
         self._refuse()
@@ -189,7 +188,7 @@ class RoseTrainer(CheckedTrainer):
                 max_grad_norm=self.args.max_grad_norm,
             )
         if micro["disagreement"] is not None:
-            self._disagreements.append(micro["disagreement"])
+            self.disagreements.append(micro["disagreement"])
         return micro["loss"] / accumulation
 
     def _passes(
@@ -325,8 +324,8 @@ class RoseTrainer(CheckedTrainer):
         report = self.last_report
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
-            if self._disagreements:
-                mean = self.accelerator.gather(torch.stack(self._disagreements).mean().reshape(1))
+            if self.disagreements:
+                mean = self.accelerator.gather(torch.stack(self.disagreements).mean().reshape(1))
                 logs["rose/disagreement"] = float(mean.mean())
-                self._disagreements = []
+                self.disagreements = []
         super().log(logs, *args, **kwargs)

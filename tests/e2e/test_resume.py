@@ -79,14 +79,16 @@ def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> 
     print(f"plain terminated: exit code {code} after {seconds:.1f} s")
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM received: checkpoint saved at step 3, resume with --resume auto" in log
-    assert [path.name for path in out.iterdir()] == ["checkpoint-3"]  # no model, no metrics.json
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-3", "masks.jsonl"]  # no model, no metrics.json
     code, log, _ = process(out, {}, "--max_steps", "7", "--resume", "auto")
     assert code == 0, log[-4000:]
     assert f"resuming from {out / 'checkpoint-3'}" in log
     assert same_weights(out, whole)
     assert history(out) == history(whole)
     assert [entry["step"] for entry in history(out)] == [2, 4, 6]
-    assert all({"loss", "rose/tau_first", "rose/tau_second"} <= entry.keys() for entry in history(out))
+    assert all(
+        {"loss", "rose/tau_first", "rose/tau_second", "rose/disagreement"} <= entry.keys() for entry in history(out)
+    )
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, out)]
     assert metrics[0]["kept_fraction"] == pytest.approx(metrics[1]["kept_fraction"], abs=1e-12)
 
