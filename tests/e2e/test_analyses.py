@@ -132,12 +132,15 @@ def test_disagreement_along_training(models: dict[str, str], undecided: str, sni
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_disagreement_is_logged_and_measured_over_ranks(minilm: str, snippets: str, tmp_path: Path) -> None:
+def test_disagreement_is_logged_and_measured_over_ranks(
+    minilm: str, snippets: str, tmp_path: Path, extensions: Path
+) -> None:
     flags = ["train", "--task", snippets, "--model", minilm, "--method", "rose-first", "--max_steps", "3"]
     flags += ["--per_device_train_batch_size", "4", "--max_length", "32", "--max_eval_samples", "31"]
     flags += ["--disable_tqdm", "true", "--report_to", "none", "--save_steps", "3", "--logging_steps", "1"]
     flags += ["--disagreement_steps", "2", "--output_dir", str(tmp_path)]
-    job = run([*deepspeed(2), "launch/train.py", "--deepspeed", "ds_configs/zero3.json", *flags[1:]])
+    command = [*deepspeed(2), "launch/train.py", "--deepspeed", "ds_configs/zero3.json", *flags[1:]]
+    job = run(command, TORCH_EXTENSIONS_DIR=str(extensions))
     assert job.returncode == 0
     (line,) = map(json.loads, (tmp_path / FILE).read_text().splitlines())
     assert (31 * line["disagreement"]) == pytest.approx(round(31 * line["disagreement"]))  # rows are counted once
