@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,12 +40,11 @@ def filter_normalised(module: nn.Module, seed: int) -> Weights:
 
 
 @torch.no_grad()
-def move(module: nn.Module, start: Weights, steps: Mapping[float, Weights] | list[tuple[float, Weights]]) -> None:
+def move(module: nn.Module, start: Weights, steps: Sequence[tuple[float, Weights]]) -> None:
     """Set the weights to ``start + sum(a * direction)``."""
-    pairs = list(steps.items()) if isinstance(steps, Mapping) else steps
     for name, p in module.named_parameters():
         value = start[name].clone()
-        for amount, direction in pairs:
+        for amount, direction in steps:
             value.add_(direction[name], alpha=amount)
         p.copy_(value)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rose_ds.analysis.load import Batch
+from rose_ds.analysis.load import Batch, logits_of
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.experiments.evaluation import write_lines
 
@@ -36,8 +36,7 @@ def disagreement(module: nn.Module, batches: Sequence[Batch], draws: int = 1, se
             for _ in range(draws):
                 different = rows = 0
                 for batch in batches:
-                    inputs = {name: value for name, value in batch.items() if name != "labels"}
-                    a, b = (module(**inputs).logits for _ in range(2))
+                    a, b = (logits_of(module, batch) for _ in range(2))
                     different += int((a.argmax(-1) != b.argmax(-1)).sum())
                     moved = moved or not torch.equal(a, b)
                     rows += len(a)
@@ -81,8 +80,8 @@ class DisagreementCallback(TrainerCallback):
         with replay(RngState.now()), torch.no_grad():
             torch.manual_seed(seed + accelerator.process_index)
             for batch in self.trainer.get_eval_dataloader(self.rows):
-                inputs = {k: v for k, v in self.trainer._prepare_inputs(batch).items() if k != "labels"}
-                a, b = (model(**inputs).logits.argmax(-1) for _ in range(2))
+                inputs = self.trainer._prepare_inputs(batch)
+                a, b = (logits_of(model, inputs).argmax(-1) for _ in range(2))
                 flags = accelerator.gather_for_metrics(a != b)
                 different, rows = different + int(flags.sum()), rows + len(flags)
         return different / rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rose_ds.analysis.directions import restored
-from rose_ds.analysis.load import Batch, loss_and_accuracy
+from rose_ds.analysis.load import Batch, logits_of, loss_and_accuracy
 
 
 def low_area(losses: Sequence[Sequence[float]], delta: float) -> float:
@@ -26,7 +26,7 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _mean_loss(module: nn.Module, batch: Batch, rows: int) -> Tensor:
     """This batch's share of the mean cross entropy over ``rows``."""
-    logits = module(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+    logits = logits_of(module, batch).float()
     return F.cross_entropy(logits, batch["labels"], reduction="sum") / rows
 
 

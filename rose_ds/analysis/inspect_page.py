@@ -163,13 +163,7 @@ class _Figures:
         figure = self.go.Figure()
         for order, colour in zip(record.orders, COLOURS, strict=False):
             lines = [line for line in record.lines if line["tau"].get(order)]
-            figure.add_scatter(
-                x=[line["step"] for line in lines],
-                y=[line["tau"][order] for line in lines],
-                name=order,
-                mode="lines+markers",
-                line_color=colour,
-            )
+            _over_steps(figure, lines, lambda line, o=order: line["tau"][o], name=order, line_color=colour)
         figure.update_yaxes(type="log", title="threshold", exponentformat="power")
         figure.update_xaxes(title="optimizer step")
         return self._written(figure, 300)
@@ -182,24 +176,12 @@ class _Figures:
                 continue
             last = lines[-1]["kept"][order]
             kept = sum(k * n for k, n in zip(last, sizes, strict=True)) / sum(sizes)
-            figure.add_scatter(
-                x=[line["step"] for line in lines],
-                y=[line["same"][order] for line in lines],
-                name=order,
-                mode="lines+markers",
-                line_color=colour,
-            )
+            _over_steps(figure, lines, lambda line, o=order: line["same"][o], name=order, line_color=colour)
             figure.add_hline(y=kept**2 + (1 - kept) ** 2, line_color=colour, line_dash="dot")
         both = [line for line in record.lines if "both" in line]
         if both:
-            figure.add_scatter(
-                x=[line["step"] for line in both],
-                y=[line["both"] for line in both],
-                name="kept by both orders",
-                mode="lines",
-                line_color=COLOURS[2],
-                line_dash="dash",
-            )
+            style = {"mode": "lines", "line_color": COLOURS[2], "line_dash": "dash"}
+            _over_steps(figure, both, lambda line: line["both"], name="kept by both orders", **style)
         figure.update_yaxes(range=[0, 1], tickformat=".0%", title="of the weights")
         figure.update_xaxes(title="optimizer step")
         return self._written(figure, 300)
@@ -236,6 +218,12 @@ class _Figures:
             full_html=False, include_plotlyjs=script, config={"responsive": True, "displayModeBar": False}
         )
         return written
+
+
+def _over_steps(figure: Any, lines: Sequence[Mapping[str, Any]], value: Any, **style: Any) -> None:
+    """Draw a number of each record against its step."""
+    points = {"x": [line["step"] for line in lines], "y": [value(line) for line in lines]}
+    figure.add_scatter(**points, **{"mode": "lines+markers", **style})
 
 
 def _modules(names: Sequence[str]) -> tuple[list[int], list[str], list[tuple[str, int]]]:

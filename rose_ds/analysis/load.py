@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,16 @@ from rose_ds.analysis.probing import new_head
 from rose_ds.data import TaskData, TaskSpec, perturb, tokenize
 from rose_ds.data.batching import padding_collator
 from rose_ds.experiments.loading import load_data, settings_of
-from rose_ds.experiments.metrics import FILE, Metrics
-from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
+from rose_ds.experiments.metrics import FILE, Metrics, write_whole
+from rose_ds.experiments.models import (
+    check_length,
+    default_device,
+    fingerprint,
+    label_names,
+    label_order,
+    load_model,
+    load_tokenizer,
+)
 from rose_ds.experiments.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -65,9 +72,8 @@ class Opened:
 
     @property
     def fingerprint(self) -> str:
-        """Of the head's weights, which no two trainings share."""
-        head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(self.model.parameters())[-2:])
-        return hashlib.sha256(head).hexdigest()[:12]
+        """See ``rose_ds.experiments.models.fingerprint``."""
+        return fingerprint(self.model)
 
     def rows(self, split: str) -> Any:
         """A split of the task's data. Raises ValueError where there is none."""
@@ -85,7 +91,6 @@ def open_run(
     *,
     splits: Sequence[str] = ("validation",),
     attention: str | None = None,
-    trained: bool = True,
 ) -> Opened:
     """A model folder (or a hub id) with its data.
 
@@ -94,7 +99,6 @@ def open_run(
         given: flags of RunSettings that the user gave; the others are those of the run.
         splits: which of train, validation and adversarial are needed; an adversarial one may be missing.
         attention: transformers' attn_implementation, e.g. eager for second derivatives.
-        trained: False takes a model without a classification head, and makes one.
 
     Raises:
         DataError, ModelError, ValueError: see there.
@@ -102,10 +106,10 @@ def open_run(
     settings = settings_of(folder, given)
     tokenizer = load_tokenizer(folder)
     check_length(folder, tokenizer, settings.max_length)
-    labels = label_names(folder) if settings.own_files and trained else None
+    labels = label_names(folder) if settings.own_files else None
     data = load_data(settings, splits, labels)
-    model = load_model(folder, data.spec, trained=trained, attention=attention).eval()
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    model = load_model(folder, data.spec, trained=True, attention=attention).eval()
+    device = default_device()
     return Opened(_name(folder), settings, model.to(device), tokenizer, data, device)
 
 
@@ -119,7 +123,7 @@ def fresh_classifier(folder: str, labels: int, seed: int) -> tuple[nn.Module, An
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, TaskSpec("probe", ("sentence",), tuple(map(str, range(labels)))))
     new_head(model, seed)
-    return model.to(torch.device(torch.accelerator.current_accelerator() or "cpu")), tokenizer
+    return model.to(default_device()), tokenizer
 
 
 def _name(folder: str) -> str:
@@ -130,13 +134,24 @@ def _name(folder: str) -> str:
     return own if method is None or method in own else f"{own} ({method})"
 
 
+def splits_for(split: str) -> tuple[str, ...]:
+    """What must be read for ``Opened.batches(split)``; the perturbed set is made of the validation set."""
+    return ("train",) if split == "train" else ("validation", "adversarial")
+
+
+def logits_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's answers to a batch, which it is not shown the labels of."""
+    logits: torch.Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return logits
+
+
 @torch.inference_mode()
 def loss_and_accuracy(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean cross entropy and accuracy over rows, the model as it is (dropout off in evaluation mode); fp64 sums."""
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         labels = batch["labels"]
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        logits = logits_of(model, batch).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").double().item()
         right += int((logits.argmax(-1) == labels).sum())
         count += len(labels)
@@ -145,12 +160,7 @@ def loss_and_accuracy(model: nn.Module, batches: Sequence[Batch]) -> tuple[float
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
     """Write NAME.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def output_folder(models: Sequence[str], output_dir: str | None) -> Path:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from rose_ds.data.tasks import TaskSpec
-from rose_ds.experiments.models import check_length, label_order, load_model, load_tokenizer
+from rose_ds.experiments.models import (
+    check_length,
+    default_device,
+    fingerprint,
+    label_order,
+    load_model,
+    load_tokenizer,
+)
 
 Texts = tuple[str, ...]
 
@@ -31,16 +37,15 @@ class Classifier:
         self.tokenizer = load_tokenizer(model)
         check_length(model, self.tokenizer, max_length)
         self.model = load_model(model, spec, trained=True).eval()
-        self.device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        self.device = default_device() if device is None else torch.device(device)
         self.model.to(self.device)
         self.order = label_order(self.model.config, spec)
         self.max_length, self.batch_size = max_length, batch_size
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights of its head, which no two trainings share."""
-        head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(self.model.parameters())[-2:])
-        return hashlib.sha256(head).hexdigest()[:12]
+        """See ``rose_ds.experiments.models.fingerprint``."""
+        return fingerprint(self.model)
 
     @torch.inference_mode()
     def predict(self, texts: Sequence[Texts] | Sequence[str]) -> np.ndarray:

@@ -27,6 +27,12 @@ class Rows:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+def add_models(parser: Parser, text: str) -> None:
+    """Positional arguments: one model or more, in ``models``."""
+    parser.usage = "%(prog)s MODEL [MODEL ...] [--flag value ...]"
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=text)
+
+
 def parse(
     command: str, description: str, arguments: Sequence[str], *settings: Any, models: str
 ) -> tuple[list[str], dict[str, Any], tuple[Any, ...]]:
@@ -36,8 +42,7 @@ def parse(
         models: help for the positional arguments.
     """
     parser = Parser(command, description, RunSettings, Rows, *settings)
-    parser.usage = "%(prog)s MODEL [MODEL ...] [--flag value ...]"
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    add_models(parser, models)
     for action in parser._actions:  # which model is said in place of --model, and there is no engine
         if action.dest in ("model", "engine"):
             action.help = argparse.SUPPRESS

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.attack.run import attack, summary
     from rose_ds.experiments.loading import load_data, settings_of
     from rose_ds.experiments.metrics import FILE as METRICS
-    from rose_ds.experiments.metrics import Metrics
+    from rose_ds.experiments.metrics import Metrics, write_whole
     from rose_ds.experiments.models import label_names
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
     if first_rank():
         found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}
         path = folder / f"{how.search}.json"
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(found, indent=2) + "\n")
         if output.output_dir is None and (Path(settings.model) / METRICS).is_file():
             metrics = Metrics.read(Path(settings.model))
             metrics.under_attack[how.search] = found["accuracy_under_attack"]

@@ -39,13 +39,12 @@ def run(arguments: Sequence[str]) -> None:
         "dropout-disagreement", _DESCRIPTION, arguments, Draws, models="folders of trained models, or hub ids"
     )
     from rose_ds.analysis.disagreement import disagreement
-    from rose_ds.analysis.load import open_run, output_folder, write_result
+    from rose_ds.analysis.load import open_run, output_folder, splits_for, write_result
 
     folder = output_folder(models, rows.output_dir)
     found: dict[str, dict[str, Any]] = {}
-    splits = ("train",) if how.split == "train" else ("validation", "adversarial")
     for model in models:
-        opened = open_run(model, given, splits=splits)
+        opened = open_run(model, given, splits=splits_for(how.split))
         batches = opened.batches(how.split, rows.rows, rows.batch_size)
         found[opened.name] = {
             "model": model,

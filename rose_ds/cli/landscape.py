@@ -44,21 +44,21 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.analysis import pictures
     from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
     from rose_ds.analysis.landscape import gathered, surface
-    from rose_ds.analysis.load import Opened, open_run, output_folder, same_data, write_result
+    from rose_ds.analysis.load import Opened, open_run, output_folder, same_data, splits_for, write_result
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
     folder, world = output_folder(models, rows.output_dir), rank_and_world()[1]
-    splits = ("train",) if flat.split == "train" else ("validation", "adversarial")
+    splits = splits_for(flat.split)
     opened: list[Opened] = [open_run(model, given, splits=splits, attention="eager") for model in models]
     same_data(opened)
     logs = {run.name: logs_of(folder / "points", f"landscape-{n}", world) for n, run in enumerate(opened)}
     if len(logs) < len(opened):
         raise ValueError(f"two of the models have the same name, {[run.name for run in opened]}: rename a folder")
+    batches = {run.name: run.batches(flat.split, rows.rows, rows.batch_size) for run in opened}
     with all_ranks():
         for run in opened:
             subject = {"name": run.name, "split": flat.split, "rows": rows.rows, "task": run.data.spec.name}
-            batches = run.batches(flat.split, rows.rows, rows.batch_size)
-            surface(run.model, batches, plane, logs[run.name], {**subject, "weights": run.fingerprint})
+            surface(run.model, batches[run.name], plane, logs[run.name], {**subject, "weights": run.fingerprint})
     if not first_rank():
         return
     found = {}
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> None:
             "model": run.settings.model,
             "loss_at_model": measured["loss"][plane.points // 2][plane.points // 2],
             "low_area": low_area(measured["loss"], flat.delta),
-            "sam_sharpness": sharpness(run.model, run.batches(flat.split, rows.rows, rows.batch_size), flat.rho),
+            "sam_sharpness": sharpness(run.model, batches[run.name], flat.rho),
             "hessian_eigenvalues": largest_eigenvalues(run.model, few, flat.eigenvalues) if flat.eigenvalues else [],
             **measured,
         }

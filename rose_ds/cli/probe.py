@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from rose_ds.analysis.msgs import PARADIGMS
 from rose_ds.analysis.probing import Training
+from rose_ds.cli.analyses import add_models
 from rose_ds.cli.arguments import Parser, first_rank
 
 _DESCRIPTION = """Does a fine-tuned model prefer syntax or the surface? (Section 4.2, Figure 3)
@@ -48,8 +49,7 @@ class Probing:
 def run(arguments: Sequence[str]) -> None:
     """Train, measure, draw, print."""
     parser = Parser("probe", _DESCRIPTION, Probing, Training)
-    parser.usage = "%(prog)s MODEL [MODEL ...] [--flag value ...]"
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or hub ids")
+    add_models(parser, "folders of models, or hub ids")
     parser.parse_args(arguments)
     what, how, rest = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     models: list[str] = rest.models
@@ -68,16 +68,16 @@ def run(arguments: Sequence[str]) -> None:
     logs = logs_of(folder / "points", "probing", world)
     work = [(m, s, seed) for seed in how.seeds for s in what.surface for m in range(len(models))][rank::world]
     settings = {**asdict(what), **asdict(how), "models": models}
-    fixed = {name: value for name, value in settings.items() if name not in ("output_dir",)}
+    fixed = {name: value for name, value in settings.items() if name != "output_dir"}
+    msgs, counts = None if what.msgs is None else Path(what.msgs), (how.train_items, how.test_items)
+    items = {surface: probes(surface, msgs, counts, what.item_seed) for surface in what.surface}
     with all_ranks(), ResumableLog(logs[rank], fixed) as log:
         done = {(r["model"], r["surface"], r["seed"]) for r in log.records}
         for m, surface, seed in tqdm(work, desc="probe", unit="run", disable=not first_rank()):
             if (names[m], surface, seed) in done:
                 continue
-            counts = how.train_items, how.test_items
-            train, test = probes(surface, None if what.msgs is None else Path(what.msgs), counts, what.item_seed)
             model, tokenizer = fresh_classifier(models[m], labels=2, seed=seed)
-            found = linguistic_bias(model, tokenizer, train, test, how, seed)
+            found = linguistic_bias(model, tokenizer, *items[surface], how, seed)
             log.append({"model": names[m], "surface": surface, "seed": seed, **found})
     if not first_rank():
         return

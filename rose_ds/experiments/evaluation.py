@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rose_ds.data import TaskData, assign_families, perturb, tokenize
 from rose_ds.engines.rng import RngState, replay
+from rose_ds.experiments.metrics import write_whole
 from rose_ds.experiments.settings import RunSettings
 
 PREDICTIONS = "predictions.jsonl"
@@ -180,12 +180,9 @@ def read_trajectory(folder: Path) -> list[dict[str, Any]]:
 
 def write_predictions(folder: Path, found: Mapping[str, Predictions]) -> None:
     """Write PREDICTIONS, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / PREDICTIONS, [predictions.record(name) for name, predictions in found.items()])
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> None:
     """JSON lines, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records))

@@ -69,13 +69,13 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
     Raises:
         ValueError: metrics.json cannot be read.
     """
-    known: dict[str, Any] = {}
+    names, known = {f.name for f in fields(RunSettings)}, dict[str, Any]()
     if (Path(folder) / FILE).is_file():
         config = Metrics.read(Path(folder)).config
         own = set(given) & set(_SOURCE)
-        wanted = {f.name for f in fields(RunSettings)} - set(_OF_TRAINING) - set(_SOURCE if own else ())
+        wanted = names - set(_OF_TRAINING) - set(_SOURCE if own else ())
         known = {name: value for name, value in config.items() if name in wanted}
-    return RunSettings(**{**known, **{k: v for k, v in given.items() if k in RunSettings.names()}, "model": folder})
+    return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})
 
 
 def _path(name: str | None) -> Path | None:

@@ -17,6 +17,15 @@ VERSION = 4
 _TYPES = {"str": str, "int": int, "dict": dict}
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
 @dataclass
 class Metrics:
     """One run. Accuracies are fractions in [0, 1]; None where there is no such set or the run did not train. A file of
@@ -65,12 +74,7 @@ class Metrics:
 
     def write(self, folder: Path) -> Path:
         """Write folder/metrics.json whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE
-        temporary = folder / f".{FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        return path
+        return write_whole(folder / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -129,6 +130,17 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         network = AutoModelForSequenceClassification.from_config(config)
     return {name: tuple(param.shape) for name, param in network.named_parameters()}
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one."""
+    return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of the weights of a classifier's head, which no two trainings share."""
+    head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(model.parameters())[-2:])
+    return hashlib.sha256(head).hexdigest()[:12]
 
 
 def _plain(name: object) -> str:

@@ -89,11 +89,6 @@ class RunSettings:
     )
     perturb_seed: int = field(default=0, metadata=_help("Seed of the perturbed dev set."))
 
-    @classmethod
-    def names(cls) -> frozenset[str]:
-        """Of the settings."""
-        return frozenset(f.name for f in fields(cls))
-
     @property
     def own_files(self) -> bool:
         """Whether the rows come from the user's own files or data set."""

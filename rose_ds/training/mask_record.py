@@ -36,7 +36,7 @@ class MaskRecorder:
     def __init__(self, stepper: Stepper, folder: Path, every: int) -> None:
         self.layout, self.every = stepper.engine.layout, every
         self.path = folder / FILE
-        self._before: dict[int, Tensor] | None = None
+        self._before: list[Tensor] | None = None
         self._writes = not dist.is_initialized() or dist.get_rank() == 0
         self._sizes = self.layout.sums([torch.tensor(block.numel) for block in self.layout.blocks])
         if self._writes:
@@ -65,11 +65,11 @@ class MaskRecorder:
             line["kept"][name] = [round(float(f), 4) for f in self._sums([(c & bit) != 0 for c in codes]) / self._sizes]
             line["risks"][name] = _octaves(threshold.histogram)
             if self._before is not None:
-                same = [((c ^ self._before[i]) & bit) == 0 for i, c in enumerate(codes)]
+                same = [((c ^ b) & bit) == 0 for c, b in zip(codes, self._before, strict=True)]
                 line["same"][name] = round(self._fraction(same), 4)
         if len(orders) == 2:
             line["both"] = round(self._fraction([c == FIRST | SECOND for c in codes]), 4)
-        self._before = {i: c.clone() for i, c in enumerate(codes)}
+        self._before = codes  # each step makes its own
         if self._writes:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
