@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.passes import Sample
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import kth_smallest
 from rose_ds.objectives.divergence import symmetric_kl
 from rose_ds.optimizer import RoseAdamW, register_with_deepspeed
+from rose_ds.training.sampling import sample_rows
 from rose_ds.training.step_report import StepReport, write_scalars
 from rose_ds.training.stepper import Stepper, prepare
 
@@ -19,10 +21,12 @@ __all__ = [
     "RoseAdamW",
     "RoseConfig",
     "RoseTrainer",
+    "Sample",
     "StepReport",
     "Stepper",
     "kth_smallest",
     "prepare",
+    "sample_rows",
     "symmetric_kl",
     "write_scalars",
 ]

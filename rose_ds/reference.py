@@ -20,6 +20,8 @@ from torch import Tensor, nn
 Forward = Callable[[], Tensor]
 Loss = Callable[[Tensor], Tensor]
 Named = dict[str, Tensor]
+#: Some rows of a micro-batch, and a forward pass of these alone.
+Some = tuple[Tensor, Forward]
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,25 @@ class Reference:
         self.static: tuple[Step, dict[str, Named]] | None = None
         """Scores and masks that were found once, for the whole run."""
         self.average = {name: p.detach().clone() for name, p in self.named.items()}
+        self.risk: Named = {}
+        """First-order risk, averaged over steps."""
+        self.some: Some | None = None
 
     # --- one step ---
 
-    def step(self, micro_batches: Sequence[tuple[Forward, Loss]]) -> Step:
-        """Algorithm 1, with any objective in the place of the task loss."""
+    def step(self, micro_batches: Sequence[tuple[Forward, Loss]], some: Sequence[Some] = ()) -> Step:
+        """Algorithm 1, with any objective in the place of the task loss. ``some``: of each micro-batch, the rows that a
+        fast first-order risk is found from; all of them where there is none.
+        """
         self.t += 1
         strategy = self.config.strategy
         masking = strategy != "none" and self.t > self.config.mask_warmup_steps
         first = masking and strategy in ("first", "ensemble")
+        first = first and (self.t - self.config.mask_warmup_steps - 1) % self.config.risk_every == 0
         g = {name: torch.zeros_like(p) for name, p in self.named.items()}
         g_risk, share, losses, divergences = {n: torch.zeros_like(self.named[n]) for n in self.eligible}, 0.0, [], []
-        for forward, loss in micro_batches:
+        for i, (forward, loss) in enumerate(micro_batches):
+            self.some = some[i] if some else None
             value, divergence, share = METHODS[self.objective.name](self, forward, loss, first)
             losses.append(value.item())
             if divergence is not None:
@@ -90,7 +99,11 @@ class Reference:
         # what the masks look at is the task's gradient: without the part that R-Drop has added, clipped alike
         g_task = {name: g[name] - clip * share * g_risk[name] for name in self.eligible}
         seen = Step(sum(losses) / len(losses), norm, sum(divergences) / len(divergences) if divergences else None)
-        masks = self._masks(g, g_task, g_risk, seen) if masking else {}
+        if first:
+            for n, x in g_risk.items():
+                decay = self.config.risk_ema
+                self.risk[n] = decay * self.risk.get(n, torch.zeros_like(x)) + (1 - decay) * x.abs()
+        masks = self._masks(g, g_task, seen) if masking else {}
         self._update(g, masks)
         decay = self.objective.average_decay(self.t)
         if decay is not None:
@@ -106,7 +119,7 @@ class Reference:
 
     # --- masks: a score, which end of it is kept, and what a 0 means ---
 
-    def _masks(self, whole: Named, g: Named, g_risk: Named, seen: Step) -> dict[str, Named]:
+    def _masks(self, whole: Named, g: Named, seen: Step) -> dict[str, Named]:
         config = self.config
         if self.static is not None:
             found, masks = self.static
@@ -114,7 +127,7 @@ class Reference:
             return masks
         masks = {}
         if config.strategy in ("first", "ensemble"):  # Eq. 2
-            scores = {n: self._magnitude(g_risk[n]) for n in self.eligible}
+            scores = {n: self._magnitude(self.risk[n]) for n in self.eligible}
             masks["first"] = self._keep("first", scores, config.keep_first, config.keep_largest, seen)
         if config.strategy in ("second", "ensemble"):  # Eq. 4; no history: kept
             scores = {}
@@ -202,7 +215,18 @@ class Reference:
             m_hat, v_hat = self.m[name] / (1 - beta1**t), self.v[name] / (1 - beta2**t)  # line 11
             p -= h.lr * (m_hat / (v_hat.sqrt() + h.eps) * on_step + h.weight_decay * p * on_decay)  # lines 12 and 13
 
-    # --- forward passes with shifted input embeddings, and with averaged weights ---
+    # --- forward passes with other dropout, with shifted input embeddings, and with averaged weights ---
+
+    def divergence(self, forward: Forward, a: Tensor | None = None) -> Tensor:
+        """What first-order risk is the gradient of: of two dropout passes, the first one given or not (Eq. 1).
+
+        A fast one goes through the second pass alone, and over some rows alone.
+        """
+        if self.config.first_order == "exact":
+            return kl_both_ways(forward() if a is None else a, forward()).mean()
+        picked, forward = self.some or (slice(None), forward)
+        known = forward() if a is None else a[picked]
+        return kl_both_ways(known.detach(), forward()).mean()
 
     def shifted(self, forward: Forward, shift: Any, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Logits with ``shift`` added to the input embeddings, and the shift; a function is called with their shape."""
@@ -248,7 +272,7 @@ def kl_both_ways(a: Tensor, b: Tensor) -> Tensor:
 def task(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimised:
     """The task loss of a pass; ROSE compares this pass with another one."""
     a = forward()
-    return loss(a), kl_both_ways(a, forward()).mean() if first else None, 0.0
+    return loss(a), run.divergence(forward, a) if first else None, 0.0
 
 
 def r_drop(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimised:
@@ -266,7 +290,7 @@ def smart(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimise
         with run.averaged(), torch.no_grad():
             under_average = forward()
     clean = forward()
-    divergence = kl_both_ways(clean, forward()).mean() if first else None
+    divergence = run.divergence(forward, clean) if first else None
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     shift: Any = lambda shape, g: o.init_std * torch.randn(shape, generator=g)  # noqa: E731
     target = clean.detach().log_softmax(-1)
@@ -285,7 +309,7 @@ def smart(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimise
 def freelb(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimised:
     """The mean of CE at K points of an ascent in the embeddings, all with one dropout mask."""
     o = run.objective
-    divergence = kl_both_ways(forward(), forward()).mean() if first else None
+    divergence = run.divergence(forward) if first else None
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
     def uniform(shape: Any, g: torch.Generator) -> Tensor:  # no padding here

@@ -100,6 +100,10 @@ class Engine(ABC):
         """Called after each forward pass; the result is called before that pass is pulled back."""
         return lambda: None
 
+    def forget_graph(self) -> None:
+        """On an engine with a single graph: none waits, and the next pass has it. The pass it was of runs again."""
+        self.graph_of = None
+
     def agree(self, ok: bool) -> bool:
         """Whether every rank of the job says ``ok``. A collective."""
         return all_agree(ok)

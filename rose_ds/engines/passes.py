@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.rng import RngState, replay
-from rose_ds.errors import RefusedConfiguration
+from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.objectives.base import Comparing, Start
 
 if TYPE_CHECKING:
@@ -35,86 +33,13 @@ Loss = Callable[[Tensor], Tensor]
 _EQUAL_BY_CHANCE = 8
 
 
-#: The hooks of each model: they are the model's, and it can be prepared more than once.
-_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+class Sample(NamedTuple):
+    """Some rows of a micro-batch, from which a fast first-order risk is found."""
 
-
-class EmbeddingShift:
-    """Adds a shift to what the input embeddings return, inside whatever wraps the model: a forward hook.
-
-    Not ``inputs_embeds``, which changes RoBERTa's positions under padding and a decoder's choice of the last token, and
-    fails under FSDP2. The hook stays until the model is prepared again and does nothing between shifted passes.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        find = getattr(module, "get_input_embeddings", None)
-        embeddings = find() if find is not None else None
-        if not isinstance(embeddings, nn.Module):
-            raise RefusedConfiguration(
-                f"{type(module).__name__} has no get_input_embeddings(), so there is nothing to shift: objectives "
-                "smart and freelb need a model whose get_input_embeddings() returns its embedding module"
-            )
-        self.padding_idx = getattr(embeddings, "padding_idx", None)
-        self.shift: Tensor | Start | None = None
-        self.calls, self.used = 0, False
-        self._seed = 0
-        self._attention: Tensor | None = None
-        _HOOKS[module] = [
-            module.register_forward_pre_hook(self._look_for_attention_mask, with_kwargs=True),
-            embeddings.register_forward_hook(self._add),
-        ]
-
-    @staticmethod
-    def remove(module: nn.Module) -> None:
-        """Take away what an earlier stepper of the same model left."""
-        for handle in _HOOKS.pop(module, []):
-            handle.remove()
-
-    def set(self, shift: Tensor | Start | None) -> None:
-        """For the next pass; a callable is called once the embeddings' shape is known."""
-        self.shift, self.calls, self._attention = shift, 0, None
-        if callable(shift):
-            # drawn before the pass and from a generator of its own: the pass's random numbers stay the dropout's
-            self._seed = int(torch.randint(2**62, ()))
-        self.used = self.used or shift is not None
-
-    def take(self) -> Tensor | None:
-        """The shift that the pass used: a leaf. Nothing is shifted any more."""
-        shift, self.shift = self.shift, None
-        if shift is not None and self.calls != 1:
-            raise RefusedConfiguration(
-                f"forward() ran the input embeddings {self.calls} times, so it is not clear which tokens are to be "
-                "shifted (an encoder and a decoder may share them): objectives smart and freelb need one run a pass"
-            )
-        assert shift is None or isinstance(shift, Tensor)
-        return shift
-
-    def _look_for_attention_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        self._attention = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def _add(self, embeddings: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        self.calls += 1
-        if self.used and torch._C._current_graph_task_id() != -1:
-            raise RefusedConfiguration(
-                "the input embeddings run again inside the backward pass (activation checkpointing includes them), "
-                "without the shift they had: checkpoint the layers above them only"
-            )
-        if self.shift is None:
-            return None
-        if callable(self.shift):
-            real = self._attention.bool() if self._attention is not None else self._not_padding(args, out)
-            generator = torch.Generator(out.device).manual_seed(self._seed)
-            with torch.no_grad():
-                self.shift = self.shift(real, tuple(out.shape), generator).float()
-        if not self.shift.requires_grad:
-            self.shift = self.shift.detach().requires_grad_()
-        return out + self.shift.to(out.dtype)
-
-    def _not_padding(self, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if args and self.padding_idx is not None and args[0].shape == out.shape[:-1]:
-            return args[0] != self.padding_idx
-        return torch.ones(out.shape[:-1], dtype=torch.bool, device=out.device)
+    forward: Forward
+    """Runs the model on these rows; returns their logits, (rows, ..., classes)."""
+    rows: Tensor
+    """Their positions in the micro-batch: shape (rows,), int64."""
 
 
 @contextmanager
@@ -136,8 +61,10 @@ def still_statistics(module: nn.Module) -> Iterator[None]:
 class ForwardPass:
     """One forward pass, which can be run again with the same random numbers where its graph is gone."""
 
-    def __init__(self, batch: PassBatch, shift: Tensor | Start | None, like: ForwardPass | None) -> None:
-        self.batch = batch
+    def __init__(
+        self, batch: PassBatch, shift: Tensor | Start | None, like: ForwardPass | None, sampled: bool = False
+    ) -> None:
+        self.batch, self.sampled = batch, sampled and batch.sample is not None
         self._shift: Tensor | Start | None = shift
         self.leaves: list[Tensor] = []
         """fp32, with the outputs' values."""
@@ -177,17 +104,17 @@ class ForwardPass:
 
     def _run(self, *, replayed: bool) -> None:
         engine = self.batch.engine
-        with_graph = not (engine.single_graph and engine.graph_of is not None)
+        with_graph = torch.is_grad_enabled() and not (engine.single_graph and engine.graph_of is not None)
         if engine.single_graph and with_graph:
             engine.graph_of = self
         with ExitStack() as around:
             around.enter_context(torch.set_grad_enabled(with_graph))
             if replayed:
                 around.enter_context(replay(self.rng))
-            if self.batch.moved_statistics:
+            if self.batch.moved_statistics or self.sampled:
                 around.enter_context(still_statistics(engine.module))
-            logits = self.batch.forward()
-        self.batch.moved_statistics = True
+            logits = self.batch.forward_of(self.sampled)()
+        self.batch.moved_statistics |= not self.sampled
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
@@ -259,10 +186,13 @@ class PassBatch:
         compare: Comparing | None = None,
         ranks_risk: bool = False,
         ranks_task: bool = False,
+        one_sided: bool = False,
+        sample: Sample | None = None,
     ) -> None:
         self.engine, self.forward, self.loss_of = engine, forward, loss
         self.shifter, self.average = shifter, average
         self.compare = compare
+        self.one_sided, self.sample = one_sided, sample
         self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
         self.divergence: Tensor | None = None
         """The last value whose gradient was to be ranked, detached."""
@@ -277,6 +207,9 @@ class PassBatch:
         if shift is not None and self.shifter is None:
             raise TypeError("an objective that shifts embeddings must say so: shifts = True")
         return ForwardPass(self, shift, like)
+
+    def forward_of(self, sampled: bool) -> Forward:
+        return self.sample.forward if sampled and self.sample is not None else self.forward
 
     def loss(self, p: ForwardPass) -> Tensor:
         return p.ask_for_loss()
@@ -304,7 +237,32 @@ class PassBatch:
             self.disagreed = self.compare.disagreement(*(p.logits for p in passes))
         if not self.ranks_risk and not (share and self.ranks_task):
             return
-        self._require_dropout(passes)
+        self._require_dropout(passes[0].logits, passes[1])
+        self._rank(value, passes, share)
+
+    def one_sided_risk(self, a: Any = None) -> None:
+        sampled, compare = self.sample is not None, self.compare
+        assert compare is not None
+        if sampled:
+            compare = compare.of_rows(self.sample.rows)  # type: ignore[union-attr]
+        if a is None:
+            with torch.no_grad():
+                known = ForwardPass(self, None, None, sampled).logits.detach()
+        else:
+            known = a.logits.detach()
+            known = known[self.sample.rows.to(known.device)] if self.sample is not None else known
+        self.engine.forget_graph()
+        b = ForwardPass(self, None, None, sampled)
+        if b.logits.shape != known.shape:
+            raise ValueError(
+                f"the sample's forward() returned logits of shape {tuple(b.logits.shape)}, and its rows of the "
+                f"micro-batch have {tuple(known.shape)}: it must run the model on just these rows"
+            )
+        self.disagreed = compare.disagreement(known, b.logits)
+        self._require_dropout(known, b)
+        self._rank(compare.symmetric_kl(known, b.logits), [b], 0.0)
+
+    def _rank(self, value: Tensor, passes: Sequence[ForwardPass], share: float) -> None:
         self.divergence = value.detach()
         self.engine.share = share
         self.engine.pull_apart(self.pulls_of(value, passes))
@@ -339,13 +297,12 @@ class PassBatch:
         found = iter(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
         return [Pull(p, tuple(next(found) for _ in p.leaves)) for p in passes]
 
-    def _require_dropout(self, passes: Sequence[ForwardPass]) -> None:
-        a, b = passes
-        if not torch.equal(a.logits, b.logits):
+    def _require_dropout(self, logits: Tensor, b: ForwardPass) -> None:
+        if not torch.equal(logits, b.logits):
             self.engine.equal_passes = 0
             return
         self.engine.equal_passes += 1
-        exact = a.outputs is not None and a.outputs[0].dtype == torch.float32
+        exact = b.outputs is not None and b.outputs[0].dtype == torch.float32
         if exact or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
             raise RuntimeError(
                 "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "

@@ -40,6 +40,9 @@ class Comparing(Protocol):
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the batch for which two predictions give two answers (Table 4)."""
 
+    def of_rows(self, rows: Tensor) -> Comparing:
+        """The comparison of some rows of the batch alone: their positions, int64."""
+
 
 class MicroBatch(Comparing, Protocol):
     """This rank's micro-batch, and all that an objective knows of the model."""
@@ -66,6 +69,17 @@ class MicroBatch(Comparing, Protocol):
         ``share``: how much of it ``backward()`` contains, which second-order risk takes out of the task gradient.
         """
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether that risk is to be a fast one."""
+
+    def one_sided_risk(self, a: Any = None) -> None:
+        """Rank the gradient, through a pass of its own alone, of its divergence from ``a`` (or from one without graph).
+
+        Two dropout passes are exchangeable, so this is half of the whole gradient in expectation; nothing looks at the
+        scale of a risk.
+        """
+
     def agree(self, ok: bool) -> bool:
         """Whether all ranks say ``ok``."""
 
@@ -90,6 +104,11 @@ class Objective(ABC):
     def compares(self) -> bool:
         """Whether it looks at logits, and not at losses alone."""
         return True
+
+    @property
+    def trains_on_risk(self) -> bool:
+        """Whether the divergence that first-order risk is the gradient of is part of what it minimises."""
+        return False
 
     @property
     def shifts(self) -> bool:

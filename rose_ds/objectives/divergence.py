@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -47,9 +47,15 @@ class Comparison:
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the predictions that give two answers (Table 4): another class, or any other label."""
         a, b = (self._selected(z.detach()) for z in (logits_a, logits_b))
-        if self.distribution() == "bernoulli":
-            return ((a > 0) != (b > 0)).any(-1).float().mean()
-        return (a.argmax(-1) != b.argmax(-1)).float().mean()
+        differ = ((a > 0) != (b > 0)).any(-1) if self.distribution() == "bernoulli" else a.argmax(-1) != b.argmax(-1)
+        return differ.float().sum() / max(1, differ.numel())  # no token of it may be labelled
+
+    def of_rows(self, rows: Tensor) -> Comparison:
+        """The comparison of some rows of the batch alone, ``count`` in proportion."""
+        if self.positions is None:
+            return self
+        count = None if self.count is None else self.count * (len(rows) / len(self.positions))
+        return replace(self, positions=self.positions[rows.to(self.positions.device)], count=count)
 
     def _selected(self, logits: Tensor) -> Tensor:
         if self.positions is None:
@@ -115,7 +121,11 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def dropout_risk(batch: MicroBatch, a: Any = None) -> None:
     """First-order risk for objectives without two dropout passes of their own: of ``a`` and another, or of two more."""
-    if batch.wants_risk:
-        a = a or batch.run()
-        b = batch.run()
-        batch.risk(batch.symmetric_kl(a.logits, b.logits), a, b)
+    if not batch.wants_risk:
+        return
+    if batch.one_sided:
+        batch.one_sided_risk(a)
+        return
+    a = a or batch.run()
+    b = batch.run()
+    batch.risk(batch.symmetric_kl(a.logits, b.logits), a, b)

@@ -29,6 +29,10 @@ class RDrop(Objective):
         if self.kl_reduction not in ("mean", "sum"):
             raise ValueError(f"kl_reduction={self.kl_reduction!r} is not one of ['mean', 'sum']")
 
+    @property
+    def trains_on_risk(self) -> bool:
+        return True
+
     def __call__(self, batch: MicroBatch) -> Tensor:
         a = batch.run()
         loss_a = batch.loss(a)

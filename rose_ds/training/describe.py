@@ -39,16 +39,16 @@ def describe_parameters(rows: Iterable[Row]) -> list[str]:
     return [*lines, f"  masked in all {masked:,} of {whole:,} ({masked / whole:.1%}); weights are kept in {types}"]
 
 
-def describe_memory(held: int, eligible: int, *, first_order: bool) -> str:
+def describe_memory(held: int, eligible: int, *, risks: int) -> str:
     """What a rank holds for the optimizer besides the weights.
 
     Args:
         held: elements of trainable parameters whose states lie on this rank.
         eligible: how many of them may be masked.
-        first_order: whether a second gradient is kept for them.
+        risks: how many fp32 values are kept for each of these: a second gradient, an average of risks.
     """
-    states, masks, risk = 8 * held, eligible, 4 * eligible * first_order
-    sizes = {"AdamW's states": states, "masks": masks, "the ranked gradient": risk}
+    states, masks, risk = 8 * held, eligible, 4 * eligible * risks
+    sizes = {"AdamW's states": states, "masks": masks, "first-order risk": risk}
     parts = [f"{what} {size / _MIB:,.1f} MiB" for what, size in sizes.items() if size]
     return f"  on this rank, beside weights, gradients and activations: {', '.join(parts)}"
 

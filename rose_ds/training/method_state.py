@@ -1,4 +1,5 @@
-"""What a method keeps over a whole run beside weights and moments: a mask found once, an average of the weights.
+"""What a method keeps over a whole run beside weights and moments: a mask found once, an average of the weights or of
+risks.
 
 Written by slices, each with its place in the named tensor, so that any number of ranks and any engine can read it.
 """
@@ -22,6 +23,7 @@ from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import Slice
+from rose_ds.training.risk_average import RiskAverage
 
 _VERSION = 1
 _NAME = "rose_state-{rank:05d}-of-{world:05d}.pt"
@@ -31,11 +33,19 @@ _PATTERN = re.compile(r"rose_state-(\d{5})-of-(\d{5})\.pt")
 class MethodState:
     """A run's; empty for methods that keep nothing. ``save`` and ``load`` are called by every rank."""
 
-    def __init__(self, engine: Engine, *, keeps_mask: bool, keeps_average: bool) -> None:
+    def __init__(
+        self, engine: Engine, *, keeps_mask: bool, keeps_average: bool, risk: RiskAverage | None = None
+    ) -> None:
         self.engine, self.keeps_mask, self.keeps_average = engine, keeps_mask, keeps_average
+        self.risk = risk
+        """First-order risk that outlives a step, where a method keeps it."""
         self.selection: Selection | None = None
         """The mask of a policy that refreshes once."""
         self.average: WeightAverage | None = None
+
+    @property
+    def _keeps_something(self) -> bool:
+        return self.keeps_mask or self.keeps_average or self.risk is not None
 
     def save(self, folder: Path) -> None:
         """Write this rank's file; none where there is nothing to keep, or another rank holds the same."""
@@ -48,7 +58,9 @@ class MethodState:
             found["mask"] = _described(self.engine.slices, _as_tensors(self.selection, self.engine.slices))
         if self.average is not None:
             found["average"] = _described(self.average.slices, self.average.values)
-        if len(found) == 2 or rank < 0:
+        if self.risk is not None and self.risk.values is not None:
+            found["risk"] = _described(self.engine.slices, self.risk.values)
+        if not self._keeps_something or rank < 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _NAME.format(rank=rank, world=world)
@@ -62,7 +74,7 @@ class MethodState:
         Raises:
             RefusedConfiguration: the method keeps something and the folder does not have it, whole.
         """
-        if not (self.keeps_mask or self.keeps_average):
+        if not self._keeps_something:
             return
         files = _files_in(folder)
         if not files:
@@ -70,7 +82,7 @@ class MethodState:
                 return  # saved before the method had anything to keep
             raise RefusedConfiguration(
                 f"{folder} has no rose_state files: it was written without what this method keeps over a run (a mask "
-                "found once, or an average of the weights); resume with the method it was trained with"
+                "found once, an average of the weights or of risks); resume with the method it was trained with"
             )
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
         strategy = self.engine.optimizer.config.strategy
@@ -81,6 +93,9 @@ class MethodState:
             thresholds = {bit: Threshold(**_as_threshold(t)) for bit, t in parts[0]["thresholds"].items()}
             per_tensor = self.engine.optimizer.config.granularity == "tensor"
             self.selection = Selection([int(code[0]) for code in codes] if per_tensor else codes, thresholds)
+        if self.risk is not None and "risk" in parts[0]:
+            risks = _collect(folder, [part["risk"] for part in parts], self.engine.slices, torch.float32)
+            self.risk.values = risks
         if self.keeps_average and "average" in parts[0]:
             average = WeightAverage(self.engine)
             average.values = _collect(folder, [part["average"] for part in parts], average.slices, torch.float32)

@@ -16,8 +16,9 @@ from rose_ds.core.mask import FIRST, SECOND
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine, refuse_checkpointing
-from rose_ds.engines.passes import EmbeddingShift, Forward, Loss, PassBatch
+from rose_ds.engines.passes import Forward, Loss, PassBatch, Sample
 from rose_ds.engines.registry import engine_for
+from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
@@ -29,6 +30,7 @@ from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
+from rose_ds.training.risk_average import RiskAverage, refuse_together
 from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class Stepper:
     def __init__(self, engine: Engine, objective: Objective | None = None) -> None:
         self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
         self.objective = objective or Task()
+        refuse_together(self.config, self.objective)
         self.policy = policy_of(self.config)
         self.recorder: MaskRecorder | None = None
         """Sees each step's masks before they are used, where there is one."""
@@ -100,6 +103,7 @@ class Stepper:
             engine,
             keeps_mask=self.policy is not None and self.policy.refresh == "once",
             keeps_average=self.objective.average_decay(1) is not None,
+            risk=RiskAverage(self.config) if self.config.keeps_risk else None,
         )
         """What the method keeps over the run, which a checkpoint must hold."""
         if hasattr(engine, "checkpoints"):
@@ -119,6 +123,7 @@ class Stepper:
         ]
         held = sum(piece.numel for piece in engine.trainable_slices())
         first = self.policy is not None and self.policy.ranks_risk
+        kept = 1 + config.keeps_risk if first else 0
         steps = engine.accumulation_steps
         return "\n".join(
             [
@@ -128,7 +133,7 @@ class Stepper:
                 f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
                 *describe_parameters(rows),
                 describe_dropout(engine.module),
-                describe_memory(held, sum(piece.numel for piece in engine.slices), first_order=first),
+                describe_memory(held, sum(piece.numel for piece in engine.slices), risks=kept),
             ]
         )
 
@@ -137,6 +142,12 @@ class Stepper:
         """Whether forward() must return logits: a mask or the objective compares predictions."""
         return self.objective.compares or (self.policy is not None and self.policy.ranks_risk)
 
+    @property
+    def samples_now(self) -> bool:
+        """Whether the next ``backward()`` looks at ``sample``."""
+        fast = self.config.first_order == "fast" and self.config.risk_rows < 1
+        return fast and self._ranks_now() and self._finds_risk_now()
+
     def backward(
         self,
         forward: Forward,
@@ -144,6 +155,7 @@ class Stepper:
         *,
         positions: Tensor | None = None,
         count: Tensor | float | None = None,
+        sample: Sample | None = None,
     ) -> MicroBatchValues:
         """Gradients of one micro-batch on this rank.
 
@@ -156,6 +168,8 @@ class Stepper:
                 None: all. Padding would count in the divergence otherwise.
             count: this micro-batch's share of the positions of the whole step, where the loss is divided by such a
                 count too; None: its own positions.
+            sample: the rows that first_order="fast" finds risk from, and how to run the model on them alone
+                (``rose_ds.sample_rows`` chooses them); None: all of them. Not looked at otherwise.
 
         A model whose config.problem_type is multi_label_classification is compared label by label.
 
@@ -175,7 +189,10 @@ class Stepper:
                 f"an earlier backward() failed ({self.engine.failure}) while the {self.engine.name} engine held its "
                 "gradients half-way, and it cannot go on from there: build model and engine anew, or resume the run"
             )
-        self.engine.follow_trainable(movable=self.state.selection is None and not self.state.keeps_average)
+        state = self.state
+        self.engine.follow_trainable(
+            movable=state.selection is None and not state.keeps_average and state.risk is None
+        )
         ranking = self.policy if self._ranks_now() else None
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)
@@ -187,8 +204,10 @@ class Stepper:
                 shifter=self._shifter,
                 average=self.state.average,
                 compare=Comparison(lambda: distribution_of(self.engine.module), positions, count),
-                ranks_risk=ranking is not None and ranking.ranks_risk,
+                ranks_risk=ranking is not None and ranking.ranks_risk and self._finds_risk_now(),
                 ranks_task=ranking is not None and ranking.ranks_task,
+                one_sided=self.config.first_order == "fast",
+                sample=sample,
             )
             try:
                 value = self.objective(batch)
@@ -312,6 +331,10 @@ class Stepper:
             and self.optimizer.steps_taken() >= self.config.mask_warmup_steps
         )
 
+    def _finds_risk_now(self) -> bool:
+        """Whether the step under way looks for first-order risk, where a mask ranks it."""
+        return self.state.risk is None or self.state.risk.due(self.optimizer.steps_taken())
+
     def _decide(
         self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0, clip: float = 1.0
     ) -> None:
@@ -326,8 +349,11 @@ class Stepper:
         if policy is None or self.optimizer.steps_taken() < self.config.mask_warmup_steps:
             self.optimizer.plan = Plan()
             return
-        if policy.ranks_risk and risk_grads is None:
+        risk = self.state.risk
+        if policy.ranks_risk and risk_grads is None and self._finds_risk_now():
             raise RuntimeError("the step has no gradient to rank: every micro-batch must go through Stepper.backward()")
+        if risk is not None:
+            risk_grads = risk.values if risk_grads is None else risk.with_new(risk_grads)
         if self.needs_fisher_pass:
             raise RuntimeError(
                 f"strategy={self.config.strategy!r} finds its mask before training: call stepper.fisher_pass(batches), "
@@ -344,6 +370,8 @@ class Stepper:
         if not selection.finite:
             self.optimizer.plan = Plan(skip=True)
             return
+        if risk is not None:
+            risk.values = list(risk_grads or [])
         scales = self._scales(selection) if policy.preserve_scale else None
         self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
         if self.recorder is not None:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.passes import Sample
 from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
@@ -27,6 +28,8 @@ from rose_ds.training.callbacks import RoseProgressCallback
 from rose_ds.training.checked import CheckedTrainer
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
+from rose_ds.training.risk_average import refuse_together
+from rose_ds.training.sampling import sample_rows
 from rose_ds.training.step_report import StepReport
 from rose_ds.training.stepper import Stepper, prepare
 
@@ -66,6 +69,7 @@ class RoseTrainer(CheckedTrainer):
             raise TypeError(f"rose= must be a RoseConfig or a mapping of its settings, got {type(rose).__name__}")
         self.rose = RoseConfig.from_mapping(rose or {}) if not isinstance(rose, RoseConfig) else rose
         self.objective = self._objective(objective)
+        refuse_together(self.rose, self.objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
@@ -175,6 +179,9 @@ class RoseTrainer(CheckedTrainer):
         count = self._count_that_loss_uses(model, inputs, num_items_in_batch)
         forward, loss_of = self._passes(model, inputs, count)
         compare = self._positions(stepper, inputs, count)
+        if stepper.samples_now:
+            some, rows = sample_rows(inputs, stepper.config.risk_rows)
+            compare["sample"] = Sample(self._passes(model, some, count)[0], rows)
         if self.is_deepspeed_enabled:
             model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
             micro = stepper.backward(forward, loss_of, **compare)

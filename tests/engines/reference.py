@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tiny import DROPOUT_SEED, FISHER_CLIP, FISHER_STEPS, HYPER, Case, group_of, make_model, micro_batch, rows
 from torch import Tensor
 
+from rose_ds import Sample
 from rose_ds.config import RoseConfig
 from rose_ds.reference import Reference, Step
 
@@ -49,6 +50,16 @@ def reference(case: Case, segments: tuple[tuple[int, int], ...] = ()) -> Twin:
         ids, labels = micro_batch(case, step, micro)
         return lambda: model(ids), lambda logits: F.cross_entropy(logits, labels)
 
+    def some_of(step: int, micro: int) -> tuple[Tensor, Any]:
+        ids, _ = micro_batch(case, step, micro)
+        picked = torch.arange(0, len(ids), 2)
+
+        def forward() -> Tensor:
+            with rows(len(picked), slice(0, len(picked))):
+                return model(ids[picked])
+
+        return picked, forward
+
     size, steps = case.batch // case.accumulation, []
     with rows(size, slice(0, size)):
         for first, count in segments or ((1, case.steps),):
@@ -56,7 +67,9 @@ def reference(case: Case, segments: tuple[tuple[int, int], ...] = ()) -> Twin:
             if case.strategy == "child-tuning" and run.static is None:
                 run.fisher_pass((closures(t, 0) for t in FISHER_STEPS), FISHER_CLIP)
             once = run.static[0] if run.static else None
-            steps += [run.step([closures(t, i) for i in range(case.accumulation)]) for t in range(first, first + count)]
+            for t in range(first, first + count):
+                some = [some_of(t, i) for i in range(case.accumulation)] if case.sampled else []
+                steps.append(run.step([closures(t, i) for i in range(case.accumulation)], some))
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     # R-Drop's task gradient is a difference of two larger ones
     rounding = 2e-4 if case.objective.name == "r-drop" and case.strategy in ("second", "ensemble") else 2e-5
@@ -103,6 +116,21 @@ def train(
         share = len(ids) // world
         return slice(rank * share, (rank + 1) * share)
 
+    def sample(ids: Tensor, mine: slice) -> Sample | None:
+        """Every other row of this rank's."""
+        if not case.sampled:
+            return None
+        of_rank = ids[mine]
+        assert len(of_rank) % 2 == 0, "every other row of the global batch"
+        picked, total = torch.arange(0, len(of_rank), 2), len(ids) // 2
+        share = slice(rank * len(picked), (rank + 1) * len(picked))
+
+        def forward() -> Tensor:
+            with rows(total, share):
+                return model(of_rank[picked])
+
+        return Sample(forward, picked)
+
     if stepper.needs_fisher_pass:
         size = case.batch // case.accumulation
         batches = [micro_batch(case, t, 0) for t in FISHER_STEPS]
@@ -115,7 +143,7 @@ def train(
             if reseed:
                 torch.manual_seed(DROPOUT_SEED + 10 * t + micro)
             with rows(len(ids), mine):
-                values = stepper.backward(*closures(ids, labels, mine))
+                values = stepper.backward(*closures(ids, labels, mine), sample=sample(ids, mine))
                 report = stepper.step()
             losses.append(values["loss"].item())
             assert (report is not None) == (micro == case.accumulation - 1), "a report at the boundary and only there"

@@ -14,7 +14,7 @@ import zero_jobs
 from plain_jobs import build
 from reference import Run, check_parity, reference, train
 from spawn import run_ranks
-from tiny import Case
+from tiny import RISK, Case
 from torch_jobs import check_runs, once
 from zero_jobs import believe_in_fp16, check_ranks_agree, fp16, runs_of
 
@@ -71,22 +71,34 @@ FEW = [
 LAYERS = [case_of(o, "ensemble", checkpointing=True) for o in SHARED]
 GROUPS = [case_of(o, m, two_groups=True) for o, m in (("r-drop", "ensemble"), ("freelb", "second-tensor"))]
 
+#: A risk that is found fast, or over several steps. Batches that every rank can halve.
+RISKS = [
+    case_of("task", "ensemble", first_order="fast"),
+    case_of("task", "ensemble", first_order="fast", sampled=True, batch=24),
+    case_of("task", "first-tensor", 1, first_order="fast", sampled=True, batch=24),
+    case_of("smart-proximal", "ensemble", first_order="fast", sampled=True, batch=24),
+    case_of("freelb", "first", 1, first_order="fast", sampled=True, batch=24, risk_ema=0.7),
+    case_of("task", "ensemble", risk_ema=0.7),
+    case_of("task", "first-tensor", risk_ema=0.7, steps=5, risk_every=2),
+    case_of("freelb", "ensemble", 1, steps=5, risk_every=2, mask_warmup_steps=1, two_groups=True),
+]
+RISKS_NO_GROUPS = [replace(case, two_groups=False) for case in RISKS]
 #: engine -> (number of ranks, cases)
 RUNS: dict[str, list[tuple[int, list[Case]]]] = {
-    "ddp": [(2, TABLE + FEW + LAYERS), (3, FEW)],
+    "ddp": [(2, TABLE + FEW + LAYERS + RISKS), (3, FEW + RISKS[:4])],
     "ddp-find-unused": [(2, FEW[:5])],
-    "fsdp1-FULL_SHARD-orig": [(2, TABLE + FEW + LAYERS), (3, FEW)],
+    "fsdp1-FULL_SHARD-orig": [(2, TABLE + FEW + LAYERS + RISKS_NO_GROUPS), (3, FEW)],
     "fsdp1-FULL_SHARD-flat": [(2, FEW)],
-    "fsdp2": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW)],
+    "fsdp2": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4])],
     "fsdp2-kept": [(2, FEW[:5])],
     "fsdp2-columns": [(2, [replace(case, hidden=20) for case in FEW])],
     "hsdp": [(4, FEW)],
-    "zero0": [(2, TABLE + FEW), (1, FEW[:5])],
-    "zero1": [(2, TABLE + FEW), (3, FEW)],
-    "zero2": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW), (1, FEW[:5])],
-    "zero3": [(2, TABLE + FEW + LAYERS + GROUPS), (3, FEW), (1, FEW[:5])],
-    "zero2-offload": [(2, FEW)],
-    "zero3-offload": [(2, FEW)],
+    "zero0": [(2, TABLE + FEW + RISKS), (1, FEW[:5])],
+    "zero1": [(2, TABLE + FEW + RISKS), (3, FEW)],
+    "zero2": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4]), (1, FEW[:5])],
+    "zero3": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4]), (1, FEW[:5])],
+    "zero2-offload": [(2, FEW + RISKS[1:2])],
+    "zero3-offload": [(2, FEW + RISKS[1:2])],
     "zero3-persistent": [(2, FEW[:5])],
 }
 ZERO: dict[str, dict[str, Any]] = {
@@ -115,6 +127,8 @@ class Entry(tuple[str, int, Case, str]):
         engine, world, case, precision = self
         extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups
         extra += [precision] * (precision != "fp32")
+        risk = [case.first_order + "-sampled" * case.sampled] * (case.first_order != "exact")
+        extra += risk + [f"{name}{getattr(case, name)}" for name in RISK if getattr(case, name) != getattr(Case, name)]
         return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra])
 
 
@@ -168,7 +182,7 @@ def test_table(entry: Entry, results: Any, parity_log: list[str]) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "case",
-    [case_of(o, m, ga) for o, m, ga in itertools.product(OBJECTIVES, MASKS, (1, 2))] + LAYERS + GROUPS,
+    [case_of(o, m, ga) for o, m, ga in itertools.product(OBJECTIVES, MASKS, (1, 2))] + LAYERS + GROUPS + RISKS,
     ids=str,
 )
 def test_plain(case: Case, parity_log: list[str]) -> None:

@@ -21,6 +21,9 @@ DATA_SEED, DROPOUT_SEED = 11, 1234
 FISHER_STEPS, FISHER_CLIP = (101, 102, 103), 0.5  # batches that Child-Tuning_D looks at first
 
 
+RISK = ("risk_ema", "risk_every")
+
+
 @dataclass(frozen=True)
 class Case:
     """One training run: ROSE's settings, the optimizer's, and the model's."""
@@ -45,17 +48,25 @@ class Case:
     """Rows of a step, over all ranks and micro-batches."""
     objective: Objective = Task()
     keep_largest: bool = False
+    first_order: str = "exact"
+    sampled: bool = False
+    """A fast risk is found from every other row; the number of rows of every rank must be even."""
+    risk_ema: float = 0.0
+    risk_every: int = 1
 
     @property
     def rose(self) -> dict[str, Any]:
         """The settings that RoseAdamW takes."""
-        names = ("strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps", "keep_largest")
+        names = ["strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps", "keep_largest"]
+        names += ["first_order", "risk_ema", "risk_every"]
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
         extra += [f"batch{self.batch}"] if self.batch != GLOBAL_BATCH else []
         extra += ["inverted"] if self.keep_largest else []
+        extra += [self.first_order + "-sampled" * self.sampled] if self.first_order != "exact" else []
+        extra += [f"{name}{getattr(self, name)}" for name in RISK if getattr(self, name) != getattr(type(self), name)]
         settings = [f"{name}{value}" for name, value in vars(self.objective).items() if value != _default(self, name)]
         extra += [] if self.objective == Task() else [self.objective.name, *settings]
         return "-".join([self.strategy, self.granularity, f"ga{self.accumulation}", *extra])

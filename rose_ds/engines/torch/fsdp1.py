@@ -31,7 +31,7 @@ class Fsdp1Engine(ShardedEngine):
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        self._forget_hooks()
+        self.forget_graph()
         with super().micro_batch():
             yield
         # FSDP gives no gradient to a parameter of which nothing lies here. Without one it would have no state either,
@@ -42,14 +42,13 @@ class Fsdp1Engine(ShardedEngine):
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        self._forget_hooks()
+        self.forget_graph()
         with self._added_to_earlier_grads():  # a backward pass that reaches no parameter drops the gradients that wait
             yield
         self.graph_of = None
 
-    def _forget_hooks(self) -> None:
-        """No graph waits: not that of a pass before a probe, nor that of a step that failed half-way."""
-        self.graph_of = None
+    def forget_graph(self) -> None:
+        super().forget_graph()  # nor does that of a step that failed half-way
         for handle in _handles(self.module):
             hook = handle.flat_param.__dict__.pop("_post_backward_hook_state", None)
             if hook is not None:
