@@ -30,27 +30,31 @@ from memory import MALLOC, Meter, write
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 COMBINATIONS = ("r-drop+rose-first", "smart+rose-second", "freelb+rose-ensemble")
+#: Methods with first_order="fast".
+FAST = ("rose-first, fast", "rose-ensemble, fast")
 
 
 # --- one method ---
 
 
-def passes_counted(stepper: Any, model: Any) -> dict[str, int]:
-    """Counters that go up as forward passes, backward passes and backward passes to a shift alone (probes) run."""
-    counts = {"forward": 0, "backward": 0, "probe": 0}
+def passes_counted(stepper: Any, model: Any, batch: int) -> dict[str, float]:
+    """Counters that go up as forward passes, backward passes and backward passes to a shift alone (probes) run; by the
+    part of the batch's rows that they run over."""
+    counts = {"forward": 0.0, "backward": 0.0, "probe": 0.0}
     probing = stepper.engine.probing
 
-    def count(which: str) -> None:
-        counts[which] += 1
+    def count(which: str, rows: int) -> None:
+        counts[which] += rows / batch
 
     def probe() -> Any:
-        count("probe")
+        count("probe", batch)
         return probing()
 
     def after_forward(module: Any, args: Any, output: Any) -> None:
-        count("forward")
+        rows = len(output[0])
+        count("forward", rows)
         if output[0].requires_grad:
-            output[0].register_hook(lambda grad: count("backward"))
+            output[0].register_hook(lambda grad: count("backward", rows))
 
     model.base_model.encoder.register_forward_hook(after_forward)
     stepper.engine.probing = probe
@@ -65,7 +69,7 @@ def serve(job: dict[str, Any]) -> None:
     import torch
     from transformers import logging, set_seed
 
-    from rose_ds import RoseAdamW, prepare
+    from rose_ds import RoseAdamW, Sample, prepare, sample_rows
     from rose_ds.data import get_task, load_task, padding_collator, tokenize
     from rose_ds.experiments.methods import method_named
     from rose_ds.experiments.models import load_model, load_tokenizer
@@ -73,7 +77,8 @@ def serve(job: dict[str, Any]) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(job["threads"])
     set_seed(0)
-    spec, method = get_task("snippets"), method_named(job["method"])
+    name, _, fast = job["method"].partition(", ")
+    spec, method = get_task("snippets"), method_named(name)
     tokenizer, data = load_tokenizer(job["model"]), load_task("snippets", splits=("train",))
     assert data.train is not None
     rows = tokenize(data.train.select(range(job["batch"] * 16)), spec, tokenizer, 128)
@@ -81,27 +86,31 @@ def serve(job: dict[str, Any]) -> None:
     batches = [collate([rows[j] for j in range(i, i + job["batch"])]) for i in range(0, len(rows), job["batch"])]
     meter = Meter()
     model = load_model(job["model"], spec).train()
-    optimizer = RoseAdamW(model.named_parameters(), lr=2e-5, **method.rose)
+    how = {"first_order": "fast"} if fast else {}
+    optimizer = RoseAdamW(model.named_parameters(), lr=2e-5, **method.rose, **how)
     stepper = prepare(model, optimizer, objective=method.objective, max_grad_norm=1.0)
-    counts = passes_counted(stepper, model)
+    counts = passes_counted(stepper, model, job["batch"])
     step = iter(chain.from_iterable(repeat(batches)))
 
-    def micro_batch() -> tuple[Any, Any]:
+    def micro_batch() -> tuple[Any, Any, Any]:
         batch = dict(next(step))  # batches come round again
         labels = batch.pop("labels")
-        return (lambda: model(**batch).logits), (lambda z: torch.nn.functional.cross_entropy(z, labels))
+        some, rows = sample_rows(batch)
+        sample = Sample(lambda: model(**some).logits, rows)
+        return (lambda: model(**batch).logits), (lambda z: torch.nn.functional.cross_entropy(z, labels)), sample
 
     fisher = 0.0
     if stepper.needs_fisher_pass:
         started = time.perf_counter()
-        stepper.fisher_pass([micro_batch() for _ in range(4)], max_grad_norm=1.0)
+        stepper.fisher_pass([micro_batch()[:2] for _ in range(4)], max_grad_norm=1.0)
         fisher = (time.perf_counter() - started) / 4
     print(json.dumps({"parameters": model.num_parameters(), "fisher_seconds": fisher}), flush=True)
     for _ in sys.stdin:
         before = dict(counts)
         meter.reset()
         started = time.perf_counter()
-        stepper.backward(*micro_batch())
+        forward, loss, sample = micro_batch()
+        stepper.backward(forward, loss, sample=sample)
         report = stepper.step()
         seconds = time.perf_counter() - started
         assert report is not None and not report.skipped
@@ -192,7 +201,7 @@ def table(results: dict[str, Any]) -> str:
         passes, (low, high) = found["passes"], found["ratio_quartiles"]
         backward = passes["backward"] - passes["probe"]
         lines.append(
-            f"| {method} | {passes['forward']}, {backward}, {passes['probe']} | {found['arithmetic']:.2f} "
+            f"| {method} | {passes['forward']:g}, {backward:g}, {passes['probe']:g} | {found['arithmetic']:.2f} "
             f"| {found['ratio']:.2f} | {low:.2f} to {high:.2f} | {found['peak_ratio']:.2f} |"
         )
     return "\n".join(lines)
@@ -230,7 +239,7 @@ def main() -> None:
     from rose_ds.experiments import provenance
     from rose_ds.experiments.methods import METHODS
 
-    methods = list(dict.fromkeys(["vanilla", *(options.methods or (*METHODS, *COMBINATIONS))]))
+    methods = list(dict.fromkeys(["vanilla", *(options.methods or (*METHODS, *FAST, *COMBINATIONS))]))
     settings = {name: getattr(options, name) for name in ("model", "batch", "threads")}
     peaks = {method: peak_of({**settings, "method": method}) for method in tqdm(methods, desc="memory")}
     workers: list[Worker] = []

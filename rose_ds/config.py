@@ -131,10 +131,9 @@ class RoseConfig:
             raise ValueError("risk_ema=1 would never take in a risk: it must be in [0, 1)")
         if isinstance(self.risk_every, bool) or not isinstance(self.risk_every, int) or self.risk_every < 1:
             raise ValueError(f"risk_every={self.risk_every!r} must be an integer >= 1")
-        for f in fields(self):
-            if f.name in _RISK and getattr(self, f.name) != f.default and self.strategy != "none":
-                if not self.uses_first:
-                    raise ValueError(f"{f.name} is of first-order risk, which strategy={self.strategy!r} does not rank")
+        given = [f.name for f in fields(self) if f.name in _RISK and getattr(self, f.name) != f.default]
+        if given and not self.uses_first and self.strategy != "none":
+            raise ValueError(f"{given[0]} is of first-order risk, which strategy={self.strategy!r} does not rank")
         if self.risk_rows != type(self).risk_rows and self.first_order == "exact":
             raise ValueError(f'risk_rows={self.risk_rows} is of first_order="fast"; an exact risk takes all rows')
 

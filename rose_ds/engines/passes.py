@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.engines.shift import EmbeddingShift
-from rose_ds.objectives.base import Comparing, Start
+from rose_ds.objectives.base import Comparing, RowComparing, Start
 
 if TYPE_CHECKING:
     from rose_ds.engines.average import WeightAverage
@@ -183,7 +183,7 @@ class PassBatch:
         *,
         shifter: EmbeddingShift | None = None,
         average: WeightAverage | None = None,
-        compare: Comparing | None = None,
+        compare: RowComparing | None = None,
         ranks_risk: bool = False,
         ranks_task: bool = False,
         one_sided: bool = False,
@@ -241,18 +241,16 @@ class PassBatch:
         self._rank(value, passes, share)
 
     def one_sided_risk(self, a: Any = None) -> None:
-        sampled, compare = self.sample is not None, self.compare
-        assert compare is not None
-        if sampled:
-            compare = compare.of_rows(self.sample.rows)  # type: ignore[union-attr]
+        assert self.compare is not None
+        compare: Comparing = self.compare if self.sample is None else self.compare.of_rows(self.sample.rows)
         if a is None:
             with torch.no_grad():
-                known = ForwardPass(self, None, None, sampled).logits.detach()
+                known = ForwardPass(self, None, None, sampled=True).logits.detach()
         else:
             known = a.logits.detach()
-            known = known[self.sample.rows.to(known.device)] if self.sample is not None else known
+            known = known if self.sample is None else known[self.sample.rows.to(known.device)]
         self.engine.forget_graph()
-        b = ForwardPass(self, None, None, sampled)
+        b = ForwardPass(self, None, None, sampled=True)
         if b.logits.shape != known.shape:
             raise ValueError(
                 f"the sample's forward() returned logits of shape {tuple(b.logits.shape)}, and its rows of the "

@@ -40,8 +40,12 @@ class Comparing(Protocol):
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the batch for which two predictions give two answers (Table 4)."""
 
+
+class RowComparing(Comparing, Protocol):
+    """The same, of all rows or of some."""
+
     def of_rows(self, rows: Tensor) -> Comparing:
-        """The comparison of some rows of the batch alone: their positions, int64."""
+        """The comparison of these rows of the batch alone: their positions, int64."""
 
 
 class MicroBatch(Comparing, Protocol):

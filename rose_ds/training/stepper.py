@@ -190,9 +190,7 @@ class Stepper:
                 "gradients half-way, and it cannot go on from there: build model and engine anew, or resume the run"
             )
         state = self.state
-        self.engine.follow_trainable(
-            movable=state.selection is None and not state.keeps_average and state.risk is None
-        )
+        self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self._ranks_now() else None
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)

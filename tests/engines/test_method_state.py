@@ -29,6 +29,7 @@ CASES = {
     "child-tuning": Case("child-tuning", keep_first=0.3, accumulation=2, hidden=24),
     "gallop-tensor": Case("gallop", "tensor", hidden=24),
     "smart-average": Case("ensemble", objective=SMART, hidden=24),
+    "risk-average": Case("ensemble", risk_ema=0.7, risk_every=3, hidden=24),
 }
 TORCH = ("ddp", "fsdp2", "fsdp2-columns", "fsdp1-FULL_SHARD-orig")
 ZERO = (1, 2, 3)

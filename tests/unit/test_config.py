@@ -164,7 +164,7 @@ def test_the_public_names() -> None:
         "print(*(n for n in rose_ds.__all__ if getattr(rose_ds, n)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert len(found.stdout.split()) == 10
+    assert len(found.stdout.split()) == 12
     with pytest.raises(AttributeError, match="no attribute 'Rose'"):
         rose_ds.Rose  # noqa: B018
 
@@ -186,6 +186,14 @@ def test_a_strategys_own_defaults() -> None:
         ({"strategy": "child-tuning", "granularity": "tensor"}, 'use granularity="element"'),
         ({"strategy": "cautious", "granularity": "tensor"}, 'use granularity="element"'),
         ({"strategy": "random", "mask_seed": -1}, "mask_seed=-1 must be an integer >= 0"),
+        ({"first_order": "slow"}, "first_order='slow' is not one of ['exact', 'fast']"),
+        ({"first_order": "fast", "risk_rows": 0}, "risk_rows=0 must be in (0, 1]"),
+        ({"risk_rows": 0.5}, 'risk_rows=0.5 is of first_order="fast"'),
+        ({"risk_ema": 1.0}, "risk_ema=1 would never take in a risk"),
+        ({"risk_every": 0}, "risk_every=0 must be an integer >= 1"),
+        ({"risk_every": True}, "risk_every=True must be an integer >= 1"),
+        ({"strategy": "second", "risk_ema": 0.5}, "risk_ema is of first-order risk"),
+        ({"strategy": "random", "first_order": "fast"}, "first_order is of first-order risk"),
     ],
     ids=str,
 )

@@ -38,6 +38,10 @@ FITTING: dict[str, SearchStrategy[Any]] = {
     "include": PATTERNS | st.lists(PATTERNS, max_size=3),
     "exclude": PATTERNS | st.lists(PATTERNS, max_size=3),
     "mask_warmup_steps": st.integers(0),
+    "first_order": st.sampled_from(["exact", "fast"]),
+    "risk_rows": st.floats(0, 1) | st.integers(0, 1),
+    "risk_ema": st.floats(0, 1) | st.integers(0, 1),
+    "risk_every": st.integers(1),
 }
 NEAR_MISSES = st.sampled_from([True, False, -1e-9, 1.5, 2, -1, "1", "First", [None], ()])
 SETTINGS = st.fixed_dictionaries({}, optional={name: fit | NEAR_MISSES | JSON for name, fit in FITTING.items()})
