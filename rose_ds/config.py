@@ -14,6 +14,8 @@ Strategy = Literal[
 ]
 Granularity = Literal["element", "tensor"]
 FirstOrder = Literal["exact", "fast"]
+#: A fraction to keep, or how it is chosen in each step.
+Keep = float | Literal["auto", "otsu", "knee"]
 
 #: The authors mask the encoder blocks' weight matrices and LayerNorm weights; embeddings, biases, pooler and head are
 #: always updated. Rows of the embedding that a batch does not touch have exactly zero KL gradient and would otherwise
@@ -32,6 +34,7 @@ _ROSE = ("first", "second", "ensemble")
 #: Fields that say how first-order risk is found, which other strategies do not look at.
 _RISK = ("first_order", "risk_rows", "risk_ema", "risk_every")
 _ELEMENT_ONLY = ("child-tuning", "cautious")
+_CHOSEN = ("auto", "otsu", "knee")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -56,13 +59,17 @@ class RoseConfig:
         'What "the i-th parameter" is: every scalar (element), or every weight tensor (tensor, as the authors\' '
         "released code).",
     )
-    keep_first: float = _setting(
+    keep_first: Keep = _setting(
         None,
         "Fraction of eligible parameters kept, in (0, 1], by first-order risk (the paper's upper threshold c_F) or by "
-        "the score of a strategy that is not ROSE's. Default 0.6; child-tuning 0.3.",
+        "the score of a strategy that is not ROSE's. Default 0.6; child-tuning 0.3. For first and ensemble also chosen "
+        "in each step from the risks of the whole model: auto or otsu (Otsu's threshold of the logarithm of the risk; "
+        'accelerate wants no "auto" in a DeepSpeed config) or knee (those below the mean).',
     )
-    keep_second: float = _setting(
-        0.6, "Fraction of eligible parameters kept by second-order risk, in (0, 1]: the paper's upper threshold c_S."
+    keep_second: Keep = _setting(
+        0.6,
+        "Fraction of eligible parameters kept by second-order risk, in (0, 1]: the paper's upper threshold c_S; or "
+        "auto, otsu or knee.",
     )
     gamma: float = _setting(0.5, "Weight of the first-order mask in the ensemble, in [0, 1] (Eq. 5).")
     include: tuple[str, ...] = _setting(
@@ -102,8 +109,17 @@ class RoseConfig:
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        _in_range("keep_first", self.keep_first, low_open=True)
-        _in_range("keep_second", self.keep_second, low_open=True)
+        for name in ("keep_first", "keep_second"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                _in_range(name, value, low_open=True)
+            elif value not in _CHOSEN:
+                raise TypeError(f"{name}={value!r} must be a number in (0, 1], or one of {list(_CHOSEN)}")
+        if isinstance(self.keep_first, str) and self.strategy not in (*_ROSE, "none"):
+            raise ValueError(
+                f"keep_first={self.keep_first!r} divides risks into low and high ones, and strategy={self.strategy!r} "
+                "ranks no risk: give a fraction"
+            )
         _in_range("gamma", self.gamma, low_open=False)
         self._check_risk()
         for name in ("include", "exclude"):

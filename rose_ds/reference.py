@@ -161,10 +161,13 @@ class Reference:
         """||.||_F of "the i-th parameter": a scalar's absolute value, or a tensor's norm."""
         return x.abs() if self.config.granularity == "element" else x.double().norm().float().reshape(1)
 
-    def _keep(self, which: str, scores: Named, fraction: float, largest: bool, seen: Step) -> Named:
+    def _keep(self, which: str, scores: Named, fraction: float | str, largest: bool, seen: Step) -> Named:
         """Eq. 3 over all eligible parameters of the model together."""
         every = torch.cat([s.flatten() for s in scores.values()])
-        keep = max(1, int(fraction * every.numel() + 1e-9))
+        if isinstance(fraction, str):
+            keep = int((every <= _divide(every, fraction)).sum())
+        else:
+            keep = max(1, int(fraction * every.numel() + 1e-9))
         tau = every.kthvalue(every.numel() - keep + 1 if largest else keep).values
         masks = {name: (s >= tau if largest else s <= tau).float() for name, s in scores.items()}
         seen.tau[which], seen.kept[which] = tau.item(), int(sum(mask.sum().item() for mask in masks.values()))
@@ -340,6 +343,28 @@ METHODS: dict[str, Callable[[Reference, Forward, Loss, bool], Minimised]] = {
     "smart": smart,
     "freelb": freelb,
 }
+
+
+def _divide(every: Tensor, criterion: str) -> float:
+    """The largest risk of the low ones: Otsu's threshold on the logarithm (auto, otsu), or the mean (knee). An eighth
+    of an octave is one value to both.
+    """
+    exponent = torch.frexp(every).exponent.double() - 1  # every = mantissa * 2**exponent, mantissa in [1, 2)
+    eighth = ((every.double() / 2**exponent - 1) * 8).floor()
+    there = every > 0
+    if not there.any():
+        return 0.0
+    if criterion == "knee":
+        middle = (1 + (eighth + 0.5) / 8) * 2**exponent
+        return float(every[~there | (middle <= middle[there].mean())].max())
+    place = (8 * exponent + eighth)[there]
+    best, tau = -1.0, float(every.max())
+    for at in place.unique()[:-1]:
+        low, high = place[place <= at], place[place > at]
+        between = low.numel() * high.numel() * float(low.mean() - high.mean()) ** 2
+        if between > best * (1 + 1e-12):
+            best, tau = between, float(every[there][place <= at].max())
+    return tau
 
 
 def _found(patterns: Sequence[str], name: str) -> bool:

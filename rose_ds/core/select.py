@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rose_ds.core.automatic import CRITERIA
 from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
@@ -27,8 +28,8 @@ class Selector:
     """One ranking of the eligible parameters: a score, which end of it is kept, and how much."""
 
     score: Score
-    keep: float
-    """Fraction of the eligible parameters, in (0, 1]."""
+    keep: float | str
+    """Fraction of the eligible parameters, in (0, 1]; or the name of a criterion in ``rose_ds.core.automatic``."""
     largest: bool = False
     """Keep the highest scores instead of the lowest."""
     bit: int = FIRST
@@ -138,8 +139,14 @@ def _rank_tensors(selector: Selector, inputs: StepInputs) -> tuple[Threshold, Ca
 
 
 def _threshold(selector: Selector, values: Sequence[Any], count: int) -> Threshold:
-    keep = keep_count(selector.keep, count)
-    k = count - keep + 1 if selector.largest else keep
+    def rank(keep: int) -> int:
+        """Of the last one kept, from the smallest."""
+        return count - keep + 1 if selector.largest else keep
+
+    if isinstance(selector.keep, str):
+        criterion = CRITERIA[selector.keep]
+        return kth_smallest(values, lambda histogram: rank(criterion(histogram)), largest=selector.largest)
+    k = rank(keep_count(selector.keep, count))
     return kth_smallest(values, k, largest=selector.largest, fixed=selector.fixed)
 
 

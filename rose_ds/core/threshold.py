@@ -48,12 +48,18 @@ def local_only(counts: Tensor) -> Tensor:
     return counts.unsqueeze(0)
 
 
-def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fixed: float | None = None) -> Threshold:
+def kth_smallest(
+    spreads: Sequence[Spread],
+    k: int | Callable[[Tensor], int],
+    *,
+    largest: bool = False,
+    fixed: float | None = None,
+) -> Threshold:
     """The k-th smallest (1-based) of all values in ``spreads``; ``chunks`` are iterated once for each round.
 
     Args:
         spreads: each a re-iterable of floating tensors (any shape; empty is fine) and the exchange between its ranks.
-        k: 1 <= k <= number of values over all ranks.
+        k: 1 <= k <= number of values over all ranks; or what chooses it, by ``Threshold.histogram``.
         largest: count the values from the k-th smallest upwards as kept, instead of those up to it.
         fixed: count by this value instead of looking for the k-th smallest.
 
@@ -61,7 +67,7 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
     wanted = None if fixed is None else int(torch.tensor(fixed).view(torch.int32))
-    prefix, below, infinite, zeros = 0, 0, 0, 0
+    prefix, below, infinite, zeros, last = 0, 0, 0, 0, 0
     spread: Tensor | None = None
     totals = rows_below = torch.zeros((), dtype=torch.int64)
     for depth, (shift, width) in enumerate(_ROUNDS):
@@ -70,13 +76,16 @@ def kth_smallest(spreads: Sequence[Spread], k: int, *, largest: bool = False, fi
         if depth == 0:
             infinite, nan, total = int(counts[_INFINITY]), _check(counts), int(counts.sum())
             zeros = int(counts[0])
-            if not 1 <= k <= total:
-                raise ValueError(f"k={k} must be in [1, {total}], the number of values over all ranks")
             if nan:
                 return Threshold(float("nan"), 0, None, infinite, nan)
             totals, spread = rows[0].sum(1), counts[:_INFINITY].cpu()
+            last = k(spread) if callable(k) else k
+            if not 1 <= last <= total:
+                raise ValueError(f"k={last} must be in [1, {total}], the number of values over all ranks")
         cumulative = counts.cumsum(0)
-        digit = int(torch.searchsorted(cumulative, k - below)) if wanted is None else wanted >> shift & (1 << width) - 1
+        digit = (
+            int(torch.searchsorted(cumulative, last - below)) if wanted is None else wanted >> shift & (1 << width) - 1
+        )
         rows_below = rows_below.to(counts.device) + rows[0][:, :digit].sum(1)
         below += int(cumulative[digit - 1]) if digit else 0
         prefix = (prefix << width) | digit

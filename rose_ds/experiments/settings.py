@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from rose_ds.config import RoseConfig
+from rose_ds.config import Keep, RoseConfig
 from rose_ds.engines.registry import ENGINES
 from rose_ds.experiments.methods import COMBINABLE_MASKS, COMBINABLE_OBJECTIVES, METHODS, method_named, method_with
 from rose_ds.experiments.presets import PRESETS, FilledIn, fill_in
@@ -117,6 +117,17 @@ def constant_flag(objective: str, constant: str) -> str:
     return f"{objective.replace('-', '')}_{constant}"
 
 
+class NumberOrName:
+    """What argparse reads a word with: a float where it is one, else the word."""
+
+    def __new__(cls, word: str) -> Any:
+        """The value; never of this class."""
+        try:
+            return float(word)
+        except ValueError:
+            return word
+
+
 def _generated() -> Iterator[tuple[str, Any, str]]:
     """Name, type and help of the flags for RoseConfig's fields and the objectives' constants."""
     for prefix, settings in (("", RoseConfig), *OBJECTIVES.items()):
@@ -138,6 +149,8 @@ def _flag_type(kind: Any) -> Any:
         return bool  # "bool | None" would demand a value after the flag
     if get_origin(kind) is Literal:
         return str | None  # RoseConfig says what is wrong with a value, argparse would say it differently
+    if kind == Keep:
+        return NumberOrName | None
     if get_origin(kind) is tuple:
         return list[get_args(kind)[0]] | None  # type: ignore[misc]
     return kind | None

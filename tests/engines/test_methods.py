@@ -57,7 +57,7 @@ def key_of(case: Case) -> tuple[str, str]:
     return objective, mask
 
 
-MASKED = ("strategy", "granularity", "keep_first", "keep_largest")
+MASKED = ("strategy", "granularity", "keep_largest")
 
 #: The sum of a divergence over a rank's rows depends on the number of ranks, by definition: compared on one alone.
 SHARED = [name for name in OBJECTIVES if name != "r-drop-sum"]
@@ -81,6 +81,9 @@ RISKS = [
     case_of("task", "ensemble", risk_ema=0.7),
     case_of("task", "first-tensor", risk_ema=0.7, steps=5, risk_every=2),
     case_of("freelb", "ensemble", 1, steps=5, risk_every=2, mask_warmup_steps=1, two_groups=True),
+    case_of("task", "ensemble", keep_first="auto", keep_second="knee"),
+    case_of("task", "ensemble-tensor", 1, keep_first="knee", keep_second="auto"),
+    case_of("task", "inverted", 1, keep_first="auto"),
 ]
 RISKS_NO_GROUPS = [replace(case, two_groups=False) for case in RISKS]
 #: engine -> (number of ranks, cases)
@@ -128,6 +131,7 @@ class Entry(tuple[str, int, Case, str]):
         extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups
         extra += [precision] * (precision != "fp32")
         risk = [case.first_order + "-sampled" * case.sampled] * (case.first_order != "exact")
+        extra += [f"{n}-{getattr(case, n)}" for n in ("keep_first", "keep_second") if isinstance(getattr(case, n), str)]
         extra += risk + [f"{name}{getattr(case, name)}" for name in RISK if getattr(case, name) != getattr(Case, name)]
         return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra])
 

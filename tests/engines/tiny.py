@@ -31,8 +31,8 @@ class Case:
     strategy: str = "ensemble"
     granularity: str = "element"
     accumulation: int = 1
-    keep_first: float = 0.6
-    keep_second: float = 0.45
+    keep_first: float | str = 0.6
+    keep_second: float | str = 0.45
     gamma: float = 0.3
     mask_warmup_steps: int = 0
     steps: int = 5
@@ -65,6 +65,7 @@ class Case:
         extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
         extra += [f"batch{self.batch}"] if self.batch != GLOBAL_BATCH else []
         extra += ["inverted"] if self.keep_largest else []
+        extra += [f"{n}-{getattr(self, n)}" for n in ("keep_first", "keep_second") if isinstance(getattr(self, n), str)]
         extra += [self.first_order + "-sampled" * self.sampled] if self.first_order != "exact" else []
         extra += [f"{name}{getattr(self, name)}" for name in RISK if getattr(self, name) != getattr(type(self), name)]
         settings = [f"{name}{value}" for name, value in vars(self.objective).items() if value != _default(self, name)]
