@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
+from rose_ds.config import RoseConfig
 from rose_ds.experiments.metrics import Metrics
 
 _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
@@ -29,14 +31,32 @@ def drop(metrics: Metrics) -> float | None:
     return 100 * (metrics.glue_accuracy - attacked)
 
 
+def labels(runs: Sequence[Metrics]) -> list[str]:
+    """Each run's method, with the settings of it in which runs of one method differ."""
+    found = []
+    for m in runs:
+        same = [_settings(other) for other in runs if other.method == m.method]
+        mine = _settings(m)
+        told = [f"{n}={mine.get(n)}" for n in mine if any(other.get(n) != mine[n] for other in same)]
+        found.append(" ".join([m.method or "?", *told]))
+    return found
+
+
+def _settings(m: Metrics) -> dict[str, Any]:
+    """What a run's method was given other than its seed; a setting at its default may be left out."""
+    defaults = {f.name: f.default for f in fields(RoseConfig)}
+    rose = {n: v for n, v in (m.config.get("rose") or {}).items() if n != "mask_seed"}
+    return {n: v for n, v in {**rose, **(m.config.get("objective") or {})}.items() if v != defaults.get(n)}
+
+
 def table(runs: Sequence[Metrics]) -> str:
     """A Markdown table of the runs; columns that no run has a value for are left out."""
     columns = [c for c in _COLUMNS if any(c[1](m) is not None for m in runs)]
     rows = [["task", "method", "engine", "steps", *(name for name, _, _ in columns)]]
-    for m in runs:
+    for m, label in zip(runs, labels(runs), strict=True):
         values = [(value(m), form) for _, value, form in columns]
         cells = ["-" if value is None else form.format(value) for value, form in values]
-        rows.append([m.task, m.method or "?", f"{m.engine} x{m.world_size}", str(m.steps), *cells])
+        rows.append([m.task, label, f"{m.engine} x{m.world_size}", str(m.steps), *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -70,10 +90,10 @@ def _chart(runs: Sequence[Metrics], path: Path) -> Path | None:
     sets = [c for c in _COLUMNS[:3] if any(c[1](m) is not None for m in runs)]
     figure, axes = pyplot.subplots(figsize=(1.6 * len(sets) * max(2, len(runs)) * 0.6 + 2, 4))
     width = 0.8 / len(runs)
-    for i, m in enumerate(runs):
+    for i, (m, label) in enumerate(zip(runs, labels(runs), strict=True)):
         positions = [j + (i - (len(runs) - 1) / 2) * width for j in range(len(sets))]
         heights = [100 * (value(m) or 0.0) for _, value, _ in sets]
-        bars = axes.bar(positions, heights, width * 0.95, label=f"{m.task} {m.method}")
+        bars = axes.bar(positions, heights, width * 0.95, label=f"{m.task} {label}")
         axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.set_xticks(range(len(sets)), [name for name, _, _ in sets])
     axes.set_ylabel("accuracy (%)")
