@@ -89,6 +89,9 @@ class RoseAdamW(torch.optim.Optimizer):
         ValueError/TypeError: a bad value, an unknown keyword, or an option of torch's AdamW that ROSE cannot honour.
     """
 
+    kernels: Any | None = None
+    """Compiled ones, where all ranks have them (``rose_ds.kernels``); not of copies."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -223,7 +226,7 @@ class RoseAdamW(torch.optim.Optimizer):
             # not in place: DeepSpeed's checkpoint loader shares one step tensor between partitions
             state["step"] = state["step"] + 1
             step = int(state["step"])
-            batch = batches.setdefault(step, UpdateBatch(group, step, plan.values, plan.rule))
+            batch = batches.setdefault(step, UpdateBatch(group, step, plan.values, plan.rule, self.kernels))
             for code, views, scale in self._segments(param, state, plan):
                 batch.add(code, views, scale)
         for batch in batches.values():

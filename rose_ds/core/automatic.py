@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-#: From the histogram to the number of risks to keep: shape (2040,), int64.
+#: From the histogram to the number of risks to keep (0 where none is finite): shape (2040,), int64.
 Criterion = Callable[[Tensor], int]
 
 

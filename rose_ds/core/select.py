@@ -14,6 +14,7 @@ from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
 from rose_ds.core.threshold import Threshold, kth_smallest, local_only
+from rose_ds.kernels import fits
 
 #: From magnitudes to what is ranked: non-negative, fp32.
 Score = Callable[[Any], Tensor]
@@ -38,6 +39,8 @@ class Selector:
     """The score is of the gradient kept apart, which nothing else looks at: not finite, it skips the step."""
     fixed: float | None = None
     """A threshold that is known, instead of ``keep``."""
+    kernel: Literal["first", "second"] | None = None
+    """Which risk the score is, where compiled kernels know it (``rose_ds.kernels``)."""
 
 
 @dataclass
@@ -51,15 +54,20 @@ class Selection:
     """False when the ranked gradient holds inf or NaN somewhere: the step must be skipped, and there are no codes."""
 
 
-def select(selectors: Sequence[Selector], granularity: str, inputs: StepInputs) -> Selection:
+def select(
+    selectors: Sequence[Selector], granularity: str, inputs: StepInputs, kernels: Any | None = None
+) -> Selection:
     """Masks for this rank's slices and the global thresholds behind them (Eq. 2 to 5).
 
-    Every rank must call it, also one that holds nothing.
+    Every rank must call it, also one that holds nothing. ``kernels`` (``rose_ds.kernels``) compute the same bits; ranks
+    may differ in having them.
     """
-    rank = _rank_elements if granularity == "element" else _rank_tensors
     selection = Selection(_empty_codes(granularity, inputs))
     for selector in selectors:
-        threshold, add_mask = rank(selector, inputs)
+        if granularity == "element":
+            threshold, add_mask = _rank_elements(selector, inputs, kernels)
+        else:
+            threshold, add_mask = _rank_tensors(selector, inputs)
         selection.thresholds[selector.bit] = threshold
         if selector.ranks_risk and (threshold.infinite or threshold.nan):
             return Selection([], selection.thresholds, finite=False)
@@ -102,23 +110,62 @@ class _Lazy:
     def __iter__(self) -> Iterator[Tensor]:
         return (self.score(i, at) for i in self.indices for at in _parts(self.sizes[i]))
 
+    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
+        for i in self.indices:
+            for at in _parts(self.sizes[i]):
+                add_mask_(codes[i][at], self.score(i, at), tau, selector.bit, largest=selector.largest)
 
-def _rank_elements(selector: Selector, inputs: StepInputs) -> tuple[Threshold, Callable[[list[Any]], None]]:
-    layout, sizes = inputs.layout, [g.numel() for g in inputs.grads]
 
-    def score(i: int, at: slice) -> Tensor:
-        return selector.score(ElementMagnitudes(inputs, i, at))
+class _Compiled:
+    """Risks that kernels compute, count and mark, with no tensor of them anywhere."""
 
-    if sum(sizes) <= _KEPT:
-        score = _Kept(score, sizes)
+    def __init__(self, kernels: Any, selector: Selector, inputs: StepInputs, indices: Sequence[int]) -> None:
+        self.indices = indices
+        if selector.kernel == "first":
+            assert inputs.risk_grads is not None
+            self.risks = kernels.Risks([inputs.risk_grads[i] for i in indices], [], [], 1.0)
+        else:
+            grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
+            alphas = [1 - inputs.beta1s[i] for i in indices]
+            self.risks = kernels.Risks(grads, exp_avgs, alphas, float(inputs.scale))
 
-    values = [(_Lazy(score, sizes, layout.slices_of(e)), e) for e in layout.exchanges]
-    threshold = _threshold(selector, values, layout.element_count)
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        counts: Tensor = self.risks.histogram(prefix, shift, width)
+        return counts
+
+    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
+        self.risks.mark(tau, selector.bit, selector.largest, [codes[i] for i in self.indices])
+
+
+def _can_compile(selector: Selector, inputs: StepInputs) -> bool:
+    if selector.kernel == "first":
+        return all(fits(g) for g in inputs.risk_grads or [])
+    if selector.kernel == "second":
+        return not inputs.share and all(fits(g, half=True) for g in inputs.grads) and all(map(fits, inputs.exp_avgs))
+    return False
+
+
+def _rank_elements(
+    selector: Selector, inputs: StepInputs, kernels: Any | None
+) -> tuple[Threshold, Callable[[list[Any]], None]]:
+    layout = inputs.layout
+    values: list[_Lazy | _Compiled]
+    if kernels is not None and _can_compile(selector, inputs):
+        values = [_Compiled(kernels, selector, inputs, layout.slices_of(e)) for e in layout.exchanges]
+    else:
+        sizes = [g.numel() for g in inputs.grads]
+
+        def score(i: int, at: slice) -> Tensor:
+            return selector.score(ElementMagnitudes(inputs, i, at))
+
+        if sum(sizes) <= _KEPT:
+            score = _Kept(score, sizes)
+        values = [_Lazy(score, sizes, layout.slices_of(e)) for e in layout.exchanges]
+    threshold = _threshold(selector, list(zip(values, layout.exchanges, strict=True)), layout.element_count)
 
     def add_mask(codes: list[Any]) -> None:
-        for i, code in enumerate(codes):
-            for at in _parts(code.numel()):
-                add_mask_(code[at], score(i, at), threshold.value, selector.bit, largest=selector.largest)
+        for part in values:
+            part.mark(selector, threshold.value, codes)
 
     return threshold, add_mask
 
@@ -145,7 +192,7 @@ def _threshold(selector: Selector, values: Sequence[Any], count: int) -> Thresho
 
     if isinstance(selector.keep, str):
         criterion = CRITERIA[selector.keep]
-        return kth_smallest(values, lambda histogram: rank(criterion(histogram)), largest=selector.largest)
+        return kth_smallest(values, lambda histogram: rank(max(1, criterion(histogram))), largest=selector.largest)
     k = rank(keep_count(selector.keep, count))
     return kth_smallest(values, k, largest=selector.largest, fixed=selector.fixed)
 

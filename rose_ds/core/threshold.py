@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 #: Takes this rank's tensor, returns one row a rank (or a single, summed row): shape (rows, *local.shape).
 Exchange = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Values that are counted where they lie."""
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        """Counts, shape (2**width,) int64, by the bits [shift, shift + width) of values whose higher ones are these."""
+
+
 #: Values that one set of ranks shares out among its members, and how these ranks exchange counts.
-Spread = tuple[Iterable[Tensor], Exchange]
+Spread = tuple[Iterable[Tensor] | Counted, Exchange]
 
 _ROUNDS = ((20, 12), (10, 10), (0, 10))  # (shift, width) in bits, most significant first
 _INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on negative numbers and from 0xFF8 on NaNs
@@ -98,8 +109,10 @@ def kth_smallest(
     return Threshold(value, kept, None if alone else tuple(kept_rows.tolist()), infinite, 0, zeros, spread)
 
 
-def _histogram(chunks: Iterable[Tensor], prefix: int, shift: int, width: int) -> Tensor:
+def _histogram(chunks: Iterable[Tensor] | Counted, prefix: int, shift: int, width: int) -> Tensor:
     """Counts, shape (2**width,) int64, of this rank's values by the bits [shift, shift + width) below ``prefix``."""
+    if isinstance(chunks, Counted):
+        return chunks.histogram(prefix, shift, width)
     histogram = None
     for chunk in chunks:
         if histogram is None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from rose_ds.kernels import fits
+
 _BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
 _FUSED_ON = ("cuda", "xpu", "mps")
 
@@ -146,9 +148,18 @@ class UpdateBatch:
         values: what the mask is where the code is 0, 1, 2, 3.
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
+        kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``: the bits of
+            ``masked_adamw_``, also where the mask is 1 everywhere.
     """
 
-    def __init__(self, group: dict[str, Any], step: int, values: tuple[float, ...], rule: str = "robust") -> None:
+    def __init__(
+        self,
+        group: dict[str, Any],
+        step: int,
+        values: tuple[float, ...],
+        rule: str = "robust",
+        kernels: Any | None = None,
+    ) -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
         self.scalars = dict(
@@ -156,6 +167,8 @@ class UpdateBatch:
         )
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
         self.values, self.rule = values, rule
+        self.kernels = kernels if rule == "robust" else None
+        self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
         self.masked: list[tuple[Tensor, ...]] = []
         self.pending = 0
@@ -164,6 +177,11 @@ class UpdateBatch:
         """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
         for the mask's values.
         """
+        if self.kernels is not None and scale == 1.0 and all(fits(v, half=i == 1) for i, v in enumerate(views)):
+            none = torch.empty(0, dtype=torch.uint8)
+            mask = (code, 0) if isinstance(code, Tensor) else (none, int(code))
+            self.compiled.append((*(v.view(-1) for v in views), *mask))
+            return
         whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
         if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
@@ -198,6 +216,12 @@ class UpdateBatch:
 
     def flush(self) -> None:
         """Update what was taken."""
+        if self.compiled:
+            columns = (list(column) for column in zip(*self.compiled, strict=True))
+            x = self.scalars
+            numbers = (x["step"], x["lr"], x["beta1"], x["beta2"], x["eps"], x["weight_decay"])
+            self.kernels.adamw(*columns, list(self.values), *numbers)  # type: ignore[union-attr]
+            self.compiled = []
         self._flush_masked()
         if self.free:
             params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))

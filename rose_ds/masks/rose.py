@@ -27,9 +27,11 @@ def rose(config: RoseConfig) -> MaskPolicy:
     first, second = config.uses_first, config.uses_second
     selectors = []
     if first:
-        selectors.append(Selector(first_order, config.keep_first, config.keep_largest, FIRST, ranks_risk=True))
+        keep, largest = config.keep_first, config.keep_largest
+        selectors.append(Selector(first_order, keep, largest, FIRST, ranks_risk=True, kernel="first"))
     if second:
-        selectors.append(Selector(second_order, config.keep_second, config.keep_largest, SECOND))
+        keep, largest = config.keep_second, config.keep_largest
+        selectors.append(Selector(second_order, keep, largest, SECOND, kernel="second"))
     return MaskPolicy(
         tuple(selectors),
         values=(0.0, config.gamma, 1.0 - config.gamma, 1.0) if first and second else (0.0, 1.0, 1.0, 1.0),

@@ -21,10 +21,11 @@ from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.exchange import explaining_lost_ranks
+from rose_ds.kernels import kernels_for
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
-from rose_ds.optimizer import Plan, RoseAdamW
+from rose_ds.optimizer import Plan, RoseAdamW, local
 from rose_ds.training.describe import Row, describe_dropout, describe_memory, describe_parameters
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.mask_record import MaskRecorder
@@ -97,6 +98,7 @@ class Stepper:
         self._told: set[str] = set()
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
+        self.optimizer.kernels = self._kernels() if self.policy is not None else None
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -318,6 +320,20 @@ class Stepper:
 
     # --- inside a step ---
 
+    def _kernels(self) -> Any | None:
+        """Compiled kernels, on all ranks or on none: they and torch round parameters that are never masked otherwise,
+        and replicas must not drift apart."""
+        held = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
+        found, problem = None, None
+        try:
+            found = kernels_for(self.engine.layout.element_count, held)
+        except (ValueError, RuntimeError) as error:
+            problem = error
+        everywhere = self.engine.agree(found is not None)
+        if problem is not None:
+            raise problem
+        return found if everywhere else None
+
     def _next_step(self) -> str:
         return f"optimizer step {self.optimizer.steps_taken() + 1}"
 
@@ -360,7 +376,7 @@ class Stepper:
         selection = self.state.selection
         if selection is None:
             inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
-            selection = select(policy.selectors, self.config.granularity, inputs)
+            selection = select(policy.selectors, self.config.granularity, inputs, self.optimizer.kernels)
             if policy.refresh == "once":
                 self.state.selection = selection
         self._selection = selection

@@ -152,7 +152,7 @@ REFUSED = [
     ({"differentiable": True}, ValueError, "does not support differentiable"),
     ({"fused": True, "foreach": True}, ValueError, "foreach and fused are two kernels"),
     ({"fused": 1}, TypeError, "fused=1 must be true, false or null"),
-    ({"keep": 0.5}, ValueError, r"unknown ROSE setting\(s\) \['keep'\]; known: \['strategy'.*'mask_seed'\]"),
+    ({"keep": 0.5}, ValueError, r"unknown ROSE setting\(s\) \['keep'\]; known: \['strategy'.*'risk_every'\]"),
     ({"keep_first": 2}, ValueError, "keep_first=2"),
     ({"lr": -1.0}, ValueError, r"lr=-1\.0 must be >= 0"),
     ({"betas": (0.9, 1.0)}, ValueError, r"betas=\(0\.9, 1\.0\) must be two numbers in \[0, 1\)"),

@@ -1,0 +1,223 @@
+"""What an optimizer step costs beside AdamW's: thresholds, masks and update, on tensors of random numbers.
+
+    python benchmarks/optimizer_step.py --elements 22000000 --threads 2
+
+All rows take turns in every round and in a new order, so that a busy moment of the machine meets all alike: a round's
+seconds are divided by those of torch.optim.AdamW(fused=True) in it, and the table has the median of these ratios and
+their quartiles. The host's bandwidth is that of the fused AdamW, which moves 28 bytes an
+element and is bound by memory. Masks are by element and keep 0.6; every parameter is eligible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import write
+
+RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
+STRATEGIES = ("first", "second", "ensemble")
+FUSED = "torch AdamW, fused"
+BYTES = 28
+"""An element: AdamW reads four numbers of four bytes and writes three."""
+
+
+class Case:
+    """Parameters with gradients, and a second gradient to rank."""
+
+    def __init__(self, elements: int, slices: int, dtype: torch.dtype) -> None:
+        sizes = [elements // slices] * slices
+        self.params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
+        self.grads = [torch.randn(n) * 1e-3 for n in sizes]
+        self.risks = [torch.randn(n) * 1e-4 for n in sizes]
+        self.dtype = dtype
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad if dtype == torch.float32 else None
+
+    def rose(self, strategy: str, kernels: Any | None) -> Callable[[], None]:
+        """A step of RoseAdamW as a stepper takes it: masks from the gradients, then the update."""
+        from rose_ds import RoseAdamW
+        from rose_ds.core.layout import Block, Layout
+        from rose_ds.core.magnitudes import StepInputs
+        from rose_ds.core.select import select
+        from rose_ds.core.threshold import local_only
+        from rose_ds.masks import policy_of
+        from rose_ds.optimizer import Plan, Slice
+
+        named = [(f"t{i}", torch.nn.Parameter(p.detach().clone())) for i, p in enumerate(self.params)]
+        optimizer = RoseAdamW(named, lr=1e-4, strategy=strategy)
+        optimizer.kernels = kernels
+        params = [p for _, p in named]
+        blocks = [Block.flat(p.numel(), 0, p.numel()) for p in params]
+        optimizer.attach(
+            [Slice(n, i, p, 0, p.numel(), b) for i, ((n, p), b) in enumerate(zip(named, blocks, strict=True))]
+        )
+        count = len(params)
+        layout = Layout(
+            list(range(count)), [local_only] * count, [local_only], count, sum(b.numel for b in blocks),
+            [n for n, _ in named], blocks,
+        )  # fmt: skip
+        policy = policy_of(optimizer.config)
+        # in turns: of one gradient again and again, every second-order risk would be the same
+        turns = itertools.cycle([[g.roll(i).to(self.dtype) for g in self.grads] for i in range(3)])
+        for param in params:
+            param.grad_dtype = None  # of any type
+
+        def step() -> None:
+            assert policy is not None
+            grads = next(turns)
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            moments = [optimizer.init_state(p)["exp_avg"] for p in params]
+            inputs = StepInputs(layout, grads, moments, params, [0.9] * count, risk_grads=self.risks)
+            selection = select(policy.selectors, "element", inputs, kernels)
+            optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule)
+            optimizer.step()
+
+        return step
+
+    def adamw(self, **how: Any) -> Callable[[], None]:
+        """torch's."""
+        params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+        for param, grad in zip(params, self.grads, strict=True):
+            param.grad = grad
+        return torch.optim.AdamW(params, lr=1e-4, **how).step
+
+    def deepspeed(self) -> Callable[[], None] | None:
+        """DeepSpeed's for offload; None where it cannot be built."""
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+            optimizer = DeepSpeedCPUAdam(params, lr=1e-4, weight_decay=0.01)
+        except Exception as error:  # whatever its builder raises
+            print(f"DeepSpeedCPUAdam is left out: {error}")
+            return None
+        for param, grad in zip(params, self.grads, strict=True):
+            param.grad = grad
+        return optimizer.step
+
+    def thresholds(self, kernels: Any) -> dict[str, Callable[[], Any]]:
+        """One exact threshold of first-order risk."""
+        from rose_ds.core.threshold import kth_smallest, local_only
+
+        count = sum(r.numel() for r in self.risks)
+        every = torch.cat(self.risks).abs()
+        k = int(0.6 * count)
+        return {
+            "threshold, kernels": lambda: kth_smallest([(kernels.Risks(self.risks, [], [], 1.0), local_only)], k),
+            "threshold, torch": lambda: kth_smallest([([every], local_only)], k),
+            "torch.kthvalue": lambda: every.kthvalue(k).values,
+        }
+
+
+def rows_of(case: Case, kernels: Any | None, everything: bool) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its name."""
+    rows: dict[str, Callable[[], Any]] = {FUSED: case.adamw(fused=True)}
+    if everything:
+        rows |= {"torch AdamW": case.adamw(foreach=False), "torch AdamW, foreach": case.adamw(foreach=True)}
+        offloaded = case.deepspeed()
+        rows |= {"DeepSpeedCPUAdam": offloaded} if offloaded is not None else {}
+    for strategy in STRATEGIES:
+        rows |= {f"{strategy}, kernels": case.rose(strategy, kernels)} if kernels else {}
+        rows |= {f"{strategy}, torch": case.rose(strategy, None)} if everything else {}
+    if kernels and everything:
+        rows |= case.thresholds(kernels)
+    return rows
+
+
+def measured(rows: dict[str, Callable[[], Any]], rounds: int, warmup: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """By row: seconds, ratio to the fused AdamW, quartiles. One that takes longer than ``seconds`` runs three times."""
+    from tqdm import tqdm
+
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    base: dict[str, list[float]] = {name: [] for name in rows}
+    slow: set[str] = set()
+    for turn in tqdm(range(warmup + rounds), desc="rounds"):
+        took = {}
+        for name in random.sample(list(rows), len(rows)):
+            if name in slow and len(found[name]) >= 3:
+                continue
+            started = time.perf_counter()
+            rows[name]()
+            took[name] = time.perf_counter() - started
+            if took[name] > seconds:
+                slow.add(name)
+        if turn >= warmup:
+            for name, value in took.items():
+                found[name].append(value)
+                base[name].append(took[FUSED])
+    results = {}
+    for name, values in found.items():
+        ratios = [a / b for a, b in zip(values, base[name], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        results[name] = {"seconds": statistics.median(values), "ratio": middle, "ratio_quartiles": [low, high]}
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| case | row | ratio to fused AdamW | quartiles |", "| --- | --- | --- | --- |"]
+    for case, found in results["cases"].items():
+        for name, row in found["rows"].items():
+            low, high = row["ratio_quartiles"]
+            lines.append(f"| {case} | {name} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |")
+        lines.append(f"| {case} | fused AdamW's bandwidth | {found['bandwidth'] / 1e9:.0f} GB/s | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write the results, print the table."""
+    described, epilog = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--elements", type=int, default=22_000_000, metavar="N", help="parameters (default: 22 million)"
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="that count (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="that do not (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
+    options = parser.parse_args()
+    from rose_ds.experiments import provenance
+    from rose_ds.kernels import build
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    kernels = build.extension()
+    cases: dict[str, tuple[int, torch.dtype]] = {
+        "one slice, fp32": (1, torch.float32),
+        "600 slices, fp32": (600, torch.float32),
+        "one slice, bf16 gradients": (1, torch.bfloat16),
+    }
+    found = {}
+    for name, (slices, dtype) in cases.items():
+        print(name)
+        case = Case(options.elements, slices, dtype)
+        rows = measured(
+            rows_of(case, kernels, everything=name == next(iter(cases))), options.rounds, options.warmup, 1.0
+        )
+        found[name] = {"rows": rows, "bandwidth": BYTES * options.elements / rows[FUSED]["seconds"]}
+    results = {
+        "command": f"python benchmarks/optimizer_step.py --elements {options.elements} --threads {options.threads} "
+        f"--rounds {options.rounds}",
+        "commit": provenance.commit(),
+        "packages": provenance.packages(),
+        "cores": os.cpu_count(),
+        "cases": found,
+    }
+    write(options.output, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The C++ kernels, compiled where they first run and kept in a cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+
+def name() -> str:
+    """Of the extension: with all that a build depends on, as homes are shared by machines with other processors."""
+    flags = ""
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = [SOURCE.read_text(), " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
+    return "rose_ds_kernels_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def folder() -> Path:
+    """Where it is built: in TORCH_EXTENSIONS_DIR, as DeepSpeed's operators are."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "torch_extensions") / name()
+
+
+@contextmanager
+def _alone(where: Path) -> Iterator[None]:
+    """One builder at a time. The kernel gives this lock back when its holder dies; torch's own lock file it does not,
+    and every later build would wait for it for ever: whatever lies there now is a dead builder's.
+    """
+    where.mkdir(parents=True, exist_ok=True)
+    with (where / "alone").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (where / "lock").unlink(missing_ok=True)
+        yield
+
+
+@cache
+def extension() -> Any | None:
+    """The compiled module; None, and one line in the log, where it cannot be built."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        logger.warning("no C++ compiler (%s): the optimizer step runs without kernels", os.environ.get("CXX", "c++"))
+        return None
+    from torch.utils.cpp_extension import load
+
+    where = folder()
+    try:
+        with _alone(where):
+            return load(
+                name(), [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=str(where)
+            )
+    except (
+        OSError,
+        RuntimeError,
+        ImportError,
+        subprocess.SubprocessError,
+    ) as error:  # no ninja, no headers, a full disk, another compiler
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("the kernels in %s could not be built (%s): the optimizer step runs without", where, reason)
+        return None

@@ -1,0 +1,305 @@
+"""The compiled kernels against core's torch operations: the same bits, whatever the data and however they are cut."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rose_ds import kernels
+from rose_ds.config import RoseConfig
+from rose_ds.core.layout import Block, Layout
+from rose_ds.core.magnitudes import StepInputs
+from rose_ds.core.select import Selection, select
+from rose_ds.core.threshold import local_only
+from rose_ds.core.update import UpdateBatch, masked_adamw_
+from rose_ds.kernels import build
+from rose_ds.masks import policy_of
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def compiled(extensions: object) -> Any:
+    """Built once, in the tests' own folder."""
+    build.extension.cache_clear()
+    found = build.extension()
+    assert found is not None
+    return found
+
+
+# --- data that is hard on a ranking ---
+
+
+def values(kind: str, n: int, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=draw)
+    if kind == "ties":
+        x = x.mul(3).round().div(3)
+    elif kind == "zeros":
+        x = x * (torch.rand(n, generator=draw) < 0.3)
+    elif kind == "minus zeros":
+        x = torch.where(torch.rand(n, generator=draw) < 0.5, torch.tensor(-0.0), x)
+    elif kind == "denormal":
+        x = x * 1e-41
+    elif kind == "wide":
+        x = x * torch.exp2(torch.randint(-120, 120, (n,), generator=draw).float())
+    elif kind == "equal":
+        x = torch.full((n,), 0.37)
+    elif kind == "infinite":
+        x[n // 2 :: 7] = math.inf
+    elif kind == "nan":
+        x[n // 3 :: 11] = math.nan
+    return x
+
+
+KINDS = ("normal", "ties", "zeros", "minus zeros", "denormal", "wide", "equal")
+SIZES = ([1], [5, 0, 17], [1000, 33, 257, 1], [70_001, 3, 40_000])
+
+
+def step_inputs(kind: str, sizes: list[int], dtype: torch.dtype, scale: float = 0.7, share: float = 0.0) -> StepInputs:
+    count = sum(sizes)
+    cut = [list(values(kind, count, seed).split(sizes)) for seed in (1, 2, 3)]
+    cut[1] = [m * 0.1 for m in cut[1]]
+    layout = Layout(
+        list(range(len(sizes))), [local_only] * len(sizes), [local_only], len(sizes), count,
+        [f"t{i}" for i in range(len(sizes))], [Block.flat(n, 0, n) for n in sizes],
+    )  # fmt: skip
+    return StepInputs(
+        layout, [g.to(dtype) for g in cut[0]], cut[1], cut[0], [0.9, 0.8, 0.95, 0.9][: len(sizes)],
+        scale=scale, risk_grads=cut[2], share=share,
+    )  # fmt: skip
+
+
+def same(a: Selection, b: Selection) -> bool:
+    assert a.finite == b.finite
+    assert len(a.codes) == len(b.codes)
+    codes = all(torch.equal(x, y) for x, y in zip(a.codes, b.codes, strict=True))  # type: ignore[arg-type]
+    for bit, one in a.thresholds.items():
+        other = b.thresholds[bit]
+        assert (one.kept, one.infinite, one.nan, one.zeros) == (other.kept, other.infinite, other.nan, other.zeros)
+        assert one.value == other.value or math.isnan(one.value)
+        assert one.kept_per_rank == other.kept_per_rank
+        assert (one.histogram is None) == (other.histogram is None)
+        assert one.histogram is None or torch.equal(one.histogram, other.histogram)  # type: ignore[arg-type]
+    return codes
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_select(kind: str, sizes: list[int], dtype: torch.dtype, compiled: Any) -> None:
+    """Masks, thresholds, counts, histograms."""
+    inputs = step_inputs(kind, sizes, dtype)
+    for keep, largest in ((0.6, False), (0.3, True), (1e-9, False), (1.0, False), ("auto", False), ("knee", True)):
+        config = RoseConfig(keep_first=keep, keep_second=keep, keep_largest=largest)  # type: ignore[arg-type]
+        policy = policy_of(config)
+        assert policy is not None
+        assert same(
+            select(policy.selectors, "element", inputs), select(policy.selectors, "element", inputs, compiled)
+        ), (keep, largest)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["infinite", "nan"])
+@pytest.mark.parametrize("strategy", ["first", "second", "ensemble"])
+def test_not_finite(kind: str, strategy: Any, compiled: Any) -> None:
+    """Steps are skipped, and errors raised, alike."""
+    inputs = step_inputs(kind, [1000, 33, 257, 1], torch.float32)
+    policy = policy_of(RoseConfig(strategy=strategy))
+    assert policy is not None
+    outcomes: list[Any] = []
+    for found in (None, compiled):
+        try:
+            outcomes.append(select(policy.selectors, "element", inputs, found))
+        except FloatingPointError as error:
+            outcomes.append(str(error))
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        assert same(*outcomes)
+
+
+@needs_compiler
+def test_a_share_is_left_to_torch(compiled: Any) -> None:
+    """R-Drop's task gradient is a difference of two, which the kernels do not know."""
+    inputs = step_inputs("normal", [1000, 33], torch.float32, share=0.5)
+    policy = policy_of(RoseConfig())
+    assert policy is not None
+    assert same(select(policy.selectors, "element", inputs), select(policy.selectors, "element", inputs, compiled))
+
+
+# --- the update ---
+
+GROUP = {"betas": (0.9, 0.98), "lr": 3e-3, "eps": 1e-8, "weight_decay": 0.01, "foreach": None, "fused": None}
+
+
+def tensors(kind: str, sizes: list[int], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Parameters, gradients and moments by size."""
+    made = [list(values("normal" if i == 0 else kind, sum(sizes), i).split(sizes)) for i in range(4)]
+    return [[t.clone() for t in made[0]], [g.to(dtype) for g in made[1]], [t.clone() for t in made[2]], [
+        t.square() for t in made[3]
+    ]]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "infinite", "nan"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_update(kind: str, decay: float, dtype: torch.dtype, compiled: Any) -> None:
+    """Parameters and moments of hard and soft masks, by element and by tensor, bit for bit."""
+    sizes = [70_001, 3, 257, 0, 1]
+    group = {**GROUP, "weight_decay": decay}
+    for step, table in itertools.product((1, 1000), ((0.0, 1.0, 1.0, 1.0), (0.0, 0.3, 0.7, 1.0), (0.0, 0.5, 0.5, 1.0))):
+        draw = torch.Generator().manual_seed(step)
+        codes: list[Any] = [torch.randint(0, 4, (n,), generator=draw, dtype=torch.uint8) for n in sizes]
+        codes[2] = 2 if table[2] < 1 else 0  # a mask of ones is another kernel of torch's
+        runs = []
+        for found in (None, compiled):
+            held = tensors(kind, sizes, dtype)
+            batch = UpdateBatch(group, step, table, kernels=found)
+            for i, code in enumerate(codes):
+                batch.add(code, tuple(column[i] for column in held))
+            assert len(batch.compiled) == (len(sizes) if found else 0)
+            batch.flush()
+            runs.append(held)
+        for column, (ours, theirs) in enumerate(zip(*runs, strict=True)):
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (step, table, column)
+                assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan()), "the sign of zeros"
+
+
+@needs_compiler
+def test_a_mask_of_ones_is_torchs_fused_adamw(compiled: Any) -> None:
+    """Also where there is no mask; a multiple of the vector's width, beyond which torch's kernel rounds otherwise."""
+    sizes = [64_000]
+    ours, theirs = tensors("normal", sizes, torch.float32), tensors("normal", sizes, torch.float32)
+    batch = UpdateBatch(GROUP, 7, (0.0, 1.0, 1.0, 1.0), kernels=compiled)
+    batch.add(3, tuple(column[0] for column in ours))
+    batch.flush()
+    scalars = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "eps": 1e-8}
+    torch._fused_adamw_(*theirs, [], [torch.tensor(7.0)], **scalars, amsgrad=False, maximize=False)  # type: ignore[call-arg]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a[0], b[0])
+
+
+@needs_compiler
+def test_places_and_threads_change_nothing(compiled: Any) -> None:
+    """Every element is computed alike wherever it lies, and whoever computes it."""
+    whole = tensors("normal", [100_003], torch.float32)
+    codes = torch.randint(0, 4, (100_003,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads, cuts in ((1, [0, 100_003]), (3, [0, 1, 8, 40_005, 100_003])):
+            torch.set_num_threads(threads)
+            held = [column[0].clone() for column in whole]
+            batch = UpdateBatch(GROUP, 5, (0.0, 0.3, 0.7, 1.0), kernels=compiled)
+            for start, stop in itertools.pairwise(cuts):
+                batch.add(codes[start:stop], tuple(t[start:stop] for t in held))
+            batch.flush()
+            results.append(held)
+            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0)
+            results[-1].append(risks.histogram(0, 20, 12))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["strided", "fp64", "fp16 gradient"])
+def test_what_does_not_fit_is_left_to_torch(what: str, compiled: Any) -> None:
+    dtype = torch.float64 if what == "fp64" else torch.float32
+    held = [torch.rand(50, dtype=dtype) for _ in range(4)]
+    if what == "strided":
+        held = [torch.rand(100)[::2] for _ in range(4)]
+    if what == "fp16 gradient":
+        held[1] = held[1].half()
+    mine = [t.clone() for t in held]
+    mask = torch.randint(0, 2, (50,), dtype=torch.uint8)
+    batch = UpdateBatch(GROUP, 5, (0.0, 1.0, 1.0, 1.0), kernels=compiled)
+    batch.add(mask, tuple(held))
+    assert not batch.compiled
+    batch.flush()
+    beta1, beta2 = GROUP["betas"]  # type: ignore[misc]
+    masked_adamw_(
+        *([t] for t in mine[:1]), [mine[1].to(dtype)], [mine[2]], [mine[3]], [mask.to(dtype)],
+        step=5, lr=3e-3, beta1=beta1, beta2=beta2, eps=1e-8, weight_decay=0.01,
+    )  # fmt: skip
+    assert torch.equal(mine[0], held[0])
+
+
+# --- choosing and building them ---
+
+
+@pytest.mark.fast
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "extension", lambda: "built")
+    weights = [torch.zeros(3)]
+    for choice, elements, wanted in (
+        ("auto", kernels.LARGE, "built"), ("auto", kernels.LARGE - 1, None), ("torch", kernels.LARGE, None),
+        ("cpp", 3, "built"),
+    ):  # fmt: skip
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        assert kernels.kernels_for(elements, weights) == wanted
+    with pytest.raises(RuntimeError, match="fp32 weights on CPUs alone"):
+        kernels.kernels_for(3, [torch.zeros(3, dtype=torch.bfloat16)])
+    monkeypatch.setattr(build, "extension", lambda: None)
+    with pytest.raises(RuntimeError, match="could not be built"):
+        kernels.kernels_for(3, weights)
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    assert kernels.kernels_for(kernels.LARGE, weights) is None
+    assert kernels.kernels_for(kernels.LARGE, [torch.zeros(3, dtype=torch.bfloat16)]) is None
+    monkeypatch.setenv(kernels.VARIABLE, "fast")
+    with pytest.raises(ValueError, match=r"ROSE_DS_KERNELS='fast' is not one of"):
+        kernels.kernels_for(3, weights)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("broken", ["no compiler", "a compiler that fails", "a folder that is a file"])
+def test_a_build_that_fails(
+    broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line in the log, and the step runs without."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "no-such-compiler" if broken == "no compiler" else "false")
+    if broken == "a folder that is a file":
+        (tmp_path / "extensions").write_text("")
+    build.extension.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="rose_ds"):
+            assert build.extension() is None
+            assert build.extension() is None
+    finally:
+        build.extension.cache_clear()
+    assert len([r for r in caplog.records if "the optimizer step runs without" in r.getMessage()]) == 1
+
+
+@needs_compiler
+def test_a_dead_builders_lock(compiled: Any) -> None:
+    """torch's lock file, left behind by a builder that was killed, is waited for by nobody."""
+    lock = build.folder() / "lock"
+    lock.write_text("")
+    code = "from rose_ds.kernels import build; assert build.extension() is not None"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=dict(os.environ))
+    assert not lock.exists()
+
+
+@pytest.mark.fast
+def test_the_name_follows_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = build.name()
+    other = tmp_path / "kernels.cpp"
+    other.write_text(build.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(build, "SOURCE", other)
+    assert build.name() != name
