@@ -252,6 +252,7 @@ TRAINERS: dict[str, tuple[str, str, str]] = {
     "TRL SFTTrainer, second": ("sft.py", "second", "trl"),
     "TRL SFTTrainer, first": ("sft.py", "first", "trl"),
     "sentence-transformers SentenceTransformerTrainer": ("sentence_pairs.py", "second", "sentence_transformers"),
+    "SetFit Trainer": ("setfit_trainer.py", "second", "setfit"),
 }
 
 
@@ -259,7 +260,8 @@ def try_trainer(name: str) -> str:
     script, strategy, _ = TRAINERS[name]
     command = [sys.executable, "-m", "rose_ds.run", "--rose", f"strategy={strategy}", str(SCRIPTS / script)]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment, check=False
         )

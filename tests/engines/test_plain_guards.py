@@ -48,7 +48,7 @@ def test_names() -> None:
     assert totals == f"  masked in all {share}; weights are kept in float32"
     assert dropout == "  dropout: GlobalDropout 0.2"
     states, ranked = 8 * whole / 2**20, 4 * sum(eligible) / 2**20
-    assert f"AdamW's states {states:.1f} MiB" in memory and f"the ranked gradient {ranked:.1f} MiB" in memory
+    assert f"AdamW's states {states:.1f} MiB" in memory and f"first-order risk {ranked:.1f} MiB" in memory
     gathered = stepper.gather_parameters()
     gathered["head.bias"].add_(1)
     assert not torch.equal(gathered["head.bias"], dict(model.named_parameters())["head.bias"]), "copies"
