@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
 from rose_ds.objectives.base import MicroBatch
+from rose_ds.objectives.chunked import LARGE, ChunkedSymmetricKl
 
 #: What the last dimension of logits is: classes of which one is true, or labels of which each is true or not.
 Distribution = Literal["categorical", "bernoulli"]
@@ -96,8 +97,12 @@ def symmetric_kl(
     classes = logits_a.shape[-1]
     if classes < 2 and distribution == "categorical":
         raise ValueError(f"logits have {classes} class(es): the KL between two passes needs at least 2 (regression?)")
-    a, b = _rows(logits_a, logits_b, distribution)
-    total = _kl(b, a) + _kl(a, b)
+    if distribution == "categorical" and logits_a.numel() >= LARGE:
+        a, b = (z.float().reshape(-1, classes) for z in (logits_a, logits_b))
+        total: Tensor = ChunkedSymmetricKl.apply(a, b)
+    else:
+        a, b = _rows(logits_a, logits_b, distribution)
+        total = _kl(b, a) + _kl(a, b)
     if reduction == "sum":
         return total
     if reduction != "mean":

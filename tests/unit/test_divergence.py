@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rose_ds import symmetric_kl
+from rose_ds.objectives import chunked, divergence
 
 pytestmark = pytest.mark.fast
 
@@ -43,6 +44,25 @@ def test_symmetric_kl_is_a_mean_with_both_gradients(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     leading = symmetric_kl(a.detach().view(2, 3, 4), b.detach().view(2, 3, 4))
     assert leading.item() == pytest.approx(value.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("constant", ["neither", "a", "b"])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_large_logits_in_chunks(rows: int, constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients of the composed form, whatever the chunks; a second backward pass too."""
+    whole = [4 * randn(rows, 3, 50, seed=s, dtype=torch.float32) for s in (1, 2)]
+    results = []
+    for large in (10**9, 1):
+        monkeypatch.setattr(divergence, "LARGE", large)
+        monkeypatch.setattr(chunked, "_CHUNK", 170)
+        pair = [z.clone().requires_grad_(name != constant) for z, name in zip(whole, "ab", strict=True)]
+        value = symmetric_kl(*pair)
+        leaves = [z for z in pair if z.requires_grad]
+        twice = [torch.autograd.grad(2 * value, leaves, retain_graph=True) for _ in range(2)]
+        assert all(torch.equal(x, y) for x, y in zip(*twice, strict=True))
+        results.append([value.detach(), *twice[0]])
+    for composed, in_chunks in zip(*results, strict=True):
+        torch.testing.assert_close(in_chunks, composed, rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize(
