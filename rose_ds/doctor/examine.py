@@ -123,7 +123,8 @@ def _check_model(
         isinstance(zero.get(name), dict) and zero[name].get("device") == "cpu"
         for name in ("offload_optimizer", "offload_param")
     ]
-    plans = [memory.Plan(stage, world, half, bool(eligible), rose.uses_first, *offloaded) for stage in stages]
+    risks = rose.uses_first + rose.keeps_risk
+    plans = [memory.Plan(stage, world, half, bool(eligible), risks, *offloaded) for stage in stages]
     there = memory.machine(memory.ranks_on_host(variables, world), memory.local_rank(variables))
     return memory.check_memory(parameters, masked, plans, there), parameters
 

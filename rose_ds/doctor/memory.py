@@ -26,8 +26,8 @@ class Plan:
     half: bool
     """Weights in bf16 or fp16, with fp32 masters."""
     masks: bool = True
-    first_order: bool = True
-    """Whether a second gradient is ranked."""
+    risks: int = 1
+    """fp32 values kept for each eligible element: of a second gradient that is ranked, of an average of risks."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -71,7 +71,7 @@ def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
         # torch's AdamW has scratch memory as large as what it updates at once; the masked update works in parts
         "AdamW's scratch": 8 * part * (masters and not plan.masks),
         "masks": eligible_part * plan.masks,
-        "the ranked gradient": 4 * eligible_part * plan.first_order,
+        "first-order risk": 4 * eligible_part * plan.risks,
     }
     device: dict[str, int] = {}
     host: dict[str, int] = {}
