@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from rose_ds.eligible import eligible_names
 from rose_ds.engines.passes import ForwardPass, Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
-from rose_ds.optimizer import RoseAdamW, Slice
+from rose_ds.kernels import kernels_for
+from rose_ds.optimizer import RoseAdamW, Slice, local
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.
 _WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -240,6 +241,25 @@ class Engine(ABC):
 def unwrapped_name(name: str) -> str:
     """A parameter's name in the model that was wrapped."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED_AS)
+
+
+def agreed_kernels(engine: Engine) -> Any | None:
+    """Compiled kernels for the engine's optimizer, on all ranks or on none: they and torch round parameters that are
+    never masked otherwise, and replicas must not drift apart. A collective.
+
+    Raises:
+        ValueError/RuntimeError: ROSE_DS_KERNELS asks for what cannot be.
+    """
+    held = [local(p) for group in engine.optimizer.param_groups for p in group["params"]]
+    found, problem = None, None
+    try:
+        found = kernels_for(engine.layout.element_count, held)
+    except (ValueError, RuntimeError) as error:
+        problem = error
+    everywhere = engine.agree(found is not None)
+    if problem is not None:
+        raise problem
+    return found if everywhere else None
 
 
 def refuse_checkpointing(module: nn.Module) -> None:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from rose_ds.config import RoseConfig
+from rose_ds.engines.base import Engine
+
 _MIB = 2**20
 
 
@@ -20,6 +23,26 @@ class Row(NamedTuple):
     masked: bool
     trainable: bool
     dtype: torch.dtype
+
+
+def describe(engine: Engine, config: RoseConfig, objective: str, *, first_order: bool) -> str:
+    """In words: engine, batch, what is masked and how much of the model it is, dropout, and memory."""
+    eligible, layout, steps = set(engine.eligible), engine.layout, engine.accumulation_steps
+    rows = [
+        Row(name, engine.numel(param), name in eligible, param.requires_grad, param.dtype)
+        for name, param in engine.named_parameters()
+    ]
+    held, here = (sum(piece.numel for piece in pieces) for pieces in (engine.trainable_slices(), engine.slices))
+    return "\n".join(
+        [
+            f"{objective}, {config.strategy} ({config.granularity}) on {engine.name}: {layout.tensor_count} tensors, "
+            f"{layout.element_count:,} elements eligible; the rest is always updated",
+            f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
+            *describe_parameters(rows),
+            describe_dropout(engine.module),
+            describe_memory(held, here, risks=1 + config.keeps_risk if first_order else 0),
+        ]
+    )
 
 
 def describe_parameters(rows: Iterable[Row]) -> list[str]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rose_ds.core.layout import Layout
+from rose_ds.core.mask import FIRST, SECOND
+from rose_ds.core.select import Selection
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -54,6 +58,29 @@ class StepReport:
             "train/grad_norm": self.grad_norm,
         }
         return {tag: value for tag, value in values.items() if value is not None}
+
+
+def report_of(
+    step: int,
+    layout: Layout,
+    granularity: str,
+    selection: Selection | None,
+    grad_norm: float | None,
+    *,
+    skipped: bool,
+) -> StepReport:
+    """The report of a step that had ``selection`` for its masks; None: it had none."""
+    per_element = granularity == "element"
+    masks: dict[str, Any] = {}
+    for which, bit in (("first", FIRST), ("second", SECOND)):
+        threshold = None if selection is None else selection.thresholds.get(bit)
+        if threshold is not None:
+            masks[f"tau_{which}"] = threshold.value
+            masks[f"kept_{which}"] = threshold.kept
+            masks[f"zeros_{which}"] = threshold.zeros
+            masks[f"kept_{which}_per_rank"] = threshold.kept_per_rank if per_element else None
+    eligible = layout.element_count if per_element else layout.tensor_count
+    return StepReport(step=step, eligible=eligible, grad_norm=grad_norm, skipped=skipped, **masks)
 
 
 class ScalarWriter(Protocol):

@@ -12,27 +12,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rose_ds.core.magnitudes import StepInputs
-from rose_ds.core.mask import FIRST, SECOND
+from rose_ds.core.mask import FIRST
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.average import WeightAverage
-from rose_ds.engines.base import Engine, refuse_checkpointing
+from rose_ds.engines.base import Engine, agreed_kernels, refuse_checkpointing
 from rose_ds.engines.passes import Forward, Loss, PassBatch, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.exchange import explaining_lost_ranks
-from rose_ds.kernels import kernels_for
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
-from rose_ds.optimizer import Plan, RoseAdamW, local
-from rose_ds.training.describe import Row, describe_dropout, describe_memory, describe_parameters
+from rose_ds.optimizer import Plan, RoseAdamW
+from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
 from rose_ds.training.risk_average import RiskAverage, refuse_together
-from rose_ds.training.step_report import StepReport
+from rose_ds.training.step_report import StepReport, report_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class Stepper:
         self._told: set[str] = set()
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
-        self.optimizer.kernels = self._kernels() if self.policy is not None else None
+        self.optimizer.kernels = agreed_kernels(engine) if self.policy is not None else None
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -118,26 +117,8 @@ class Stepper:
 
     def describe(self) -> str:
         """In words: engine, batch, what is masked and how much of the model it is, dropout, and memory."""
-        eligible, config, layout, engine = set(self.eligible), self.config, self.engine.layout, self.engine
-        rows = [
-            Row(name, engine.numel(param), name in eligible, param.requires_grad, param.dtype)
-            for name, param in engine.named_parameters()
-        ]
-        held = sum(piece.numel for piece in engine.trainable_slices())
         first = self.policy is not None and self.policy.ranks_risk
-        kept = 1 + config.keeps_risk if first else 0
-        steps = engine.accumulation_steps
-        return "\n".join(
-            [
-                f"{self.objective.name}, {config.strategy} ({config.granularity}) on {engine.name}: "
-                f"{layout.tensor_count} tensors, {layout.element_count:,} elements eligible; the rest is always "
-                "updated",
-                f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
-                *describe_parameters(rows),
-                describe_dropout(engine.module),
-                describe_memory(held, sum(piece.numel for piece in engine.slices), risks=kept),
-            ]
-        )
+        return describe(self.engine, self.config, self.objective.name, first_order=first)
 
     @property
     def compares(self) -> bool:
@@ -320,20 +301,6 @@ class Stepper:
 
     # --- inside a step ---
 
-    def _kernels(self) -> Any | None:
-        """Compiled kernels, on all ranks or on none: they and torch round parameters that are never masked otherwise,
-        and replicas must not drift apart."""
-        held = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
-        found, problem = None, None
-        try:
-            found = kernels_for(self.engine.layout.element_count, held)
-        except (ValueError, RuntimeError) as error:
-            problem = error
-        everywhere = self.engine.agree(found is not None)
-        if problem is not None:
-            raise problem
-        return found if everywhere else None
-
     def _next_step(self) -> str:
         return f"optimizer step {self.optimizer.steps_taken() + 1}"
 
@@ -441,23 +408,9 @@ class Stepper:
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:
             self.state.average.update(decay)
-        layout, found = self.engine.layout, self._selection
-        self._selection = None  # or its masks would be there during the next backward pass
-        per_element = self.config.granularity == "element"
-        masks: dict[str, Any] = {}
-        for which, bit in (("first", FIRST), ("second", SECOND)):
-            threshold = None if found is None else found.thresholds.get(bit)
-            if threshold is not None:
-                masks[f"tau_{which}"] = threshold.value
-                masks[f"kept_{which}"] = threshold.kept
-                masks[f"zeros_{which}"] = threshold.zeros
-                masks[f"kept_{which}_per_rank"] = threshold.kept_per_rank if per_element else None
-        report = self.last_report = StepReport(
-            step=self.optimizer.steps_taken(),
-            eligible=layout.element_count if per_element else layout.tensor_count,
-            grad_norm=grad_norm,
-            skipped=skipped,
-            **masks,
+        found, self._selection = self._selection, None  # or its masks would be there during the next backward pass
+        report = self.last_report = report_of(
+            self.optimizer.steps_taken(), self.engine.layout, self.config.granularity, found, grad_norm, skipped=skipped
         )
         if report.step > 1 and report.kept_fraction == 1 and not self.config.keeps_all:
             self._tell("all", f"strategy {self.config.strategy!r} kept every parameter, since so many risks are equal")
