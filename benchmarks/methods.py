@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -254,7 +255,9 @@ def main() -> None:
             worker.close()
     results = {
         "command": "python benchmarks/methods.py "
-        + " ".join(f"--{n} {getattr(options, n)}" for n in ("model", "batch", "rounds", "warmup", "threads")),
+        + " ".join(f"--{n} {getattr(options, n)}" for n in ("model", "batch", "rounds", "warmup", "threads"))
+        + (f" --methods {shlex.join(options.methods)}" if options.methods else ""),
+        "kernels": os.environ.get("ROSE_DS_KERNELS", "auto"),
         "commit": provenance.commit(),
         "packages": provenance.packages(),
         "parameters": workers[0].said["parameters"],
