@@ -12,7 +12,7 @@ import torch
 import rose_ds
 from rose_ds.experiments import provenance
 from rose_ds.experiments.metrics import FILE, VERSION, Metrics
-from rose_ds.experiments.report import drop, table, write
+from rose_ds.experiments.report import drop, labels, table, write
 
 pytestmark = pytest.mark.fast
 
@@ -56,6 +56,21 @@ def test_drop_in_the_table_and_the_record(tmp_path: Path) -> None:
     assert [row[column].strip() for row in rows] == ["9.60", "3.60", "-"]
     record, _ = write([attacked, none], tmp_path)
     assert [row["drop"] for row in json.loads(record.read_text())] == [pytest.approx(9.6), None]
+
+
+def test_runs_of_one_method_are_told_apart() -> None:
+    """By the settings in which they differ, a default left out or not; others keep the method's name alone."""
+
+    def made(method: str, **rose: object) -> Metrics:
+        return Metrics(task="t", model="m", method=method, config={"rose": rose, "objective": {"name": "task"}})
+
+    exact = made("rose-first", strategy="first", keep_first=0.6, mask_seed=1)
+    same = made("rose-first", strategy="first", keep_first=0.6, first_order="exact", mask_seed=2)
+    fast = made("rose-first", strategy="first", keep_first=0.6, first_order="fast")
+    less = made("rose-first", strategy="first", keep_first=0.3, first_order="fast")
+    assert labels([exact, same, made("vanilla")]) == ["rose-first", "rose-first", "vanilla"]
+    assert labels([exact, fast]) == ["rose-first", "rose-first first_order=fast"]
+    assert labels([fast, less]) == ["rose-first keep_first=0.6", "rose-first keep_first=0.3"]
 
 
 def test_the_documented_comparison_is_what_report_computes() -> None:
