@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import write
+from memory import command_line, write
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
@@ -74,8 +74,10 @@ class Study:
 
     def mask(self, risks: list[Tensor], granularity: str) -> Tensor:
         """Where the lowest are kept, 1-D bool."""
+        from rose_ds.core.mask import keep_count
+
         every = torch.cat(risks) if granularity == "element" else torch.stack([r.norm() for r in risks])
-        return every <= every.kthvalue(max(1, int(self.keep * every.numel()))).values
+        return every <= every.kthvalue(keep_count(self.keep, every.numel())).values
 
     def agreements(self) -> dict[str, dict[str, float]]:
         """By granularity and pair of ways, the mean over batches."""
@@ -143,10 +145,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, add to the results file, print the table."""
-    described, epilog = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--model", default="minilm", help="minilm, a folder, or LAYERSxWIDTH of random weights")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="sentences to a batch (default: 32)")
     parser.add_argument(

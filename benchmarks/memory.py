@@ -354,12 +354,17 @@ def extra_bytes(run: dict[str, Any], plain: dict[str, Any], phase: str) -> float
     return (peak(run, phase) - peak(plain, phase)) * run["ranks"] / run["parameters"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    described, epilog = (__doc__ or "").split("\n\n", 1)
-    made = argparse.ArgumentParser(
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a benchmark's docstring."""
+    described, epilog = (doc or "").split("\n\n", 1)
+    return argparse.ArgumentParser(
         description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = command_line(__doc__)
     made.add_argument("--model", choices=sorted(MODELS), default="roberta-large", help="size; always random weights")
     made.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of processes to try"

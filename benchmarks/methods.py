@@ -27,7 +27,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, cast
 
-from memory import MALLOC, Meter, write
+from memory import MALLOC, Meter, command_line, write
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 COMBINATIONS = ("r-drop+rose-first", "smart+rose-second", "freelb+rose-ensemble")
@@ -96,8 +96,10 @@ def serve(job: dict[str, Any]) -> None:
     def micro_batch() -> tuple[Any, Any, Any]:
         batch = dict(next(step))  # batches come round again
         labels = batch.pop("labels")
-        some, rows = sample_rows(batch)
-        sample = Sample(lambda: model(**some).logits, rows)
+        sample = None
+        if fast:
+            some, rows = sample_rows(batch)
+            sample = Sample(lambda: model(**some).logits, rows)
         return (lambda: model(**batch).logits), (lambda z: torch.nn.functional.cross_entropy(z, labels)), sample
 
     fisher = 0.0
@@ -210,10 +212,7 @@ def table(results: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    described, epilog = (__doc__ or "").split("\n\n", 1)
-    made = argparse.ArgumentParser(
-        description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_line(__doc__)
     made.add_argument("--methods", nargs="+", metavar="M", help="default: every method and three combinations")
     made.add_argument("--model", default="minilm", help="minilm (default), a folder or a hub id")
     made.add_argument("--batch", type=int, default=16, metavar="N", help="sentences to a step (default: %(default)s)")

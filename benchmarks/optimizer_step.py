@@ -4,13 +4,12 @@
 
 All rows take turns in every round and in a new order, so that a busy moment of the machine meets all alike: a round's
 seconds are divided by those of torch.optim.AdamW(fused=True) in it, and the table has the median of these ratios and
-their quartiles. The host's bandwidth is that of the fused AdamW, which moves 28 bytes an
-element and is bound by memory. Masks are by element and keep 0.6; every parameter is eligible.
+their quartiles. The host's bandwidth is that of the fused AdamW, which moves 28 bytes an element and is bound by
+memory. Masks are by element and keep 0.6; every parameter is eligible.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import write
+from memory import command_line, write
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
 STRATEGIES = ("first", "second", "ensemble")
@@ -39,8 +38,6 @@ class Case:
         self.grads = [torch.randn(n) * 1e-3 for n in sizes]
         self.risks = [torch.randn(n) * 1e-4 for n in sizes]
         self.dtype = dtype
-        for param, grad in zip(self.params, self.grads, strict=True):
-            param.grad = grad if dtype == torch.float32 else None
 
     def rose(self, strategy: str, kernels: Any | None) -> Callable[[], None]:
         """A step of RoseAdamW as a stepper takes it: masks from the gradients, then the update."""
@@ -176,10 +173,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write the results, print the table."""
-    described, epilog = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--elements", type=int, default=22_000_000, metavar="N", help="parameters (default: 22 million)"
     )

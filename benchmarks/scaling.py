@@ -12,13 +12,12 @@ is the same for all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memory import write
+from memory import command_line, write
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 #: Parameters and tokens to a GPU and step.
@@ -104,10 +103,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Compute, write, print."""
-    described, epilog = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=described, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     for name, value in asdict(Machine()).items():
         parser.add_argument(f"--{name}", type=float, default=value, help="default: %(default)g")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")

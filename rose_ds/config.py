@@ -14,8 +14,9 @@ Strategy = Literal[
 ]
 Granularity = Literal["element", "tensor"]
 FirstOrder = Literal["exact", "fast"]
-#: A fraction to keep, or how it is chosen in each step.
-Keep = float | Literal["auto", "otsu", "knee"]
+#: How a fraction to keep is chosen in each step.
+Criterion = Literal["auto", "otsu", "knee"]
+Keep = float | Criterion
 
 #: The authors mask the encoder blocks' weight matrices and LayerNorm weights; embeddings, biases, pooler and head are
 #: always updated. Rows of the embedding that a batch does not touch have exactly zero KL gradient and would otherwise
@@ -34,7 +35,6 @@ _ROSE = ("first", "second", "ensemble")
 #: Fields that say how first-order risk is found, which other strategies do not look at.
 _RISK = ("first_order", "risk_rows", "risk_ema", "risk_every")
 _ELEMENT_ONLY = ("child-tuning", "cautious")
-_CHOSEN = ("auto", "otsu", "knee")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -113,8 +113,8 @@ class RoseConfig:
             value = getattr(self, name)
             if not isinstance(value, str):
                 _in_range(name, value, low_open=True)
-            elif value not in _CHOSEN:
-                raise TypeError(f"{name}={value!r} must be a number in (0, 1], or one of {list(_CHOSEN)}")
+            elif value not in get_args(Criterion):
+                raise TypeError(f"{name}={value!r} must be a number in (0, 1], or one of {list(get_args(Criterion))}")
         if isinstance(self.keep_first, str) and self.strategy not in (*_ROSE, "none"):
             raise ValueError(
                 f"keep_first={self.keep_first!r} divides risks into low and high ones, and strategy={self.strategy!r} "

@@ -87,16 +87,17 @@ def kth_smallest(
         if depth == 0:
             infinite, nan, total = int(counts[_INFINITY]), _check(counts), int(counts.sum())
             zeros = int(counts[0])
-            if nan:
-                return Threshold(float("nan"), 0, None, infinite, nan)
             totals, spread = rows[0].sum(1), counts[:_INFINITY].cpu()
             last = k(spread) if callable(k) else k
             if not 1 <= last <= total:
                 raise ValueError(f"k={last} must be in [1, {total}], the number of values over all ranks")
+            if nan:
+                return Threshold(float("nan"), 0, None, infinite, nan)
         cumulative = counts.cumsum(0)
-        digit = (
-            int(torch.searchsorted(cumulative, last - below)) if wanted is None else wanted >> shift & (1 << width) - 1
-        )
+        if wanted is None:
+            digit = int(torch.searchsorted(cumulative, last - below))
+        else:
+            digit = wanted >> shift & (1 << width) - 1
         rows_below = rows_below.to(counts.device) + rows[0][:, :digit].sum(1)
         below += int(cumulative[digit - 1]) if digit else 0
         prefix = (prefix << width) | digit

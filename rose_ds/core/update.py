@@ -13,6 +13,7 @@ from rose_ds.kernels import fits
 
 _BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
 _FUSED_ON = ("cuda", "xpu", "mps")
+_NO_CODES = torch.empty(0, dtype=torch.uint8)  # of a piece that has one code
 
 
 def masked_adamw_(
@@ -178,8 +179,7 @@ class UpdateBatch:
         for the mask's values.
         """
         if self.kernels is not None and scale == 1.0 and all(fits(v, half=i == 1) for i, v in enumerate(views)):
-            none = torch.empty(0, dtype=torch.uint8)
-            mask = (code, 0) if isinstance(code, Tensor) else (none, int(code))
+            mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
             self.compiled.append((*(v.view(-1) for v in views), *mask))
             return
         whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0

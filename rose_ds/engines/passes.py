@@ -64,7 +64,9 @@ class ForwardPass:
     def __init__(
         self, batch: PassBatch, shift: Tensor | Start | None, like: ForwardPass | None, sampled: bool = False
     ) -> None:
-        self.batch, self.sampled = batch, sampled and batch.sample is not None
+        self.batch = batch
+        self.sample = batch.sample if sampled else None
+        """The rows it runs; None: all."""
         self._shift: Tensor | Start | None = shift
         self.leaves: list[Tensor] = []
         """fp32, with the outputs' values."""
@@ -111,10 +113,10 @@ class ForwardPass:
             around.enter_context(torch.set_grad_enabled(with_graph))
             if replayed:
                 around.enter_context(replay(self.rng))
-            if self.batch.moved_statistics or self.sampled:
+            if self.batch.moved_statistics or self.sample is not None:
                 around.enter_context(still_statistics(engine.module))
-            logits = self.batch.forward_of(self.sampled)()
-        self.batch.moved_statistics |= not self.sampled
+            logits = (self.sample or self.batch).forward()
+        self.batch.moved_statistics |= self.sample is None
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"forward() must return the logits tensor, got {type(logits).__name__}; for a Hugging Face model: "
@@ -207,9 +209,6 @@ class PassBatch:
         if shift is not None and self.shifter is None:
             raise TypeError("an objective that shifts embeddings must say so: shifts = True")
         return ForwardPass(self, shift, like)
-
-    def forward_of(self, sampled: bool) -> Forward:
-        return self.sample.forward if sampled and self.sample is not None else self.forward
 
     def loss(self, p: ForwardPass) -> Tensor:
         return p.ask_for_loss()

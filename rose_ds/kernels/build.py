@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +45,6 @@ def folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "torch_extensions") / name()
 
 
-@contextmanager
-def _alone(where: Path) -> Iterator[None]:
-    """One builder at a time. The kernel gives this lock back when its holder dies; torch's own lock file it does not,
-    and every later build would wait for it for ever: whatever lies there now is a dead builder's.
-    """
-    where.mkdir(parents=True, exist_ok=True)
-    with (where / "alone").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (where / "lock").unlink(missing_ok=True)
-        yield
-
-
 @cache
 def extension() -> Any | None:
     """The compiled module; None, and one line in the log, where it cannot be built."""
@@ -69,9 +55,13 @@ def extension() -> Any | None:
 
     where = folder()
     try:
-        with _alone(where):
+        where.mkdir(parents=True, exist_ok=True)
+        # One builder at a time, by a lock that is given back when its holder dies. Torch's own lock file is not, and
+        # every later build would wait for it for ever: whatever lies there now is a dead builder's.
+        with FileLock(where / "alone"):
+            (where / "lock").unlink(missing_ok=True)
             return load(
-                name(), [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=str(where)
+                where.name, [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=str(where)
             )
     except (
         OSError,

@@ -352,7 +352,7 @@ class Stepper:
             self.optimizer.plan = Plan(skip=True)
             return
         if risk is not None:
-            risk.values = list(risk_grads or [])
+            risk.values = risk_grads
         scales = self._scales(selection) if policy.preserve_scale else None
         self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
         if self.recorder is not None:

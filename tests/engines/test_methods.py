@@ -14,7 +14,7 @@ import zero_jobs
 from plain_jobs import build
 from reference import Run, check_parity, reference, train
 from spawn import run_ranks
-from tiny import RISK, Case
+from tiny import Case
 from torch_jobs import check_runs, once
 from zero_jobs import believe_in_fp16, check_ranks_agree, fp16, runs_of
 
@@ -130,10 +130,7 @@ class Entry(tuple[str, int, Case, str]):
         engine, world, case, precision = self
         extra = ["checkpointing"] * case.checkpointing + ["groups"] * case.two_groups
         extra += [precision] * (precision != "fp32")
-        risk = [case.first_order + "-sampled" * case.sampled] * (case.first_order != "exact")
-        extra += [f"{n}-{getattr(case, n)}" for n in ("keep_first", "keep_second") if isinstance(getattr(case, n), str)]
-        extra += risk + [f"{name}{getattr(case, name)}" for name in RISK if getattr(case, name) != getattr(Case, name)]
-        return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra])
+        return "-".join([f"{engine}-x{world}", *key_of(case), f"ga{case.accumulation}", *extra, *case.ranking])
 
 
 ENTRIES = [Entry((e, w, case, "fp32")) for e, runs in RUNS.items() for w, cases in runs for case in cases]

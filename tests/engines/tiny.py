@@ -61,13 +61,19 @@ class Case:
         names += ["first_order", "risk_ema", "risk_every"]
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def ranking(self) -> list[str]:
+        """For a test's id: how the fractions kept are chosen, and how first-order risk is found, where not as usual."""
+        keeps = [(name, getattr(self, name)) for name in ("keep_first", "keep_second")]
+        labels = [f"{name}-{value}" for name, value in keeps if isinstance(value, str)]
+        labels += [self.first_order + "-sampled" * self.sampled] if self.first_order != "exact" else []
+        return labels + [f"{n}{getattr(self, n)}" for n in RISK if getattr(self, n) != getattr(type(self), n)]
+
     def __str__(self) -> str:
         extra = [name for name in ("two_groups", "checkpointing", "frozen", "mask_warmup_steps") if getattr(self, name)]
         extra += [f"batch{self.batch}"] if self.batch != GLOBAL_BATCH else []
         extra += ["inverted"] if self.keep_largest else []
-        extra += [f"{n}-{getattr(self, n)}" for n in ("keep_first", "keep_second") if isinstance(getattr(self, n), str)]
-        extra += [self.first_order + "-sampled" * self.sampled] if self.first_order != "exact" else []
-        extra += [f"{name}{getattr(self, name)}" for name in RISK if getattr(self, name) != getattr(type(self), name)]
+        extra += self.ranking
         settings = [f"{name}{value}" for name, value in vars(self.objective).items() if value != _default(self, name)]
         extra += [] if self.objective == Task() else [self.objective.name, *settings]
         return "-".join([self.strategy, self.granularity, f"ga{self.accumulation}", *extra])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import Group, at_once
 from torch import Tensor
 
 from rose_ds import kth_smallest as public
@@ -45,19 +43,8 @@ def local(chunks: list[Tensor], k: int) -> Threshold:
 
 def on_ranks(world: int, job: Callable[[int, threshold.Exchange], Any], *, summed: bool = False) -> list[Any]:
     """``job(rank, exchange)`` on threads whose exchange is what all_gather (or all_reduce) of ``world`` ranks gives."""
-    rows: list[Tensor | None] = [None] * world
-    barrier = threading.Barrier(world, timeout=60)
-
-    def exchange(rank: int, mine: Tensor) -> Tensor:
-        rows[rank] = mine
-        barrier.wait()
-        stacked = torch.stack([row for row in rows if row is not None])
-        barrier.wait()
-        return stacked.sum(0, keepdim=True) if summed else stacked
-
-    with ThreadPoolExecutor(world) as pool:
-        futures = [pool.submit(job, rank, partial(exchange, rank)) for rank in range(world)]
-        return [future.result() for future in futures]
+    group = Group(list(range(world)), summed=summed)
+    return at_once(world, lambda rank: job(rank, group.exchange_of(rank)))
 
 
 @many

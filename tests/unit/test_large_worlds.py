@@ -6,13 +6,9 @@ not count twice, and a tensor that two mesh dimensions split is added up over bo
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import pytest
 import torch
+from thread_ranks import Group, at_once
 from torch import Tensor
 
 from rose_ds.config import RoseConfig
@@ -25,34 +21,6 @@ from rose_ds.masks import policy_of
 
 SIZES = (5000, 17, 1, 1999)
 """Of the eligible tensors: most ranks hold nothing of the third."""
-
-
-class Group:
-    """Ranks that exchange with each other."""
-
-    def __init__(self, ranks: list[int]) -> None:
-        self.place = {rank: i for i, rank in enumerate(ranks)}
-        self.rows: list[Tensor] = [torch.empty(0)] * len(ranks)
-        self.stacked = torch.empty(0)
-        self.barrier = threading.Barrier(len(ranks), action=self._stack, timeout=60)
-
-    def _stack(self) -> None:
-        self.stacked = torch.stack(self.rows)
-
-    def exchange_of(self, rank: int) -> Exchange:
-        def exchange(mine: Tensor) -> Tensor:
-            self.rows[self.place[rank]] = mine
-            self.barrier.wait()
-            found = self.stacked
-            self.barrier.wait()  # before the next exchange writes its rows
-            return found
-
-        return exchange
-
-
-def at_once(world: int, job: Callable[[int], Any]) -> list[Any]:
-    with ThreadPoolExecutor(world) as pool:
-        return [future.result() for future in [pool.submit(job, rank) for rank in range(world)]]
 
 
 def numbers() -> dict[str, list[Tensor]]:

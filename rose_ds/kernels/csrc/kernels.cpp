@@ -116,27 +116,31 @@ class Risks {
     }
     const int32_t bound = as_bits(float(tau));
     const uint8_t one = uint8_t(bit);
-    for_chunks(chunks_.size(), threads_, [&](int, size_t c) {
-      int32_t bits[kBlock];
-      for (int64_t b = 0; b < chunks_[c].size; b += kBlock) {
-        const int n = int(std::min<int64_t>(kBlock, chunks_[c].size - b));
-        risks(chunks_[c], b, n, bits);
-        uint8_t* __restrict code = out[chunks_[c].piece] + chunks_[c].begin + b;
-        const int32_t* __restrict risk = bits;
-        // no branch, and no byte that may alias the risks: or it is not vectorised
-        if (largest)
-          for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] >= bound)) & one;
-        else
-          for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] <= bound)) & one;
-      }
+    for_blocks([&](int, size_t piece, int64_t from, const int32_t* __restrict risk, int n) {
+      uint8_t* __restrict code = out[piece] + from;
+      // no branch, and no byte that may alias the risks: or it is not vectorised
+      if (largest)
+        for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] >= bound)) & one;
+      else
+        for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] <= bound)) & one;
     });
   }
 
  private:
-  void risks(const Chunk& c, int64_t at, int n, int32_t* out) const {
-    const int64_t from = c.begin + at;
-    if (halves_[c.piece]) risks_of(static_cast<const uint16_t*>(pointers_[c.piece]) + from, c.piece, from, n, out);
-    else risks_of(static_cast<const float*>(pointers_[c.piece]) + from, c.piece, from, n, out);
+  // body(thread, piece, first element, the risks' bits, how many) for every block.
+  template <class Body>
+  void for_blocks(const Body& body) const {
+    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
+      const auto [piece, begin, size] = chunks_[c];
+      int32_t bits[kBlock];
+      for (int64_t b = 0; b < size; b += kBlock) {
+        const int64_t from = begin + b;
+        const int n = int(std::min<int64_t>(kBlock, size - b));
+        if (halves_[piece]) risks_of(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, bits);
+        else risks_of(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, bits);
+        body(t, piece, from, bits, n);
+      }
+    });
   }
 
   template <class G>
@@ -157,18 +161,12 @@ class Risks {
 
   void count_all(int shift, int64_t bins, int64_t* total) const {
     // two tables in turn, as neighbours often share a bin and one would wait for the other's store
-    std::vector<std::vector<int32_t>> tables(threads_);
-    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      if (tables[t].empty()) tables[t].assign(2 * bins, 0);
+    std::vector<std::vector<int32_t>> tables(threads_, std::vector<int32_t>(2 * bins));
+    for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
       int32_t *even = tables[t].data(), *odd = even + bins;
-      int32_t bits[kBlock];
-      for (int64_t b = 0; b < chunks_[c].size; b += kBlock) {
-        const int n = int(std::min<int64_t>(kBlock, chunks_[c].size - b));
-        risks(chunks_[c], b, n, bits);
-        int i = 0;
-        for (; i + 1 < n; i += 2) ++even[bits[i] >> shift], ++odd[bits[i + 1] >> shift];
-        if (i < n) ++even[bits[i] >> shift];
-      }
+      int i = 0;
+      for (; i + 1 < n; i += 2) ++even[bits[i] >> shift], ++odd[bits[i + 1] >> shift];
+      if (i < n) ++even[bits[i] >> shift];
     });
     for (const auto& table : tables)
       for (size_t i = 0; i < table.size(); ++i) total[i % bins] += table[i];
@@ -197,14 +195,9 @@ class Risks {
   void collect(int32_t prefix) {
     candidates_.resize(threads_);
     for (auto& list : candidates_) list.clear();
-    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      auto& list = candidates_[t];
-      int32_t bits[kBlock], found[kBlock + 16];
-      for (int64_t b = 0; b < chunks_[c].size; b += kBlock) {
-        const int n = int(std::min<int64_t>(kBlock, chunks_[c].size - b));
-        risks(chunks_[c], b, n, bits);
-        list.insert(list.end(), found, found + those_with(prefix, bits, n, found));
-      }
+    for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
+      int32_t found[kBlock + 16];
+      candidates_[t].insert(candidates_[t].end(), found, found + those_with(prefix, bits, n, found));
     });
     collected_ = true, collected_prefix_ = prefix;
   }
