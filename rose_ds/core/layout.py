@@ -34,8 +34,7 @@ class Block:
 
     def positions(self, at: slice = slice(None), device: torch.device | None = None) -> Tensor:
         """Positions in the flattened whole tensor of the slice's elements ``at``: int64, 1-D."""
-        start, stop, _ = at.indices(self.numel)
-        rest = torch.arange(start, stop, device=device)
+        rest = torch.arange(*at.indices(self.numel), device=device)
         position, stride = torch.zeros_like(rest), 1
         for size, first, extent in reversed(list(zip(self.shape, self.start, self.extent, strict=True))):
             position += (rest % extent + first) * stride

@@ -13,7 +13,7 @@ from rose_ds.core.automatic import CRITERIA
 from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
-from rose_ds.core.threshold import Threshold, kth_smallest, local_only
+from rose_ds.core.threshold import Chunks, Spread, Threshold, kth_smallest, local_only
 from rose_ds.kernels import fits
 
 #: From magnitudes to what is ranked: non-negative, fp32.
@@ -55,17 +55,23 @@ class Selection:
 
 
 def select(
-    selectors: Sequence[Selector], granularity: str, inputs: StepInputs, kernels: Any | None = None
+    selectors: Sequence[Selector],
+    granularity: str,
+    inputs: StepInputs,
+    kernels: Any | None = None,
+    *,
+    histograms: bool = False,
 ) -> Selection:
     """Masks for this rank's slices and the global thresholds behind them (Eq. 2 to 5).
 
     Every rank must call it, also one that holds nothing. ``kernels`` (``rose_ds.kernels``) compute the same bits; ranks
-    may differ in having them.
+    may differ in having them. ``histograms``: every threshold brings its histogram, which takes one more look at the
+    scores where they are many.
     """
     selection = Selection(_empty_codes(granularity, inputs))
     for selector in selectors:
         if granularity == "element":
-            threshold, add_mask = _rank_elements(selector, inputs, kernels)
+            threshold, add_mask = _rank_elements(selector, inputs, selection.codes, kernels, histograms)
         else:
             threshold, add_mask = _rank_tensors(selector, inputs)
         selection.thresholds[selector.bit] = threshold
@@ -101,14 +107,21 @@ class _Kept:
         return self.values[i][at]
 
 
-class _Lazy:
+class _Lazy(Chunks):
     """Scores asked for in each round of the threshold, a part of a slice at a time."""
 
     def __init__(self, score: Callable[[int, slice], Tensor], sizes: Sequence[int], indices: Sequence[int]) -> None:
+        super().__init__()
         self.score, self.sizes, self.indices = score, sizes, indices
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def chunks(self) -> Iterator[Tensor]:
         return (self.score(i, at) for i in self.indices for at in _parts(self.sizes[i]))
+
+    def every(self, stride: int) -> Iterator[Tensor]:
+        start = 0
+        for i in self.indices:
+            yield self.score(i, slice(start, self.sizes[i], stride))
+            start = (start - self.sizes[i]) % stride
 
     def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
         for i in self.indices:
@@ -119,22 +132,31 @@ class _Lazy:
 class _Compiled:
     """Risks that kernels compute, count and mark, with no tensor of them anywhere."""
 
-    def __init__(self, kernels: Any, selector: Selector, inputs: StepInputs, indices: Sequence[int]) -> None:
-        self.indices = indices
+    def __init__(
+        self, kernels: Any, selector: Selector, inputs: StepInputs, codes: Sequence[Tensor], indices: Sequence[int]
+    ) -> None:
         if selector.kernel == "first":
             assert inputs.risk_grads is not None
-            self.risks = kernels.Risks([inputs.risk_grads[i] for i in indices], [], [], 1.0)
+            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0)
         else:
             grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
-            alphas = [1 - inputs.beta1s[i] for i in indices]
-            self.risks = kernels.Risks(grads, exp_avgs, alphas, float(inputs.scale))
+            numbers = (grads, exp_avgs, [1 - inputs.beta1s[i] for i in indices], float(inputs.scale))
+        self.risks = kernels.Risks(*numbers, [codes[i] for i in indices], selector.bit, selector.largest)
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         counts: Tensor = self.risks.histogram(prefix, shift, width)
         return counts
 
+    def sample(self, stride: int) -> Tensor:
+        counts: Tensor = self.risks.sample(stride)
+        return counts
+
+    def scan(self, low: int, high: int) -> Tensor:
+        row: Tensor = self.risks.scan(low, high)  # and marks what it is sure of
+        return row
+
     def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
-        self.risks.mark(tau, selector.bit, selector.largest, [codes[i] for i in self.indices])
+        self.risks.mark(tau)
 
 
 def _can_compile(selector: Selector, inputs: StepInputs) -> bool:
@@ -146,12 +168,12 @@ def _can_compile(selector: Selector, inputs: StepInputs) -> bool:
 
 
 def _rank_elements(
-    selector: Selector, inputs: StepInputs, kernels: Any | None
+    selector: Selector, inputs: StepInputs, codes: Sequence[Any], kernels: Any | None, histograms: bool
 ) -> tuple[Threshold, Callable[[list[Any]], None]]:
     layout = inputs.layout
     values: list[_Lazy | _Compiled]
     if kernels is not None and _can_compile(selector, inputs):
-        values = [_Compiled(kernels, selector, inputs, layout.slices_of(e)) for e in layout.exchanges]
+        values = [_Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
         sizes = [g.numel() for g in inputs.grads]
 
@@ -161,7 +183,8 @@ def _rank_elements(
         if sum(sizes) <= _KEPT:
             score = _Kept(score, sizes)
         values = [_Lazy(score, sizes, layout.slices_of(e)) for e in layout.exchanges]
-    threshold = _threshold(selector, list(zip(values, layout.exchanges, strict=True)), layout.element_count)
+    spreads = list(zip(values, layout.exchanges, strict=True))
+    threshold = _threshold(selector, spreads, layout.element_count, guided=not histograms)
 
     def add_mask(codes: list[Any]) -> None:
         for part in values:
@@ -185,16 +208,17 @@ def _rank_tensors(selector: Selector, inputs: StepInputs) -> tuple[Threshold, Ca
     return threshold, add_mask
 
 
-def _threshold(selector: Selector, values: Sequence[Any], count: int) -> Threshold:
+def _threshold(selector: Selector, spreads: Sequence[Spread], count: int, *, guided: bool = False) -> Threshold:
     def rank(keep: int) -> int:
         """Of the last one kept, from the smallest."""
         return count - keep + 1 if selector.largest else keep
 
     if isinstance(selector.keep, str):
         criterion = CRITERIA[selector.keep]
-        return kth_smallest(values, lambda histogram: rank(max(1, criterion(histogram))), largest=selector.largest)
+        return kth_smallest(spreads, lambda histogram: rank(max(1, criterion(histogram))), largest=selector.largest)
     k = rank(keep_count(selector.keep, count))
-    return kth_smallest(values, k, largest=selector.largest, fixed=selector.fixed)
+    known = count if guided else None
+    return kth_smallest(spreads, k, largest=selector.largest, fixed=selector.fixed, count=known)
 
 
 def kept_by_tensor(layout: Layout, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

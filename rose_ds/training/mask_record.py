@@ -52,9 +52,13 @@ class MaskRecorder:
             lines = [head, *(line for line in kept if line["step"] <= taken)]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
+    def due(self, step: int) -> bool:
+        """Whether this optimizer step, from 1, is one of those."""
+        return (step - 1) % self.every == 0
+
     def see(self, step: int, selection: Selection) -> None:
         """Record a step's masks, if it is one of those. Every rank calls it."""
-        if (step - 1) % self.every:
+        if not self.due(step):
             return
         orders = {name: bit for name, bit in _ORDERS.items() if bit in selection.thresholds}
         codes = [self._code(i, code) for i, code in enumerate(selection.codes)]

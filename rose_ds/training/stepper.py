@@ -282,7 +282,8 @@ class Stepper:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
         with explaining_lost_ranks(lambda: "the Fisher pass"):
             fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
-            self.state.selection = select(self.policy.selectors, self.config.granularity, self._inputs(fisher, fisher))
+            inputs = self._inputs(fisher, fisher)
+            self.state.selection = select(self.policy.selectors, self.config.granularity, inputs, histograms=True)
 
     def save_state(self, folder: str | Path) -> None:
         """Write what the method keeps over a run (a mask found once, averaged weights) beside a checkpoint's files.
@@ -343,7 +344,10 @@ class Stepper:
         selection = self.state.selection
         if selection is None:
             inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
-            selection = select(policy.selectors, self.config.granularity, inputs, self.optimizer.kernels)
+            recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))
+            selection = select(
+                policy.selectors, self.config.granularity, inputs, self.optimizer.kernels, histograms=recorded
+            )
             if policy.refresh == "once":
                 self.state.selection = selection
         self._selection = selection

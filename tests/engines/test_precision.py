@@ -137,10 +137,10 @@ def watching(stepper: Any) -> Iterator[list[Seen]]:
 
     original, steps = rose_ds.training.stepper.select, []
 
-    def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any) -> Any:
+    def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         grads = [g.float() * inputs.scale for g in inputs.grads]
         assert all(g.dtype == torch.float32 for g in (*inputs.risk_grads, *inputs.exp_avgs, *inputs.weights))
-        selection = original(selectors, granularity, inputs, *kernels)
+        selection = original(selectors, granularity, inputs, *kernels, **how)
         codes = torch.cat([torch.as_tensor(code).flatten() for code in selection.codes])
         steps.append(Seen(codes, grads))
         return selection

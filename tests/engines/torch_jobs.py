@@ -264,13 +264,13 @@ def risks_of(rank: int, world: int, how: str) -> tuple[list[Any], list[dict[str,
     mine = [i for i, piece in enumerate(stepper.engine.slices) if counts_here(how, piece.param, rank)]
     select = stepper_module.select
 
-    def spy(selectors: Any, granularity: str, inputs: Any, *kernels: Any) -> Any:
+    def spy(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         ratios = [
             torch.where(m == 0, 0.0, ((1 - beta1) * g.abs() / m.abs() - 1).abs())
             for g, m, beta1 in zip(inputs.grads, inputs.exp_avgs, inputs.beta1s, strict=True)
         ]
         seen.append({"first": [inputs.risk_grads[i].abs() for i in mine], "second": [ratios[i] for i in mine]})
-        return select(selectors, granularity, inputs, *kernels)
+        return select(selectors, granularity, inputs, *kernels, **how)
 
     stepper_module.select = spy
     try:

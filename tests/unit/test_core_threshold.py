@@ -95,6 +95,73 @@ def test_ranks_agree(world: int, summed: bool, data: st.DataObject) -> None:
     assert results[0].kept_per_rank == (None if summed or world == 1 else kept)
 
 
+# --- guided by a sample ---
+
+LARGE_KINDS = ("normal", "near one", "ties", "zeros", "wide", "infinite", "nan", "sorted")
+
+
+def many_values(kind: str, n: int) -> Tensor:
+    draw = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=draw)
+    if kind == "near one":
+        return (x * 0.02 + 1).abs()
+    if kind == "ties":
+        return x.abs().mul(2).round()
+    if kind == "zeros":
+        return x.abs() * (torch.rand(n, generator=draw) < 0.3)
+    if kind == "wide":
+        return x.mul(60).exp2()
+    if kind == "infinite":
+        return torch.where(torch.arange(n) % 97 == 0, torch.tensor(INF), x.abs())
+    if kind == "nan":
+        return torch.where(torch.arange(n) == n // 2, torch.tensor(NAN), x.abs())
+    return x.abs().sort().values if kind == "sorted" else x.exp()
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize("largest", [False, True])
+def test_a_sample_changes_nothing(kind: str, largest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On uneven ranks, for fractions from one end to the other; where it guides, no histogram is exchanged."""
+    monkeypatch.setattr(threshold, "MANY", 1)
+    monkeypatch.setattr(threshold, "_CHUNK", 3000)
+    every = many_values(kind, 40_000)
+    held = [[c] for c in every.split([1, 25_000, 14_999])]
+    held[2] = list(held[2][0].split(4000))
+    guided = 0
+    for k in (1, 400, 16_000, 24_000, 39_999, 40_000):
+
+        def found(rank: int, exchange: threshold.Exchange, k: int = k, count: int | None = None) -> Threshold:
+            return kth_smallest([(held[rank], exchange)], k, largest=largest, count=count)
+
+        plain = on_ranks(3, found)[0]
+        results = on_ranks(3, lambda rank, exchange, k=k: found(rank, exchange, k, 40_000))  # type: ignore[misc]
+        for result in results:
+            assert repr(result) == repr(plain), k  # a NaN is not itself
+        guided += results[0].histogram is None and not plain.nan
+    assert guided >= (0 if kind in ("ties", "zeros", "wide", "nan") else 2)
+
+
+@pytest.mark.parametrize("window", [(6000, 6003), (8300, 8310), (8000, 8128)])
+def test_a_sample_that_misleads(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that the value is not in, on either side, costs a scan; one that is wide finds it."""
+    monkeypatch.setattr(threshold, "MANY", 1)
+    monkeypatch.setattr(threshold, "_window", lambda *_: window)
+    every = many_values("normal", 20_000)
+    for k in (500, 10_000, 19_500):
+        found = kth_smallest([([every], local_only)], k, count=every.numel())
+        assert found.value == expected(every, k)
+        assert found.kept_per_rank == (k,)
+
+
+@pytest.mark.parametrize(("bad", "match"), [(-1.0, "1 values are negative"), (-INF, "1 values are negative")])
+def test_negative_with_a_sample(bad: float, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold, "MANY", 1)
+    every = many_values("normal", 20_000)
+    every[7] = bad
+    with pytest.raises(ValueError, match=match):
+        kth_smallest([([every], local_only)], 12_000, count=every.numel())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 700, 1000])
 def test_read_in_fp32(dtype: torch.dtype, k: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rose_ds import kernels
 from rose_ds.config import RoseConfig
+from rose_ds.core import threshold
 from rose_ds.core.layout import Block, Layout
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.select import Selection, select
@@ -99,8 +100,12 @@ def same(a: Selection, b: Selection) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_select(kind: str, sizes: list[int], dtype: torch.dtype, compiled: Any) -> None:
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
+def test_select(
+    kind: str, sizes: list[int], dtype: torch.dtype, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Masks, thresholds, counts, histograms."""
+    monkeypatch.setattr(threshold, "MANY", many)
     inputs = step_inputs(kind, sizes, dtype)
     for keep, largest in ((0.6, False), (0.3, True), (1e-9, False), (1.0, False), ("auto", False), ("knee", True)):
         config = RoseConfig(keep_first=keep, keep_second=keep, keep_largest=largest)  # type: ignore[arg-type]
@@ -112,10 +117,27 @@ def test_select(kind: str, sizes: list[int], dtype: torch.dtype, compiled: Any) 
 
 
 @needs_compiler
+@pytest.mark.parametrize("window", [(6000, 6003), (8120, 8130)], ids=str)
+@pytest.mark.parametrize("largest", [False, True])
+def test_a_window_that_misses(
+    window: tuple[int, int], largest: bool, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scan has marked in vain is marked anew."""
+    monkeypatch.setattr(threshold, "MANY", 1)
+    monkeypatch.setattr(threshold, "_window", lambda *_: window)
+    inputs = step_inputs("normal", [70_001, 3, 40_000], torch.float32)
+    policy = policy_of(RoseConfig(keep_first=0.2, keep_second=0.9, keep_largest=largest))
+    assert policy is not None
+    assert same(select(policy.selectors, "element", inputs), select(policy.selectors, "element", inputs, compiled))
+
+
+@needs_compiler
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
 @pytest.mark.parametrize("kind", ["infinite", "nan"])
 @pytest.mark.parametrize("strategy", ["first", "second", "ensemble"])
-def test_not_finite(kind: str, strategy: Any, compiled: Any) -> None:
+def test_not_finite(kind: str, strategy: Any, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are skipped, and errors raised, alike."""
+    monkeypatch.setattr(threshold, "MANY", many)
     inputs = step_inputs(kind, [1000, 33, 257, 1], torch.float32)
     policy = policy_of(RoseConfig(strategy=strategy))
     assert policy is not None
@@ -210,8 +232,11 @@ def test_places_and_threads_change_nothing(compiled: Any) -> None:
                 batch.add(codes[start:stop], tuple(t[start:stop] for t in held))
             batch.flush()
             results.append(held)
-            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0)
-            results[-1].append(risks.histogram(0, 20, 12))
+            marked = torch.zeros_like(codes)
+            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0, [marked], 2, False)
+            results[-1] += [risks.histogram(0, 20, 12), risks.sample(31), risks.scan(8000, 8128)]
+            risks.mark(0.9)
+            results[-1].append(marked)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kChunk = 1 << 15;  // elements that a thread takes at a time
 constexpr int kBlock = 256;          // of these, how many at once: what is computed in between stays in the first cache
 
+constexpr int64_t kAhead = 2048;     // bytes, of what is fetched before it is needed
+
 inline float as_float(int32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -35,6 +37,13 @@ inline int32_t as_bits(float value) {
 
 inline float load(const float* p, int64_t i) { return p[i]; }
 inline float load(const uint16_t* p, int64_t i) { return as_float(int32_t(uint32_t(p[i]) << 16)); }  // bf16
+
+// Fetches what comes some blocks later: the processor's own prefetching stops at every page.
+template <class T>
+inline void ahead(const T* p, int64_t n) {
+  const char* from = reinterpret_cast<const char*>(p) + kAhead;
+  for (int64_t i = 0; i < int64_t(sizeof(T)) * n; i += 64) __builtin_prefetch(from + i);
+}
 
 struct Chunk {
   size_t piece;
@@ -67,13 +76,103 @@ T* data_of(const at::Tensor& t, at::ScalarType type) {
 
 // --- risks -----------------------------------------------------------------------------------------------------------
 
-// The risks of one kind, of this rank: as bits, which sort as the values do.
+constexpr int32_t kInfinity = 0x7f8;  // the top 12 bits of +inf; above it lie NaNs
+constexpr int kFacts = 6;             // numbers of a scan's row before its counts, as the two below: core's
+constexpr int kSampleShift = 17;
+constexpr int32_t kLowest = (127 - 48) << 6;
+
+// Risks that a scan has met in its window, of one thread: their bits, and where in their chunk they lie.
+struct Found {
+  struct Run {
+    size_t chunk;
+    int count;
+  };
+  std::vector<int32_t> bits;
+  std::vector<int32_t> at;
+  std::vector<Run> runs;
+  size_t count = 0;
+
+  // Room for `n` more; where they go.
+  std::pair<int32_t*, int32_t*> room(int n) {
+    if (bits.size() < count + n) bits.resize(2 * (count + n)), at.resize(2 * (count + n));
+    return {bits.data() + count, at.data() + count};
+  }
+};
+
+// Scratch memory of the last risks, for the next ones: fresh pages cost milliseconds.
+std::vector<Found>& spare() {
+  static thread_local std::vector<Found> found;
+  return found;
+}
+
+struct Window {
+  int32_t low, high;  // bits
+  bool largest;
+  uint8_t bit;
+};
+
+struct Facts {
+  int64_t below = 0, infinite = 0, nan = 0, zeros = 0;
+};
+
+// Counts a block, marks the codes of which it is sure (none where `code` is null), copies what lies in the window: how
+// many. `found` and `where` have room for all, and for a vector more.
+int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint8_t* code, Facts& facts, int32_t* found,
+         int32_t* where) {
+  int count = 0, i = 0;
+  int below = 0, zeros = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m512i low = _mm512_set1_epi32(w.low), high = _mm512_set1_epi32(w.high), one = _mm512_set1_epi32(1 << 20);
+  const __m512i infinity = _mm512_set1_epi32(kInfinity << 20);
+  const __m128i bit = _mm_set1_epi8(char(w.bit));
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), first);
+  for (; i + 16 <= n; i += 16) {
+    const __m512i values = _mm512_loadu_si512(bits + i);
+    const __mmask16 less = _mm512_cmplt_epi32_mask(values, low), up_to = _mm512_cmplt_epi32_mask(values, high);
+    const __mmask16 inside = up_to & ~less;
+    below += __builtin_popcount(less);
+    zeros += __builtin_popcount(_mm512_cmplt_epi32_mask(values, one));
+    if (_mm512_cmpge_epi32_mask(values, infinity)) [[unlikely]]
+      for (int j = 0; j < 16; ++j) {
+        const int32_t top = bits[i + j] >> 20;
+        facts.infinite += top == kInfinity, facts.nan += top > kInfinity;
+      }
+    if (code) {
+      const __m128i old = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i));
+      const __mmask16 sure = w.largest ? ~up_to : less;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), _mm_or_si128(old, _mm_maskz_mov_epi8(sure, bit)));
+    }
+    // through a register: compressing to memory is microcode on some processors
+    _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(inside, values));
+    _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(inside, place));
+    count += __builtin_popcount(inside);
+    place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+  }
+#endif
+  for (; i < n; ++i) {  // no branch on a risk: where it would go is a matter of chance
+    const int32_t value = bits[i], top = value >> 20;
+    const bool less = value < w.low, up_to = value < w.high;
+    below += less, zeros += top == 0, facts.infinite += top == kInfinity, facts.nan += top > kInfinity;
+    if (code) code[i] |= uint8_t(-int32_t(w.largest ? !up_to : less)) & w.bit;
+    found[count] = value, where[count] = at + i;
+    count += up_to && !less;
+  }
+  facts.below += below, facts.zeros += zeros;
+  return count;
+}
+
+// The risks of one kind, of this rank: as bits, which sort as the values do. `rose_ds.core.threshold.Counted`.
 class Risks {
  public:
-  // Eq. 2: |gradient|. With exp_avgs, Eq. 4: | alpha |scale * gradient| / |exp_avg| - 1 |, 0 where exp_avg is 0.
-  Risks(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, std::vector<double> alphas, double scale)
-      : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), scale_(float(scale)), threads_(at::get_num_threads()) {
+  // Eq. 2: |gradient|. With exp_avgs, Eq. 4: | alpha |scale * gradient| / |exp_avg| - 1 |, 0 where exp_avg is 0. Masks
+  // are `bit` of the codes, set where risk <= tau, or >= tau; without codes there are none.
+  Risks(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, std::vector<double> alphas, double scale,
+        std::vector<at::Tensor> codes, int64_t bit, bool largest)
+      : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), codes_(std::move(codes)), scale_(float(scale)),
+        bit_(uint8_t(bit)), largest_(largest), threads_(at::get_num_threads()) {
     TORCH_CHECK(exp_avgs_.empty() || exp_avgs_.size() == grads_.size());
+    TORCH_CHECK(codes_.empty() || codes_.size() == grads_.size());
     std::vector<int64_t> sizes;
     for (size_t i = 0; i < grads_.size(); ++i) {
       sizes.push_back(grads_[i].numel());
@@ -82,74 +181,168 @@ class Risks {
         moments_.push_back(data_of<float>(exp_avgs_[i], at::kFloat));
         alphas_.push_back(float(alphas[i]));
       }
+      TORCH_CHECK(codes_.empty() || codes_[i].numel() == sizes.back());
+      code_.push_back(codes_.empty() ? nullptr : data_of<uint8_t>(codes_[i], at::kByte));
       const bool half = grads_[i].scalar_type() == at::kBFloat16;
       pointers_.push_back(data_of<void>(grads_[i], half ? at::kBFloat16 : at::kFloat));
       halves_.push_back(half);
     }
     chunks_ = chunks_of(sizes);
+    found_.swap(spare());
   }
 
-  // Counts by the bits [shift, shift + width) of those risks whose higher bits are `prefix`: int64 (2**width,).
-  at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) {
+  ~Risks() { found_.swap(spare()); }
+
+  at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) const {
     const int64_t bins = int64_t(1) << width;
     at::Tensor counts = at::zeros({bins}, at::kLong);
     int64_t* total = counts.data_ptr<int64_t>();
-    if (shift + width >= 32) {
-      count_all(int(shift), bins, total);
+    if (shift + width < 32) {
+      const auto add = [&](int32_t bits) {
+        if (bits >> (shift + width) == prefix) ++total[(bits >> shift) & (bins - 1)];
+      };
+      if (shift + width <= kSampleShift && in_window(prefix << (shift + width))) each_found([&](size_t, int32_t bits, int32_t) { add(bits); });
+      else each([&](int32_t bits) { add(bits); });
       return counts;
     }
-    // The second round collects what the first one has left, a few in a hundred; the third looks at these alone.
-    const int32_t first = int32_t(prefix >> std::max<int64_t>(0, 20 - shift - width));
-    if (!collected_ || collected_prefix_ != first) collect(first);
-    for (const auto& list : candidates_)
-      for (int32_t bits : list)
-        if (bits >> (shift + width) == prefix) ++total[(bits >> shift) & (bins - 1)];
+    // two tables in turn, as neighbours often share a bin and one would wait for the other's store
+    std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(2 * bins));
+    for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
+      int64_t *even = tables[t].data(), *odd = even + bins;
+      int i = 0;
+      for (; i + 1 < n; i += 2) ++even[bits[i] >> shift], ++odd[bits[i + 1] >> shift];
+      if (i < n) ++even[bits[i] >> shift];
+    });
+    for (const auto& table : tables)
+      for (size_t i = 0; i < table.size(); ++i) total[i % bins] += table[i];
     return counts;
   }
 
-  // Sets `bit` of the codes where risk <= tau, or >= tau.
-  void mark(double tau, int64_t bit, bool largest, const std::vector<at::Tensor>& codes) const {
-    std::vector<uint8_t*> out;
-    for (size_t i = 0; i < codes.size(); ++i) {
-      TORCH_CHECK(codes[i].numel() == grads_[i].numel());
-      out.push_back(data_of<uint8_t>(codes[i], at::kByte));
+  at::Tensor sample(int64_t stride) const {
+    at::Tensor counts = at::zeros({1 << 12}, at::kLong);
+    int64_t *total = counts.data_ptr<int64_t>(), start = 0;
+    for (size_t i = 0; i < grads_.size(); ++i) {
+      const int64_t size = grads_[i].numel();
+      int32_t bits;
+      for (; start < size; start += stride) risks(i, start, 1, &bits), ++total[std::clamp((bits >> kSampleShift) - kLowest, 0, 0xfff)];
+      start -= size;
     }
+    return counts;
+  }
+
+  at::Tensor scan(int64_t low, int64_t high) {
+    const int64_t bins = (high - low) << 7;
+    at::Tensor row = at::zeros({kFacts + bins}, at::kLong);
+    int64_t* out = row.data_ptr<int64_t>();
+    window_ = {int32_t(low << kSampleShift), int32_t(high << kSampleShift), largest_, bit_};
+    found_.resize(threads_);
+    for (auto& f : found_) f.count = 0, f.runs.clear();
+    std::vector<Facts> facts(threads_);
+    std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(bins));
+    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
+      const Window window = window_;
+      Found& f = found_[t];
+      int64_t* table = tables[t].data();
+      const size_t before = f.count;
+      blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
+        const auto [into, where] = f.room(kBlock + 16);
+        uint8_t* code = code_[piece] ? code_[piece] + from : nullptr;
+        const int some = sift(window, bits, n, int32_t(from - chunks_[c].begin), code, facts[t], into, where);
+        for (int i = 0; i < some; ++i) ++table[(into[i] - window.low) >> 10];
+        f.count += some;
+      });
+      f.runs.push_back({c, int(f.count - before)});
+    });
+    for (const auto& f : facts) out[1] += f.below, out[2] += f.infinite, out[3] += f.nan, out[5] += f.zeros;
+    for (const auto& g : grads_) out[0] += g.numel();
+    for (const auto& table : tables)
+      for (int64_t i = 0; i < bins; ++i) out[kFacts + i] += table[i];
+    return row;
+  }
+
+  // Sets the codes: of those alone of which the scan was not sure, where it had tau in its window.
+  void mark(double tau) const {
     const int32_t bound = as_bits(float(tau));
-    const uint8_t one = uint8_t(bit);
+    const uint8_t bit = bit_;
+    const bool largest = largest_;
+    if (in_window(bound)) {
+      at::parallel_for(0, int64_t(found_.size()), 1, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t)
+          each_found_by(size_t(t), [&](size_t c, int32_t bits, int32_t at) {
+            const bool kept = largest ? bits >= bound : bits <= bound;
+            code_[chunks_[c].piece][chunks_[c].begin + at] |= uint8_t(-int32_t(kept)) & bit;
+          });
+      });
+      return;
+    }
     for_blocks([&](int, size_t piece, int64_t from, const int32_t* __restrict risk, int n) {
-      uint8_t* __restrict code = out[piece] + from;
+      uint8_t* __restrict code = code_[piece] + from;
+      const int32_t limit = bound;
+      const uint8_t one = bit, others = uint8_t(~bit);
       // no branch, and no byte that may alias the risks: or it is not vectorised
       if (largest)
-        for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] >= bound)) & one;
+        for (int i = 0; i < n; ++i) code[i] = uint8_t((code[i] & others) | (uint8_t(-int32_t(risk[i] >= limit)) & one));
       else
-        for (int i = 0; i < n; ++i) code[i] |= uint8_t(-int32_t(risk[i] <= bound)) & one;
+        for (int i = 0; i < n; ++i) code[i] = uint8_t((code[i] & others) | (uint8_t(-int32_t(risk[i] <= limit)) & one));
     });
   }
 
  private:
-  // body(thread, piece, first element, the risks' bits, how many) for every block.
+  // body(piece, first element, the risks' bits, how many) for every block of a chunk.
+  template <class Body>
+  void blocks_of(size_t c, const Body& body) const {
+    const auto [piece, begin, size] = chunks_[c];
+    int32_t bits[kBlock];
+    for (int64_t b = 0; b < size; b += kBlock) {
+      const int n = int(std::min<int64_t>(kBlock, size - b));
+      risks(piece, begin + b, n, bits);
+      body(piece, begin + b, bits, n);
+    }
+  }
+
   template <class Body>
   void for_blocks(const Body& body) const {
     for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      const auto [piece, begin, size] = chunks_[c];
-      int32_t bits[kBlock];
-      for (int64_t b = 0; b < size; b += kBlock) {
-        const int64_t from = begin + b;
-        const int n = int(std::min<int64_t>(kBlock, size - b));
-        if (halves_[piece]) risks_of(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, bits);
-        else risks_of(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, bits);
-        body(t, piece, from, bits, n);
-      }
+      blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) { body(t, piece, from, bits, n); });
     });
+  }
+
+  template <class Body>
+  void each(const Body& body) const {
+    for (size_t c = 0; c < chunks_.size(); ++c)
+      blocks_of(c, [&](size_t, int64_t, const int32_t* bits, int n) {
+        for (int i = 0; i < n; ++i) body(bits[i]);
+      });
+  }
+
+  bool in_window(int64_t bits) const { return window_.low <= bits && bits < window_.high; }
+
+  template <class Body>
+  void each_found_by(size_t t, const Body& body) const {
+    size_t i = 0;
+    for (const auto& run : found_[t].runs)
+      for (const size_t end = i + run.count; i < end; ++i) body(run.chunk, found_[t].bits[i], found_[t].at[i]);
+  }
+
+  template <class Body>
+  void each_found(const Body& body) const {
+    for (size_t t = 0; t < found_.size(); ++t) each_found_by(t, body);
+  }
+
+  void risks(size_t piece, int64_t from, int n, int32_t* out) const {
+    if (halves_[piece]) risks_of(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, out);
+    else risks_of(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, out);
   }
 
   template <class G>
   void risks_of(const G* grad, size_t piece, int64_t from, int n, int32_t* __restrict out) const {
+    ahead(grad, n);
     if (moments_.empty()) {
       for (int i = 0; i < n; ++i) out[i] = as_bits(load(grad, i)) & 0x7fffffff;
       return;
     }
     const float* m = moments_[piece] + from;
+    ahead(m, n);
     const float alpha = alphas_[piece], scale = scale_;
     for (int i = 0; i < n; ++i) {
       const float magnitude = std::fabs(m[i]);
@@ -159,60 +352,19 @@ class Risks {
     }
   }
 
-  void count_all(int shift, int64_t bins, int64_t* total) const {
-    // two tables in turn, as neighbours often share a bin and one would wait for the other's store
-    std::vector<std::vector<int32_t>> tables(threads_, std::vector<int32_t>(2 * bins));
-    for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
-      int32_t *even = tables[t].data(), *odd = even + bins;
-      int i = 0;
-      for (; i + 1 < n; i += 2) ++even[bits[i] >> shift], ++odd[bits[i + 1] >> shift];
-      if (i < n) ++even[bits[i] >> shift];
-    });
-    for (const auto& table : tables)
-      for (size_t i = 0; i < table.size(); ++i) total[i % bins] += table[i];
-  }
-
-  // Copies the values that begin with `prefix`; how many. `out` has room for all, and for a vector more.
-  static int those_with(int32_t prefix, const int32_t* bits, int n, int32_t* out) {
-    int count = 0, i = 0;
-#if defined(__AVX512F__)
-    const __m512i wanted = _mm512_set1_epi32(prefix);
-    for (; i + 16 <= n; i += 16) {
-      const __m512i values = _mm512_loadu_si512(bits + i);
-      const __mmask16 there = _mm512_cmpeq_epi32_mask(_mm512_srai_epi32(values, 20), wanted);
-      // through a register: compressing to memory is microcode on some processors
-      _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(there, values));
-      count += __builtin_popcount(there);
-    }
-#endif
-    for (; i < n; ++i) {  // no branch: where it would go is a matter of chance
-      out[count] = bits[i];
-      count += (bits[i] >> 20) == prefix;
-    }
-    return count;
-  }
-
-  void collect(int32_t prefix) {
-    candidates_.resize(threads_);
-    for (auto& list : candidates_) list.clear();
-    for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
-      int32_t found[kBlock + 16];
-      candidates_[t].insert(candidates_[t].end(), found, found + those_with(prefix, bits, n, found));
-    });
-    collected_ = true, collected_prefix_ = prefix;
-  }
-
-  std::vector<at::Tensor> grads_, exp_avgs_;
+  std::vector<at::Tensor> grads_, exp_avgs_, codes_;
   std::vector<const void*> pointers_;
   std::vector<bool> halves_;
   std::vector<const float*> moments_;
+  std::vector<uint8_t*> code_;
   std::vector<float> alphas_;
   float scale_;
+  uint8_t bit_;
+  bool largest_;
   int threads_;
   std::vector<Chunk> chunks_;
-  std::vector<std::vector<int32_t>> candidates_;
-  bool collected_ = false;
-  int32_t collected_prefix_ = 0;
+  std::vector<Found> found_;
+  Window window_ = {0, 0, false, 0};
 };
 
 // --- masked AdamW ----------------------------------------------------------------------------------------------------
@@ -308,8 +460,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Risks>(m, "Risks")
-      .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>, double>())
+      .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>, double,
+                    std::vector<at::Tensor>, int64_t, bool>())
       .def("histogram", &Risks::histogram, without_gil)
+      .def("sample", &Risks::sample, without_gil)
+      .def("scan", &Risks::scan, without_gil)
       .def("mark", &Risks::mark, without_gil);
   m.def("adamw", &adamw, without_gil);
 }
