@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -122,16 +122,12 @@ def sharded(model: nn.Module, engine: str, device: torch.device) -> Iterator[Sha
         engine: a key of SHARDINGS.
         device: where the slices go.
     """
-    shard, end = SHARDINGS[engine]
-    wrapped, optimizer = shard(model.float().requires_grad_(True), device)
-    wrapped.eval()
-    try:
-        yield ShardedModel(engine_for(wrapped, optimizer, 1, None), wrapped)
-    finally:
-        end(wrapped)
+    with SHARDINGS[engine](model.float().eval().requires_grad_(True), device) as parts:
+        yield parts
 
 
-def _fsdp2(model: nn.Module, device: torch.device) -> tuple[nn.Module, rose_ds.RoseAdamW | None]:
+@contextmanager
+def _fsdp2(model: nn.Module, device: torch.device) -> Iterator[ShardedModel]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -140,29 +136,31 @@ def _fsdp2(model: nn.Module, device: torch.device) -> tuple[nn.Module, rose_ds.R
     for part in [m for m in model.modules() if type(m).__name__ in layers]:
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, rose_ds.RoseAdamW(model.named_parameters(), strategy="none")
+    optimizer = rose_ds.RoseAdamW(model.named_parameters(), strategy="none")
+    yield ShardedModel(engine_for(model, optimizer, 1, None), model)
 
 
-def _zero3(model: nn.Module, device: torch.device) -> tuple[nn.Module, rose_ds.RoseAdamW | None]:
+@contextmanager
+def _zero3(model: nn.Module, device: torch.device) -> Iterator[ShardedModel]:
     import deepspeed
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "RoseAdamW", "params": {"strategy": "none"}},
-        # no parameter is kept whole, and none gathered ahead of its use
+        # no parameter stays whole: not a small one, and none that will be used again soon
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0},
     }
     deepspeed.init_distributed(dist_init_required=False)
-    wrapped, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    return wrapped, None
+    ds, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    ds.eval()
+    try:
+        yield ShardedModel(engine_for(ds, None, 1, None), ds)
+    finally:
+        ds.destroy()
 
 
-def _nothing(wrapped: Any) -> None:
-    """FSDP2 has nothing to take down."""
-
-
-#: By the engine's name: what wraps a model, and what is done with it afterwards.
-SHARDINGS: dict[str, tuple[Callable[..., tuple[nn.Module, rose_ds.RoseAdamW | None]], Callable[[Any], None]]] = {
-    "fsdp2": (_fsdp2, _nothing),
-    "zero3": (_zero3, lambda wrapped: wrapped.destroy()),
+#: By the engine's name.
+SHARDINGS: dict[str, Callable[[nn.Module, torch.device], AbstractContextManager[ShardedModel]]] = {
+    "fsdp2": _fsdp2,
+    "zero3": _zero3,
 }

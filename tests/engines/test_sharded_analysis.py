@@ -52,12 +52,12 @@ class Found:
     line: list[dict[str, float]]
 
 
-def measure(model: Movable, last: dict[str, Tensor], folder: Path, world: int) -> Found:
+def measure(model: Movable, last: dict[str, Tensor], folder: Path, rank: int = 0, world: int = 1) -> Found:
     logs, line_logs = (logs_of(folder, name, world) for name in ("plane", "line"))
     surface(model, batches(), PLANE, logs, {"name": "bert"})
     walk(model, (weights_of(model), last), {"set": batches()}, LINE, line_logs, {})
-    line = sorted(records_of(line_logs[:1]), key=lambda record: record["point"])
-    return Found(gathered(logs[:1], PLANE.points), line)
+    line = sorted(records_of([line_logs[rank]]), key=lambda record: record["point"])
+    return Found(gathered([logs[rank]], PLANE.points), line)
 
 
 def job(rank: int, world: int, engine: str, folder: Path) -> tuple[Found, dict[str, Any]]:
@@ -68,12 +68,12 @@ def job(rank: int, world: int, engine: str, folder: Path) -> tuple[Found, dict[s
         last = weights_of(other)
     with sharded(make_model(), engine, cpu) as model:
         loss, one = model.measure(batches()), model.direction(3)
-        found = measure(model, last, folder, world)
+        found = measure(model, last, folder, rank, world)
         after, again = model.engine.gather_parameters(), model.measure(batches())
-        log = logs_of(folder, "plane", world)[1]
         if rank == 1:  # as if it had been killed before its last point
+            log = logs_of(folder, "plane", world)[rank]
             log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
-        resumed = measure(model, last, folder, world).plane
+        resumed = measure(model, last, folder, rank, world).plane
         return found, {
             "restored": loss == again and all(torch.equal(p, after[n]) for n, p in make_model().named_parameters()),
             "resumed": resumed == found.plane,
@@ -85,7 +85,7 @@ def job(rank: int, world: int, engine: str, folder: Path) -> tuple[Found, dict[s
 @pytest.mark.parametrize("engine", SHARDINGS)
 def test_sharded_is_as_whole(engine: str, tmp_path: Path, extensions: Path) -> None:
     whole = WholeModel(make_model())
-    want = measure(whole, weights_of(WholeModel(make_model(5))), tmp_path / "whole", 1)
+    want = measure(whole, weights_of(WholeModel(make_model(5))), tmp_path / "whole")
     assert max(map(max, want.plane["loss"])) > 1.2 * min(map(min, want.plane["loss"]))
     results = run_ranks(job, WORLD, engine, tmp_path)
     total = sum(p.numel() for p in whole.module.parameters())
