@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,28 @@ from torch import Tensor, nn
 Weights = dict[str, Tensor]
 
 
-def weights_of(module: nn.Module) -> Weights:
+class Parameters(Protocol):
+    """A module, or what of a sharded one lies on this rank."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """To be written in place."""
+
+
+def weights_of(model: Parameters) -> Weights:
     """A copy of all parameters, by name."""
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def drawn_for(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal numbers for a parameter, fp32 on the CPU; they depend on nothing but the arguments."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+
+def row_lengths(tensor: Tensor) -> Tensor:
+    """The L2 norm of what belongs to each first index, fp32."""
+    return tensor.detach().float().flatten(1).norm(dim=1)
 
 
 def filter_normalised(module: nn.Module, seed: int) -> Weights:
@@ -29,20 +49,16 @@ def filter_normalised(module: nn.Module, seed: int) -> Weights:
         if p.dim() < 2:
             direction[name] = torch.zeros_like(p)
             continue
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device)
-        lengths = p.detach().float().flatten(1).norm(dim=1)
-        drawn_lengths = drawn.flatten(1).norm(dim=1).clamp_min(1e-12)
-        shape = (-1, *[1] * (p.dim() - 1))
-        direction[name] = drawn.mul_((lengths / drawn_lengths).view(shape)).to(p.dtype)
+        drawn = drawn_for(name, p.shape, seed).to(p.device)
+        scale = row_lengths(p) / row_lengths(drawn).clamp_min(1e-12)
+        direction[name] = drawn.mul_(scale.view(-1, *[1] * (p.dim() - 1))).to(p.dtype)
     return direction
 
 
 @torch.no_grad()
-def move(module: nn.Module, start: Weights, steps: Sequence[tuple[float, Weights]]) -> None:
+def move(model: Parameters, start: Weights, steps: Sequence[tuple[float, Weights]]) -> None:
     """Set the weights to ``start + sum(a * direction)``."""
-    for name, p in module.named_parameters():
+    for name, p in model.named_parameters():
         value = start[name].clone()
         for amount, direction in steps:
             value.add_(direction[name], alpha=amount)
@@ -50,9 +66,9 @@ def move(module: nn.Module, start: Weights, steps: Sequence[tuple[float, Weights
 
 
 @torch.no_grad()
-def blend(module: nn.Module, one: Weights, other: Weights, amount: float) -> None:
+def blend(model: Parameters, one: Weights, other: Weights, amount: float) -> None:
     """Set the weights to ``(1 - a) * one + a * other`` (Eq. 7); exactly one of them where a is 0 or 1."""
-    for name, p in module.named_parameters():
+    for name, p in model.named_parameters():
         if amount in (0, 1):
             p.copy_((one, other)[int(amount)][name])
         else:
@@ -60,12 +76,12 @@ def blend(module: nn.Module, one: Weights, other: Weights, amount: float) -> Non
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[Weights]:
+def restored(model: Parameters) -> Iterator[Weights]:
     """The weights as they are now, which they are again afterwards, bit for bit."""
-    before = weights_of(module)
+    before = weights_of(model)
     try:
         yield before
     finally:
         with torch.no_grad():
-            for name, p in module.named_parameters():
+            for name, p in model.named_parameters():
                 p.copy_(before[name])

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 from tqdm import tqdm
 
-from rose_ds.analysis.directions import Weights, blend, restored, weights_of
-from rose_ds.analysis.load import Batch, loss_and_accuracy
+from rose_ds.analysis.directions import Weights, blend, restored
+from rose_ds.analysis.load import Batch
+from rose_ds.analysis.movable import Movable
 from rose_ds.experiments.resumable import ResumableLog, rank_and_world
 
 
@@ -37,14 +38,13 @@ class Line:
         return [round(self.first + span * i / (self.points - 1), 12) for i in range(self.points)]
 
 
-def weights_between(one: nn.Module, other: nn.Module) -> tuple[Weights, Weights]:
-    """Both models' weights.
+def same_architecture(one: nn.Module, other: nn.Module) -> None:
+    """Refuse a line between models of two architectures.
 
     Raises:
-        ValueError: they are not of one architecture; names a parameter.
+        ValueError: names a parameter.
     """
-    found = weights_of(one), weights_of(other)
-    shapes = [{name: tuple(p.shape) for name, p in weights.items()} for weights in found]
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (one, other)]
     different = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     if different:
         name = different[0]
@@ -52,34 +52,34 @@ def weights_between(one: nn.Module, other: nn.Module) -> tuple[Weights, Weights]
             f"the models differ in {len(different)} parameters, such as {name!r}: {shapes[0].get(name)} and "
             f"{shapes[1].get(name)}. There is no line between two architectures"
         )
-    return found
 
 
 def walk(
-    module: nn.Module,
+    model: Movable,
     ends: tuple[Weights, Weights],
     sets: Mapping[str, Sequence[Batch]],
     line: Line,
     logs: Sequence[Path],
     subject: dict[str, Any],
 ) -> None:
-    """Loss and accuracy on every set at this rank's points; ``module`` is used and then as it was.
+    """Loss and accuracy on every set at this rank's points; ``model`` is used and then as it was.
 
     Args:
+        ends: the weights at 0 and at 1, of what lies on this rank.
         sets: batches by the name of the set.
         logs, subject: as for ``landscape.surface``.
     """
-    rank, world = rank_and_world()
-    with ResumableLog(logs[rank], {**subject, **asdict(line)}) as log, restored(module):
-        done = {r["point"] for r in log.records}
-        bar = tqdm(range(rank, line.points, world), desc="interpolation", unit="point", disable=rank != 0)
+    rank, _ = rank_and_world()
+    with ResumableLog(logs[rank], {**subject, **asdict(line)}) as log, restored(model):
+        done = model.agreed({r["point"] for r in log.records})
+        bar = tqdm(model.share(range(line.points)), desc="interpolation", unit="point", disable=rank != 0)
         for point in bar:
             if point in done:
                 continue
             amount = line.amounts()[point]
-            blend(module, *ends, amount)
+            blend(model, *ends, amount)
             record: dict[str, Any] = {"point": point, "a": amount}
             for name, batches in sets.items():
-                loss, accuracy = loss_and_accuracy(module, batches)
+                loss, accuracy = model.measure(batches)
                 record |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
             log.append(record)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
-from rose_ds.analysis.directions import filter_normalised, move, restored
-from rose_ds.analysis.load import Batch, loss_and_accuracy
+from rose_ds.analysis.directions import move, restored
+from rose_ds.analysis.load import Batch
+from rose_ds.analysis.movable import Movable
 from rose_ds.experiments.resumable import ResumableLog, rank_and_world, records_of
 
 
@@ -39,7 +39,7 @@ class Plane:
 
 
 def surface(
-    module: nn.Module, batches: Sequence[Batch], plane: Plane, logs: Sequence[Path], subject: dict[str, Any]
+    model: Movable, batches: Sequence[Batch], plane: Plane, logs: Sequence[Path], subject: dict[str, Any]
 ) -> None:
     """Loss and accuracy at this rank's points, each written to this rank's log as it is found.
 
@@ -49,18 +49,18 @@ def surface(
         logs: of all ranks.
         subject: what is looked at, in words that the log keeps.
     """
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     steps = plane.steps()
-    mine = [(i, j) for i in range(plane.points) for j in range(plane.points)][rank::world]
-    with ResumableLog(logs[rank], {**subject, **asdict(plane)}) as log, restored(module) as start:
-        done = {(r["i"], r["j"]) for r in log.records}
-        one, other = (filter_normalised(module, 2 * plane.direction_seed + k) for k in range(2))
+    mine = model.share([(i, j) for i in range(plane.points) for j in range(plane.points)])
+    with ResumableLog(logs[rank], {**subject, **asdict(plane)}) as log, restored(model) as start:
+        done = model.agreed({(r["i"], r["j"]) for r in log.records})
+        one, other = (model.direction(2 * plane.direction_seed + k) for k in range(2))
         bar = tqdm(mine, desc=f"landscape {subject['name']}", unit="point", initial=len(done), disable=rank != 0)
         for i, j in bar:
             if (i, j) in done:
                 continue
-            move(module, start, [(steps[i], one), (steps[j], other)])
-            loss, accuracy = loss_and_accuracy(module, batches)
+            move(model, start, [(steps[i], one), (steps[j], other)])
+            loss, accuracy = model.measure(batches)
             log.append({"i": i, "j": j, "loss": loss, "accuracy": accuracy})
 
 

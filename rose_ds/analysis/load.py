@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def open_run(
     *,
     splits: Sequence[str] = ("validation",),
     attention: str | None = None,
+    on_device: bool = True,
 ) -> Opened:
     """A model folder (or a hub id) with its data.
 
@@ -99,6 +100,7 @@ def open_run(
         given: flags of RunSettings that the user gave; the others are those of the run.
         splits: which of train, validation and adversarial are needed; an adversarial one may be missing.
         attention: transformers' attn_implementation, e.g. eager for second derivatives.
+        on_device: whether the model goes to where the batches go; one that is to be sharded stays on the CPU.
 
     Raises:
         DataError, ModelError, ValueError: see there.
@@ -110,7 +112,7 @@ def open_run(
     data = load_data(settings, splits, labels)
     model = load_model(folder, data.spec, trained=True, attention=attention).eval()
     device = default_device()
-    return Opened(_name(folder), settings, model.to(device), tokenizer, data, device)
+    return Opened(_name(folder), settings, model.to(device) if on_device else model, tokenizer, data, device)
 
 
 def fresh_classifier(folder: str, labels: int, seed: int) -> tuple[nn.Module, Any]:
@@ -139,7 +141,7 @@ def splits_for(split: str) -> tuple[str, ...]:
     return ("train",) if split == "train" else ("validation", "adversarial")
 
 
-def logits_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def logits_of(model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The model's answers to a batch, which it is not shown the labels of."""
     logits: torch.Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return logits
@@ -148,14 +150,16 @@ def logits_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tens
 @torch.inference_mode()
 def loss_and_accuracy(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean cross entropy and accuracy over rows, the model as it is (dropout off in evaluation mode); fp64 sums."""
-    loss, right, count = 0.0, 0, 0
-    for batch in batches:
-        labels = batch["labels"]
-        logits = logits_of(model, batch).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double().item()
-        right += int((logits.argmax(-1) == labels).sum())
-        count += len(labels)
-    return loss / count, right / count
+    found = [loss_and_right(model, batch) for batch in batches]
+    count = sum(len(batch["labels"]) for batch in batches)
+    return sum(loss for loss, _ in found) / count, sum(right for _, right in found) / count
+
+
+def loss_and_right(model: Callable[..., Any], batch: Batch) -> tuple[float, int]:
+    """Summed cross entropy, and how many answers are right."""
+    labels, logits = batch["labels"], logits_of(model, batch).float()
+    loss = F.cross_entropy(logits, labels, reduction="sum").double().item()
+    return loss, int((logits.argmax(-1) == labels).sum())
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> Path:

@@ -34,19 +34,28 @@ def add_models(parser: Parser, text: str) -> None:
 
 
 def parse(
-    command: str, description: str, arguments: Sequence[str], *settings: Any, models: str
+    command: str, description: str, arguments: Sequence[str], *settings: Any, models: str, engines: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, Any], tuple[Any, ...]]:
     """The models, the flags of RunSettings that were given, and an instance of ``Rows`` and of each of ``settings``.
 
     Args:
         models: help for the positional arguments.
+        engines: that can shard the models for this command.
+
+    Raises:
+        ValueError: --engine is another one.
     """
     parser = Parser(command, description, RunSettings, Rows, *settings)
     add_models(parser, models)
-    for action in parser._actions:  # which model is said in place of --model, and there is no engine
+    for action in parser._actions:  # which model is said in place of --model
         if action.dest in ("model", "engine"):
             action.help = argparse.SUPPRESS
+        if action.dest == "engine" and engines:
+            action.help = f"Shard each model over the launcher's ranks: {', '.join(engines)}. Default: each holds it."
     parser.parse_args(arguments)  # which says what is wrong; transformers raises
     given = parser.given(arguments)
+    if given.get("engine", "auto") not in ("auto", "plain", *engines):
+        instead = f"give {' or '.join(engines)} to shard them, or leave it out" if engines else "leave --engine out"
+        raise ValueError(f"engine={given['engine']!r} is not for {command}, whose ranks hold whole models: {instead}")
     _, *instances, rest = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     return rest.models, given, tuple(instances)

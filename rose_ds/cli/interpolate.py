@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rose_ds.analysis.interpolation import Line
+from rose_ds.analysis.sharded import SHARDINGS, placed, start_ranks
 from rose_ds.cli.analyses import parse
 from rose_ds.cli.arguments import first_rank
 
@@ -16,33 +17,46 @@ Examples:
   rose-ds interpolate runs/ensemble runs/vanilla --points 11 --rows 128    # a quick look
 
 a = 0 is the first model, a = 1 the second. Writes interpolation.json, .png and .svg. Started again it goes
-on where it was; under a launcher the points are shared among ranks."""
+on where it was; under a launcher the points are shared among ranks, or with --engine fsdp2 or zero3 the models."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Measure, draw, and print the ends."""
     models, given, (rows, line) = parse(
-        "interpolate", _DESCRIPTION, arguments, Line, models="two folders of trained models, or hub ids"
+        "interpolate",
+        _DESCRIPTION,
+        arguments,
+        Line,
+        models="two folders of trained models, or hub ids",
+        engines=tuple(SHARDINGS),
     )
+    engine = given.get("engine", "auto")
     if len(models) != 2:
         raise ValueError(f"a line has two ends: give two models, found {len(models)}")
     from rose_ds.analysis import pictures
-    from rose_ds.analysis.interpolation import walk, weights_between
+    from rose_ds.analysis.directions import weights_of
+    from rose_ds.analysis.interpolation import same_architecture, walk
     from rose_ds.analysis.load import open_run, output_folder, same_data, write_result
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world, records_of
 
+    start_ranks(engine)
+    whole = engine not in SHARDINGS
     folder, world = output_folder(models, rows.output_dir), rank_and_world()[1]
-    one, other = (open_run(model, given, splits=("validation", "adversarial")) for model in models)
+    one, other = (open_run(m, given, splits=("validation", "adversarial"), on_device=whole) for m in models)
     same_data([one, other])
+    same_architecture(one.model, other.model)
     names = ("validation", "perturbed", *(["adversarial"] if one.data.adversarial is not None else []))
     sets = {name: one.batches(name, rows.rows, rows.batch_size) for name in names}
-    logs = logs_of(folder / "points", "interpolation", world)
+    logs = logs_of(folder / "points", "interpolation" if whole else f"interpolation-{engine}", world)
     subject = {"task": one.data.spec.name, "rows": rows.rows, "weights": [one.fingerprint, other.fingerprint]}
     with all_ranks():
-        walk(one.model, weights_between(one.model, other.model), sets, line, logs, subject)
+        with placed(other.model, engine, other.device) as model:
+            last = weights_of(model)
+        with placed(one.model, engine, one.device) as model:
+            walk(model, (weights_of(model), last), sets, line, logs, subject)
     if not first_rank():
         return
-    points = sorted(records_of(logs), key=lambda record: record["point"])
+    points = [record for _, record in sorted({r["point"]: r for r in records_of(logs)}.items())]
     settings = {**asdict(rows), **asdict(line), "task": one.data.spec.name, "models": models}
     written = [write_result(folder, "interpolation", {"settings": settings, "points": points})]
     written += pictures.interpolation(points, list(sets), (one.name, other.name), folder)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from rose_ds.analysis.landscape import Plane
+from rose_ds.analysis.sharded import SHARDINGS, placed, start_ranks
 from rose_ds.cli.analyses import parse
 from rose_ds.cli.arguments import first_rank
 
@@ -16,6 +17,7 @@ Examples:
   rose-ds landscape runs/vanilla runs/ensemble --output_dir figures
   rose-ds landscape runs/ensemble --points 15 --rows 128                       # a quick look
   torchrun --nproc_per_node 4 -m rose_ds landscape runs/vanilla runs/ensemble  # the points shared among ranks
+  torchrun --nproc_per_node 4 -m rose_ds landscape runs/large --engine fsdp2   # the model sharded over ranks
 
 Task, data and length are those of the models' runs. Writes landscape.json, .png, .svg and .html (which turns, and needs
 no network); several models are drawn on one colour scale. Started again it goes on where it was."""
@@ -30,8 +32,11 @@ class Flatness:
     split: str = field(default="train", metadata={"help": "train, validation, adversarial or perturbed."})
     delta: float = field(default=0.1, metadata={"help": "Area of the plane whose loss is below its minimum + delta."})
     rho: float = field(default=0.05, metadata={"help": "Length of SAM's step, for the sharpness."})
-    eigenvalues: int = field(
-        default=1, metadata={"help": "So many of the Hessian's largest eigenvalues; 0: none (they take the longest)."}
+    eigenvalues: int | None = field(
+        default=None,
+        metadata={
+            "help": "So many of the Hessian's largest eigenvalues, which take the longest. Default: 1; 0 if sharded."
+        },
     )
     hessian_rows: int = field(default=64, metadata={"help": "Rows that the Hessian is of."})
 
@@ -39,26 +44,42 @@ class Flatness:
 def run(arguments: Sequence[str]) -> None:
     """Measure, draw, and print the flatness."""
     models, given, (rows, plane, flat) = parse(
-        "landscape", _DESCRIPTION, arguments, Plane, Flatness, models="folders of trained models, or hub ids"
+        "landscape",
+        _DESCRIPTION,
+        arguments,
+        Plane,
+        Flatness,
+        models="folders of trained models, or hub ids",
+        engines=tuple(SHARDINGS),
     )
+    engine = given.get("engine", "auto")
+    whole = engine not in SHARDINGS
+    if flat.eigenvalues is None:
+        flat.eigenvalues = int(whole)
+    if flat.eigenvalues and not whole:
+        raise ValueError(f"eigenvalues={flat.eigenvalues} are found of whole models: leave them out with {engine=}")
     from rose_ds.analysis import pictures
     from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
     from rose_ds.analysis.landscape import gathered, surface
     from rose_ds.analysis.load import Opened, open_run, output_folder, same_data, splits_for, write_result
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
+    start_ranks(engine)
     folder, world = output_folder(models, rows.output_dir), rank_and_world()[1]
     splits = splits_for(flat.split)
-    opened: list[Opened] = [open_run(model, given, splits=splits, attention="eager") for model in models]
+    opened: list[Opened] = [open_run(m, given, splits=splits, attention="eager", on_device=whole) for m in models]
     same_data(opened)
-    logs = {run.name: logs_of(folder / "points", f"landscape-{n}", world) for n, run in enumerate(opened)}
+    kind = "landscape" if whole else f"landscape-{engine}"
+    logs = {run.name: logs_of(folder / "points", f"{kind}-{n}", world) for n, run in enumerate(opened)}
     if len(logs) < len(opened):
         raise ValueError(f"two of the models have the same name, {[run.name for run in opened]}: rename a folder")
     batches = {run.name: run.batches(flat.split, rows.rows, rows.batch_size) for run in opened}
     with all_ranks():
         for run in opened:
             subject = {"name": run.name, "split": flat.split, "rows": rows.rows, "task": run.data.spec.name}
-            surface(run.model, batches[run.name], plane, logs[run.name], {**subject, "weights": run.fingerprint})
+            subject["weights"] = run.fingerprint
+            with placed(run.model, engine, run.device) as model:
+                surface(model, batches[run.name], plane, logs[run.name], subject)
     if not first_rank():
         return
     found = {}
@@ -69,7 +90,7 @@ def run(arguments: Sequence[str]) -> None:
             "model": run.settings.model,
             "loss_at_model": measured["loss"][plane.points // 2][plane.points // 2],
             "low_area": low_area(measured["loss"], flat.delta),
-            "sam_sharpness": sharpness(run.model, batches[run.name], flat.rho),
+            "sam_sharpness": sharpness(run.model, batches[run.name], flat.rho) if whole else None,
             "hessian_eigenvalues": largest_eigenvalues(run.model, few, flat.eigenvalues) if flat.eigenvalues else [],
             **measured,
         }
@@ -86,9 +107,7 @@ def _table(found: dict[str, dict[str, object]], flat: Flatness) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, model in found.items():
+        sharpness = "-" if model["sam_sharpness"] is None else f"{model['sam_sharpness']:.4f}"
         values = ", ".join(f"{value:.2f}" for value in model["hessian_eigenvalues"]) or "-"  # type: ignore[attr-defined]
-        lines.append(
-            f"| {name} | {model['loss_at_model']:.4f} | {model['low_area']:.1%} | {model['sam_sharpness']:.4f} | "
-            f"{values} |"
-        )
+        lines.append(f"| {name} | {model['loss_at_model']:.4f} | {model['low_area']:.1%} | {sharpness} | {values} |")
     return "\n".join(lines)

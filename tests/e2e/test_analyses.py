@@ -74,6 +74,32 @@ def test_landscape(models: dict[str, str], tmp_path: Path, capsys: pytest.Captur
             assert row == pytest.approx(want, rel=1e-6)
 
 
+def test_landscape_of_sharded_models(models: dict[str, str], tmp_path: Path, extensions: Path) -> None:
+    flags = [*models.values(), "--points", "3", "--rows", "24", "--batch_size", "8"]
+    main(["landscape", *flags, "--eigenvalues", "0", "--output_dir", str(tmp_path / "whole")])
+    command = [*deepspeed(2), "--module", "rose_ds", "landscape", *flags, "--engine", "zero3"]
+    job = run([*command, "--output_dir", str(tmp_path / "sharded")], TORCH_EXTENSIONS_DIR=str(extensions))
+    assert job.returncode == 0
+    assert re.search(r"\| rose-first \| \d\.\d{4} \| [\d.]+% \| - \| - \|", job.stdout)
+    whole, sharded = (result(tmp_path / name, "landscape")["models"] for name in ("whole", "sharded"))
+    for name in METHODS:
+        assert sharded[name]["accuracy"] == whole[name]["accuracy"]
+        for row, want in zip(sharded[name]["loss"], whole[name]["loss"], strict=True):
+            assert row == pytest.approx(want, rel=1e-5)
+
+
+def test_an_engine_that_cannot_shard_is_refused(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for command, engine, message in (
+        (["landscape"], "zero1", "engine='zero1' is not for landscape, whose ranks hold whole models: give fsdp2 or"),
+        (["landscape"], "zero3", "engine='zero3' shards a model over ranks: start it with torchrun"),
+        (["landscape", "--eigenvalues", "2"], "fsdp2", "eigenvalues=2 are found of whole models"),
+        (["dropout-disagreement"], "fsdp2", "engine='fsdp2' is not for dropout-disagreement"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command[0], models["vanilla"], *command[1:], "--engine", engine])
+        assert message in capsys.readouterr().err
+
+
 def test_interpolate(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["interpolate", *models.values(), "--points", "5", "--rows", "16", "--output_dir", str(tmp_path)])
     points = {point["a"]: point for point in result(tmp_path, "interpolation")["points"]}
@@ -85,6 +111,13 @@ def test_interpolate(models: dict[str, str], tmp_path: Path, capsys: pytest.Capt
             assert (points[at][f"{name}_loss"], points[at][f"{name}_accuracy"]) == (loss, accuracy)
     assert "perturbed: " in capsys.readouterr().out
     assert (tmp_path / "interpolation.png").stat().st_size > 10_000
+    command = [*torchrun(2), "-m", "rose_ds", "interpolate", *models.values(), "--points", "5", "--rows", "16"]
+    job = run([*command, "--engine", "fsdp2", "--output_dir", str(tmp_path / "sharded")])
+    assert job.returncode == 0
+    sharded = result(tmp_path / "sharded", "interpolation")["points"]
+    assert [point["a"] for point in sharded] == sorted(points)
+    for point in sharded:
+        assert point == pytest.approx(points[point["a"]], rel=1e-5)
     with pytest.raises(SystemExit):
         main(["interpolate", models["vanilla"], "--output_dir", str(tmp_path)])
     assert "a line has two ends: give two models, found 1" in capsys.readouterr().err

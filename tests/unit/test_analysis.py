@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from rose_ds.analysis.directions import blend, filter_normalised, move, restored, weights_of
 from rose_ds.analysis.disagreement import disagreement
 from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
-from rose_ds.analysis.interpolation import Line, walk, weights_between
+from rose_ds.analysis.interpolation import Line, same_architecture, walk
 from rose_ds.analysis.landscape import Plane, gathered, surface
 from rose_ds.analysis.load import loss_and_accuracy
+from rose_ds.analysis.movable import WholeModel
 from rose_ds.experiments.resumable import records_of
 
 pytestmark = pytest.mark.fast
@@ -90,7 +91,7 @@ def test_landscape(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert steps == [-0.5, -0.25, 0.0, 0.25, 0.5]
     subject = {"name": "tiny"}
     alone = [tmp_path / "alone.jsonl"]
-    surface(model, parts, plane, alone, subject)
+    surface(WholeModel(model), parts, plane, alone, subject)
     found = gathered(alone, 5)
     assert found["loss"][2][2] == loss_and_accuracy(model, parts)[0]
     copy = Tiny()
@@ -104,17 +105,17 @@ def test_landscape(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        surface(model, parts, plane, two, subject)
+        surface(WholeModel(model), parts, plane, two, subject)
     lines = two[0].read_text().splitlines(keepends=True)
     two[0].write_text("".join(lines[:-1]))  # the first rank was killed
     with pytest.raises(ValueError, match="1 of 25 points are missing"):
         gathered(two, 5)
     two[0].write_text("".join(lines)[:-9])  # in the middle of a line
     monkeypatch.setenv("RANK", "0")
-    surface(model, parts, plane, two, subject)
+    surface(WholeModel(model), parts, plane, two, subject)
     assert gathered(two, 5) == found
     with pytest.raises(ValueError, match="of other settings"):
-        surface(model, parts, Plane(points=7), two, subject)
+        surface(WholeModel(model), parts, Plane(points=7), two, subject)
     for wrong in ({"points": 4}, {"points": 1}, {"radius": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             Plane(**wrong)  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def test_interpolation_ends_are_the_models(model: Tiny, tmp_path: Path) -> None:
     sets = {"clean": batches(9), "hard": batches(4)}
     line, log = Line(points=5, first=-0.5, last=1.5), [tmp_path / "log.jsonl"]
     before = weights_of(model)
-    walk(model, weights_between(model, other), sets, line, log, {"task": "tiny"})
+    walk(WholeModel(model), (before, weights_of(other)), sets, line, log, {"task": "tiny"})
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     points = {record["a"]: record for record in records_of(log)}
     assert sorted(points) == [-0.5, 0.0, 0.5, 1.0, 1.5]
@@ -138,7 +139,7 @@ def test_interpolation_ends_are_the_models(model: Tiny, tmp_path: Path) -> None:
         assert points[0.5]["clean_loss"] == loss_and_accuracy(model, sets["clean"])[0]
         torch.testing.assert_close(model.head.bias, (before["head.bias"] + other.head.bias) / 2)
     with pytest.raises(ValueError, match=r"'first\.bias': \(6,\) and \(7,\)"):
-        weights_between(model, Tiny(width=7))
+        same_architecture(model, Tiny(width=7))
     with pytest.raises(ValueError, match="first=1.0 must be below last=0.0"):
         Line(first=1.0, last=0.0)
 
