@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rose_ds.analysis.load import Batch, logits_of
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.experiments.evaluation import write_lines
+from rose_ds.training.records import may_be_lost
 
 FILE = "disagreement.jsonl"
 
@@ -71,7 +72,8 @@ class DisagreementCallback(TrainerCallback):
             return
         self.found.append({"step": state.global_step, "disagreement": self._measure(args.seed)})
         if state.is_world_process_zero:
-            write_lines(self.path, self.found)
+            with may_be_lost(self.path):
+                write_lines(self.path, self.found)
 
     def _measure(self, seed: int) -> float:
         model, accelerator = self.trainer.model_wrapped, self.trainer.accelerator

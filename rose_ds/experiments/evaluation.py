@@ -15,6 +15,7 @@ from rose_ds.data import TaskData, assign_families, perturb, tokenize
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.experiments.metrics import write_whole
 from rose_ds.experiments.settings import RunSettings
+from rose_ds.training.records import may_be_lost
 
 PREDICTIONS = "predictions.jsonl"
 TRAJECTORY = "trajectory.jsonl"
@@ -157,7 +158,8 @@ class TrajectoryCallback(TrainerCallback):
             for name, predictions in found.items():
                 line |= {name if s == "accuracy" else f"{name}_{s}": v for s, v in predictions.scores().items()}
             earlier = [old for old in read_trajectory(self.path.parent) if old["step"] < state.global_step]
-            write_lines(self.path, [*earlier, line])
+            with may_be_lost(self.path):
+                write_lines(self.path, [*earlier, line])
 
 
 def read_trajectory(folder: Path) -> list[dict[str, Any]]:

@@ -25,10 +25,12 @@ from rose_ds.experiments.methods import method_with
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.rehearsal import first_step, shorten
+from rose_ds.experiments.saving import refuse_unsavable, save_result
 from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
 from rose_ds.objectives import Objective, resolve
 from rose_ds.training import checkpoints
 from rose_ds.training.resuming import precision_of, schedule_of
+from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.trainer import RoseTrainer
 
 if TYPE_CHECKING:
@@ -41,10 +43,15 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     """Train, evaluate, save the model and metrics.json in ``args.output_dir``. Every rank calls it.
 
     Raises:
-        DataError, ModelError, RefusedConfiguration: before any training.
-        CheckpointError: a checkpoint could not be written.
+        DataError, ModelError, RefusedConfiguration: before any training; also where another job uses the folder.
+        CheckpointError: a checkpoint or the model could not be written.
         SystemExit: SIGTERM came; a checkpoint was saved, and nothing else was written.
     """
+    with sole_use_of(Path(args.output_dir)):
+        return _train(run, method, args)
+
+
+def _train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> Metrics:
     trainer, evaluator = _build(run, method, args)
     name, rose, objective = _method_used(method, trainer)
     weights = trainer.fixed_settings["class weights"]
@@ -79,11 +86,13 @@ def train(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> 
     )
     if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(args.output_dir)
-    if trainer.is_world_process_zero():
-        write_predictions(Path(args.output_dir), found)
-        write_card(Path(args.output_dir), metrics, evaluator.labels)
-        metrics.write(Path(args.output_dir))
+
+    def others(folder: Path) -> None:
+        write_predictions(folder, found)
+        write_card(folder, metrics, evaluator.labels)
+        metrics.write(folder)
+
+    save_result(trainer, Path(args.output_dir), others)
     return metrics
 
 
@@ -100,7 +109,7 @@ def rehearse(run: RunSettings, method: MethodSettings, args: TrainingArguments) 
 def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) -> tuple[RoseTrainer, Evaluator]:
     """Everything that training needs; what can be refused before, is."""
     _refuse_mixing(method, args)
-    _refuse_unsavable(args)
+    refuse_unsavable(args)
     set_seed(args.seed)
     tokenizer = load_tokenizer(run.model)
     check_length(run.model, tokenizer, run.max_length)
@@ -229,13 +238,6 @@ def _fixed(run: RunSettings, trainer: RoseTrainer) -> dict[str, Any]:
         "max_train_samples": run.max_train_samples,
         "training data": sample.hexdigest()[:12],
     }
-
-
-def _refuse_unsavable(args: TrainingArguments) -> None:
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(key):
-        raise RefusedConfiguration(f"at ZeRO-3 the trained model cannot be saved whole without {key}: set it to true")
 
 
 #: Fields of metrics.json that an evaluation takes from the model's own.

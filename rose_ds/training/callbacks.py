@@ -1,4 +1,4 @@
-"""What RoseTrainer does between steps: its progress bar, its measurements, and a checkpoint on SIGTERM."""
+"""What RoseTrainer does between steps: its progress bar, its logs, its measurements, and a checkpoint on SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rose_ds.exchange import explaining_lost_ranks
+from rose_ds.training.records import may_be_lost
 from rose_ds.training.step_report import StepReport
 
 
@@ -77,6 +79,34 @@ class RoseProgressCallback(ProgressCallback):
         """Only where a length is known, as Trainer."""
         if eval_dataloader is not None and has_length(eval_dataloader):
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+
+class RoseTensorBoardCallback(TensorBoardCallback):
+    """Trainer's; its event file is a record. A writer whose file cannot be written stays broken: it is let go."""
+
+    def __init__(self, tb_writer: Any = None) -> None:
+        super().__init__(tb_writer)
+        self.lost = False
+
+    def on_train_begin(self, args: Any, *rest: Any, **kwargs: Any) -> None:
+        """Trainer's."""
+        self._write(args, super().on_train_begin, *rest, **kwargs)
+
+    def on_log(self, args: Any, *rest: Any, **kwargs: Any) -> None:
+        """Trainer's."""
+        self._write(args, super().on_log, *rest, **kwargs)
+
+    def on_train_end(self, args: Any, *rest: Any, **kwargs: Any) -> None:
+        """Trainer's."""
+        self._write(args, super().on_train_end, *rest, **kwargs)
+
+    def _write(self, args: Any, method: Any, *rest: Any, **kwargs: Any) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        with may_be_lost(self.logging_dir or args.output_dir):
+            method(args, *rest, **kwargs)
+            self.lost = False
 
 
 class StepMeter(TrainerCallback):

@@ -27,7 +27,7 @@ _SAME_FILES = {"plain": "whole", "ddp": "whole", **dict.fromkeys(("zero1", "zero
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message names its folder and the newest whole one."""
+    """A checkpoint or the trained model could not be written; the message names it and the newest whole checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,19 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return (whole[max(everywhere)] if everywhere else None), torn
 
 
-def not_written(folder: Path, error: BaseException) -> CheckpointError:
-    """The error to raise for one that came up while ``folder`` was written."""
+def not_written(what: Path | str, output_dir: Path, error: BaseException) -> CheckpointError:
+    """The error to raise for one that came up while ``what`` was written into a run's folder."""
     for wrapped, _ in getattr(error, "failures", {}).values():  # of torch.distributed.checkpoint, by rank
         error = wrapped
-    whole, _ = whole_in(folder.parent)
+    whole, _ = whole_in(output_dir)
     kept = f"{whole[max(whole)]} is the newest whole one" if whole else "there is no earlier one"
-    free = shutil.disk_usage(folder.parent).free / 1e9  # torch's own errors do not say that the disk is full
+    lost = "what was trained after it is lost" if whole else "all that was trained is lost"
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9  # torch's own errors do not say that the disk is full
     cause = (str(error).strip().splitlines() or [""])[0]
     return CheckpointError(
-        f"{folder} could not be written; {kept}. Is the disk full ({free:.1f} GB free), or a quota reached? Remove the "
-        f"cause, then resume. The error was {type(error).__name__}: {cause}"
+        f"{what} could not be written; {kept}, and {lost}. Is the disk full ({free:.3g} GB free), or a quota reached? "
+        f"Remove the cause, then resume (--resume auto). The error was {type(error).__name__}: {cause}"
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rose_ds.core.mask import FIRST, SECOND
 from rose_ds.core.select import Selection
+from rose_ds.training.records import append_line, may_be_lost
 
 if TYPE_CHECKING:
     from rose_ds.training.stepper import Stepper
@@ -31,6 +32,7 @@ class MaskRecorder:
         risks: by order, [exponent, count] of the risks by power of two, zeros under null.
 
     A few small collectives in a recorded step, none in the others. A resumed run keeps the lines up to its checkpoint.
+    A line that cannot be written (a full disk) is lost, and training goes on.
     """
 
     def __init__(self, stepper: Stepper, folder: Path, every: int) -> None:
@@ -40,7 +42,6 @@ class MaskRecorder:
         self._writes = not dist.is_initialized() or dist.get_rank() == 0
         self._sizes = self.layout.sums([torch.tensor(block.numel) for block in self.layout.blocks])
         if self._writes:
-            folder.mkdir(parents=True, exist_ok=True)
             taken = stepper.optimizer.steps_taken()
             head = {
                 "strategy": stepper.config.strategy,
@@ -50,7 +51,12 @@ class MaskRecorder:
             }
             kept = read_masks(self.path)[1] if taken and self.path.is_file() else []
             lines = [head, *(line for line in kept if line["step"] <= taken)]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with may_be_lost(self.path):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.path.unlink(missing_ok=True)  # what cannot be written whole is not to be added to
+                partial = self.path.with_suffix(".partial")
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                partial.replace(self.path)
 
     def due(self, step: int) -> bool:
         """Whether this optimizer step, from 1, is one of those."""
@@ -75,8 +81,8 @@ class MaskRecorder:
             line["both"] = round(self._fraction([c == FIRST | SECOND for c in codes]), 4)
         self._before = codes  # each step makes its own
         if self._writes:
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+            with may_be_lost(self.path):
+                append_line(self.path, json.dumps(line))
 
     def _code(self, i: int, code: Any) -> Tensor:
         if isinstance(code, Tensor):

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import StepMeter, StopOnSigterm
+from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,10 @@ class ResumableTrainer(Trainer):
         self._resumed = None if folder is None else self._check_resumable(folder)
         self.resumed_folder = folder
         # a run that saves nothing has nothing to finish
-        with nullcontext() if self.args.save_strategy == "no" else self._stop.listening():
+        with ExitStack() as around:
+            if self.args.save_strategy != "no":
+                around.enter_context(sole_use_of(Path(self.args.output_dir)))
+                around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._stop.stopping:
             if self.is_world_process_zero():
@@ -261,7 +265,7 @@ class ResumableTrainer(Trainer):
         except RankLost:
             raise
         except (Exception, CheckpointException) as error:
-            raise checkpoints.not_written(folder, error) from error
+            raise checkpoints.not_written(folder, run_dir, error) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:

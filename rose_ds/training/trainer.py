@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
@@ -24,7 +25,7 @@ from rose_ds.exchange import limit_waiting
 from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training import checkpoints
-from rose_ds.training.callbacks import RoseProgressCallback
+from rose_ds.training.callbacks import RoseProgressCallback, RoseTensorBoardCallback
 from rose_ds.training.checked import CheckedTrainer
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
@@ -78,10 +79,13 @@ class RoseTrainer(CheckedTrainer):
         """A folder, and every how many optimizer steps what the masks kept is written there."""
         self._refuse()
         self._refuse_without_dropout()
-        bars = [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]  # not one of the user's own
-        for bar in bars:
-            self.remove_callback(bar)
-            self.add_callback(RoseProgressCallback(self))
+        for callback in list(self.callback_handler.callbacks):  # not those of the user's own classes
+            if type(callback) is ProgressCallback:
+                self.remove_callback(callback)
+                self.add_callback(RoseProgressCallback(self))
+            elif type(callback) is TensorBoardCallback:
+                self.remove_callback(callback)
+                self.add_callback(RoseTensorBoardCallback(callback.tb_writer))
 
     @property
     def last_report(self) -> StepReport | None:

@@ -115,16 +115,50 @@ class Host:
         _ip("-n", self.namespace, "link", "set", INTERFACE, state)
 
 
+@dataclass(frozen=True)
+class SlowLink:
+    """What the cable is like, in each direction."""
+
+    delay_ms: float
+    loss: float
+    """A fraction of frames."""
+    rate_mbit: float
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why there can be none here; None where there can."""
+        if not Path("/dev/net/tun").exists():
+            return "no /dev/net/tun"
+        return why_not()
+
+    def start(self, names: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Put it between two network namespaces."""
+        numbers = [str(number) for number in (self.delay_ms, self.loss, self.rate_mbit)]
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, str(Path(__file__).parent / "slow_link.py")]
+        process = subprocess.Popen([*command, *names, INTERFACE, *numbers], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n", "the slow link did not start"
+        return process
+
+
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """node1 and node2. ``folder``: for keys and configs, empty, and readable on both."""
+def two_hosts(folder: Path, link: SlowLink | None = None) -> Iterator[tuple[Host, Host]]:
+    """node1 and node2.
+
+    Args:
+        folder: for keys and configs, empty, and readable on both.
+        link: between them; None: as fast as the machine.
+    """
     _remove_those_left_behind()
     names = [f"rose-{os.getpid()}-{next(_NUMBERS)}" for _ in range(2)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for name in names:
             _ip("netns", "add", name)
-        _ip("link", "add", INTERFACE, "netns", names[0], "type", "veth", "peer", "name", INTERFACE, "netns", names[1])
+        if link is None:
+            peer = ("peer", "name", INTERFACE, "netns", names[1])
+            _ip("link", "add", INTERFACE, "netns", names[0], "type", "veth", *peer)
+        else:
+            processes.append(link.start(names))
         _write_configs(folder)
         hosts = []
         for i, name in enumerate(names, 1):

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
-from hosts import BIN, ROOT, Host, two_hosts, why_not
+from hosts import BIN, ROOT, Host, SlowLink, two_hosts, why_not
 from safetensors.torch import load_file
+
+from rose_ds.experiments.models import load_tokenizer
 
 _REASON = why_not()
 pytestmark = [
@@ -280,6 +283,42 @@ def test_two_host_kubeflow_command(cluster: Cluster) -> None:
         jobs.append((told, {**operator, **{v["name"]: v["value"] for v in container["env"]}}))
     cluster.run("kubeflow", *jobs)
     assert_same(one_host(cluster, "zero2"), cluster.output("kubeflow"), "zero2")
+
+
+# --- slow links ---
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Cluster, minilm: str) -> Path:
+    """A model whose gradient is a megabyte: 1% of loss leaves a TCP connection a few megabits a second."""
+    folder = cluster.folder / "tiny"
+    tokenizer = load_tokenizer(minilm)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "max_position_embeddings": 64},
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(SlowLink.why_not() is not None, reason=f"no slow link can be made here: {SlowLink.why_not()}")
+def test_two_host_slow_link(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
+    """20 ms each way, 1% of frames lost, 100 Mbit/s: the same losses, thresholds and weights, later."""
+    command = [*script("torchrun_node.sh"), *FLAGS, "--model", str(tiny)]
+    common = {"RENDEZVOUS": "node1:29400", "JOB": "slow"}
+    seconds = {}
+    with two_hosts(tmp_path, SlowLink(delay_ms=20, loss=0.01, rate_mbit=100)) as hosts:
+        far = Cluster(hosts, cluster.folder, cluster.env)
+        for name, nodes in (("near", 1), ("far", 2)):
+            told = [*command, "--output_dir", str(cluster.output(name))]
+            env = {**common, "NODES": str(nodes), "RANKS_PER_NODE": str(2 // nodes)}
+            far.run(name, *[(told, env)] * nodes)
+            seconds[name] = json.loads((cluster.output(name) / "metrics.json").read_text())["train_seconds"]
+    assert_same(cluster.output("near"), cluster.output("far"), "ddp")
+    print(f"training took {seconds['near']:.1f} s on one host, {seconds['far']:.1f} s over the slow link")
+    assert seconds["far"] > seconds["near"] + 1  # each of four steps waits for dozens of round trips of 40 ms
 
 
 # --- faults between hosts ---

@@ -74,7 +74,7 @@ def test_a_damaged_one_is_passed_over_and_refused(damage: str, tmp_path: Path) -
 
 def test_a_full_disk_names_the_folder_and_what_is_left(tmp_path: Path) -> None:
     folder, whole = tmp_path / "checkpoint-6", make(tmp_path, 3)
-    text = str(checkpoints.not_written(folder, OSError(28, "No space left on device")))
+    text = str(checkpoints.not_written(folder, folder.parent, OSError(28, "No space left on device")))
     assert text.startswith(f"{folder} could not be written; {whole} is the newest whole one")
     assert "[Errno 28] No space left on device" in text
 
