@@ -226,7 +226,9 @@ class RoseAdamW(torch.optim.Optimizer):
             # not in place: DeepSpeed's checkpoint loader shares one step tensor between partitions
             state["step"] = state["step"] + 1
             step = int(state["step"])
-            batch = batches.setdefault(step, UpdateBatch(group, step, plan.values, plan.rule, self.kernels))
+            batch = batches.get(step)
+            if batch is None:
+                batch = batches[step] = UpdateBatch(group, step, plan.values, plan.rule, self.kernels)
             for code, views, scale in self._segments(param, state, plan):
                 batch.add(code, views, scale)
         for batch in batches.values():
@@ -237,7 +239,7 @@ class RoseAdamW(torch.optim.Optimizer):
     ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...], float]]:
         """Cut a parameter into (mask code, views of it, its gradient and moments, factor); code 3 is a mask of ones."""
         assert param.grad is not None
-        whole = tuple(local(t).detach() for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        whole = tuple(local(t) for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         indices = self._slices_of.get(param, []) if plan.codes is not None else []
         if not indices:
             yield 3, whole, 1.0
@@ -249,7 +251,8 @@ class RoseAdamW(torch.optim.Optimizer):
             if offset > end:
                 yield 3, tuple(t[end:offset] for t in flat), 1.0
             scale = 1.0 if plan.scales is None else plan.scales[i]
-            yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat), scale  # type: ignore[index]
+            mine = flat if numel == flat[0].numel() else tuple(t[offset : offset + numel] for t in flat)
+            yield plan.codes[i], mine, scale  # type: ignore[index]
             end = offset + numel
         if end < whole[0].numel():
             yield 3, tuple(t[end:] for t in flat), 1.0

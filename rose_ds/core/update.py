@@ -180,7 +180,7 @@ class UpdateBatch:
         """
         if self.kernels is not None and scale == 1.0 and all(fits(v, half=i == 1) for i, v in enumerate(views)):
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
-            self.compiled.append((*(v.view(-1) for v in views), *mask))
+            self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
             return
         whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
         if whole and views[1].dtype == views[0].dtype:
