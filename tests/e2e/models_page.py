@@ -35,8 +35,8 @@ parameter, and FSDP2 replaces parameters. ZeRO-3 does.
 ## A decoder of a billion parameters
 
 Not run to its end: it needs more memory than the machine (23.5 GiB, shared) had free. `benchmarks/billion.py` trains a
-Llama with random weights under ZeRO-3 on two CPU ranks: bf16 weights, fp32 masters and moments, ROSE-Second, 16 tokens a
-rank, two steps.
+Llama with random weights under ZeRO-3 on two CPU ranks: bf16 weights, fp32 masters and moments, ROSE-Second, 16 tokens
+a rank, two steps.
 
 | layers | parameters | peak of a rank, GiB | both, bytes a parameter | seconds a step |
 | --- | --- | --- | --- | --- |
