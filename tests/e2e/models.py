@@ -25,6 +25,7 @@ import torch.distributed as dist
 import transformers
 from architectures import MODELS, Made
 from habits import arguments
+from models_page import CLOSING, INTRODUCTION
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
@@ -264,25 +265,6 @@ def on_trainer(make: Callable[[], Made], settings: dict[str, Any]) -> Figures:
 
 # --- the page ---
 
-INTRODUCTION = """# Which models has ROSE been tried with?
-
-Made by `python tests/e2e/models.py`. Tiny models of each kind with random weights, two steps of ROSE-Ensemble with
-AdamW on four rows. `tests/e2e/test_models.py` tries every row again in one process, some of them on all engines, and
-fails where this page says something else.
-
-- **default**: how many of the trainable tensors the default `include` masks, and their share of the trainable weights.
-  It knows the names that most of transformers' models have; where it does not fit, it is refused and the error names
-  `include="@blocks"`, everything in the model's numbered blocks but biases.
-- **include**: what was used; for `@blocks` the patterns that it stands for, as `stepper.describe()` lists them.
-- **dropout**: the layers that make two passes differ. Without any there is no first-order risk and `strategy="first"`
-  and `"ensemble"` are refused; those were tried with `"second"`.
-- **FSDP2**, **ZeRO-3**: two ranks with two of the rows each, the blocks of the model sharded one by one.
-  **RoseTrainer**: one process, two micro-batches. The number is the largest relative difference of a loss or a
-  threshold from those of a loop of one process with the same random numbers; "equal" is to the bit.
-
-In language models labels of -100 (prompts, padding) count neither in the loss nor in the divergence of two passes: pass
-`positions=` to `stepper.backward()` in a loop of your own, RoseTrainer does it.
-"""
 HEAD = "| | default | include | dropout | FSDP2 x2 | ZeRO-3 x2 | RoseTrainer |\n" + "| --- " * 7 + "|"
 
 
@@ -296,28 +278,6 @@ def page(lines: dict[str, str]) -> str:
         listed = [line for name, line in lines.items() if name.startswith(f"{section}/")]
         sections.append("\n".join([f"## {section}\n\n{HEAD}", *listed, ""]))
     return "\n".join([INTRODUCTION, *sections, CLOSING])
-
-
-CLOSING = """## Adapters and weights in 8 bits
-
-With PEFT only what trains is eligible: the adapters; a new head is always updated. The base is frozen and in no
-optimizer: no moments, no gradient kept apart, no masks. LoRA's B begins as zeros, so in the first step half of the
-risks are zero.
-
-Weights in 8 bits (bitsandbytes' `Linear8bitLt`) cannot train, with or without ROSE; adapters over them do. Their passes
-need no gradient of the weights, only through them. Under FSDP2 they do not work: bitsandbytes keeps its scales on the
-parameter, and FSDP2 replaces parameters. ZeRO-3 does.
-
-## What else was found
-
-- **big_bird** was tried with `attention_type="original_full"`. `block_sparse` draws its blocks with numpy's random
-  numbers, which no seed of torch's sets: at ZeRO-3, where a pass is run again, an error says so; elsewhere the run
-  cannot be repeated.
-- **squeezebert** calls its blocks' `forward()` directly, past the hooks by which FSDP2 gathers their weights, and fails
-  where they are sharded one by one. It was sharded as a whole.
-- **DeepSpeed clips by default**: without `"gradient_clipping"` in its config the gradient's norm is clipped to 1.0. Set
-  it to 0 for a loop without clipping.
-"""
 
 
 def compare(other: Figures | str, plain: Figures) -> str:
@@ -355,7 +315,7 @@ def lines_of(text: str) -> dict[str, str]:
     for line in text.splitlines():
         if line.startswith("## "):
             section = line.removeprefix("## ")
-        elif line.startswith("| ") and not line.startswith(("| |", "| ---")):
+        elif section in MODELS and line.startswith("| ") and not line.startswith(("| |", "| ---")):
             lines[f"{section}/{line.removeprefix('| ').partition(' | ')[0]}"] = line
     return lines
 
