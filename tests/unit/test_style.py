@@ -105,5 +105,5 @@ def test_only_the_front_ends_know_the_trainer() -> None:
         if imported(path) & {"transformers.Trainer", "transformers.TrainingArguments", "transformers.trainer.Trainer"}
     }
     # those of experiments only name the type of their arguments
-    experiments = {"experiments/train.py", "experiments/rehearsal.py"}
+    experiments = {"experiments/train.py", "experiments/rehearsal.py", "experiments/saving.py"}
     assert found == {"cli/arguments.py", "training/resuming.py"} | experiments
