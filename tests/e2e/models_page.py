@@ -5,8 +5,8 @@ from __future__ import annotations
 INTRODUCTION = """# Which models has ROSE been tried with?
 
 Made by `python tests/e2e/models.py`. Tiny models of each kind with random weights, two steps of ROSE-Ensemble with
-AdamW on four rows. `tests/e2e/test_architectures.py` tries every row again in one process, some of them on all engines, and
-fails where this page says something else.
+AdamW on four rows. `tests/e2e/test_architectures.py` tries every row again in one process, some of them on all engines,
+and fails where this page says something else.
 
 - **default**: how many of the trainable tensors the default `include` masks, and their share of the trainable weights.
   It knows the names that most of transformers' models have; where it does not fit, it is refused and the error names
