@@ -193,16 +193,18 @@ class Risks {
 
   ~Risks() { found_.swap(spare()); }
 
-  at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) const {
+  at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) {
     const int64_t bins = int64_t(1) << width;
     at::Tensor counts = at::zeros({bins}, at::kLong);
     int64_t* total = counts.data_ptr<int64_t>();
     if (shift + width < 32) {
-      const auto add = [&](int32_t bits) {
-        if (bits >> (shift + width) == prefix) ++total[(bits >> shift) & (bins - 1)];
-      };
-      if (shift + width <= kSampleShift && in_window(prefix << (shift + width))) each_found([&](size_t, int32_t bits, int32_t) { add(bits); });
-      else each([&](int32_t bits) { add(bits); });
+      // the second round collects what the first has left, and the third looks at these alone
+      const int64_t low = prefix << (shift + width), high = low + (int64_t(1) << (shift + width));
+      if (low < window_.low || high > window_.high) collect({int32_t(low), int32_t(high), largest_, bit_}, false);
+      for (size_t t = 0; t < found_.size(); ++t)
+        each_found(t, [&](size_t, int32_t bits, int32_t) {
+          if (bits >> (shift + width) == prefix) ++total[(bits >> shift) & (bins - 1)];
+        });
       return counts;
     }
     // two tables in turn, as neighbours often share a bin and one would wait for the other's store
@@ -234,29 +236,11 @@ class Risks {
     const int64_t bins = (high - low) << 7;
     at::Tensor row = at::zeros({kFacts + bins}, at::kLong);
     int64_t* out = row.data_ptr<int64_t>();
-    window_ = {int32_t(low << kSampleShift), int32_t(high << kSampleShift), largest_, bit_};
-    found_.resize(threads_);
-    for (auto& f : found_) f.count = 0, f.runs.clear();
-    std::vector<Facts> facts(threads_);
-    std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(bins));
-    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      const Window window = window_;
-      Found& f = found_[t];
-      int64_t* table = tables[t].data();
-      const size_t before = f.count;
-      blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
-        const auto [into, where] = f.room(kBlock + 16);
-        uint8_t* code = code_[piece] ? code_[piece] + from : nullptr;
-        const int some = sift(window, bits, n, int32_t(from - chunks_[c].begin), code, facts[t], into, where);
-        for (int i = 0; i < some; ++i) ++table[(into[i] - window.low) >> 10];
-        f.count += some;
-      });
-      f.runs.push_back({c, int(f.count - before)});
-    });
-    for (const auto& f : facts) out[1] += f.below, out[2] += f.infinite, out[3] += f.nan, out[5] += f.zeros;
+    const Facts facts = collect({int32_t(low << kSampleShift), int32_t(high << kSampleShift), largest_, bit_}, true);
+    out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
     for (const auto& g : grads_) out[0] += g.numel();
-    for (const auto& table : tables)
-      for (int64_t i = 0; i < bins; ++i) out[kFacts + i] += table[i];
+    for (size_t t = 0; t < found_.size(); ++t)
+      each_found(t, [&](size_t, int32_t bits, int32_t) { ++out[kFacts + ((bits - window_.low) >> 10)]; });
     return row;
   }
 
@@ -265,10 +249,10 @@ class Risks {
     const int32_t bound = as_bits(float(tau));
     const uint8_t bit = bit_;
     const bool largest = largest_;
-    if (in_window(bound)) {
+    if (sure_ && window_.low <= bound && bound < window_.high) {
       at::parallel_for(0, int64_t(found_.size()), 1, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t)
-          each_found_by(size_t(t), [&](size_t c, int32_t bits, int32_t at) {
+          each_found(size_t(t), [&](size_t c, int32_t bits, int32_t at) {
             const bool kept = largest ? bits >= bound : bits <= bound;
             code_[chunks_[c].piece][chunks_[c].begin + at] |= uint8_t(-int32_t(kept)) & bit;
           });
@@ -307,26 +291,35 @@ class Risks {
     });
   }
 
-  template <class Body>
-  void each(const Body& body) const {
-    for (size_t c = 0; c < chunks_.size(); ++c)
-      blocks_of(c, [&](size_t, int64_t, const int32_t* bits, int n) {
-        for (int i = 0; i < n; ++i) body(bits[i]);
+  // Finds the risks in a window and counts the others; `sure`: also sets the codes of those.
+  Facts collect(const Window& window, bool sure) {
+    window_ = window, sure_ = sure;
+    found_.resize(threads_);
+    for (auto& f : found_) f.count = 0, f.runs.clear();
+    std::vector<Facts> facts(threads_);
+    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
+      const Window w = window;
+      Found& f = found_[t];
+      const size_t before = f.count;
+      blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
+        const auto [into, where] = f.room(kBlock + 16);
+        uint8_t* code = sure && code_[piece] ? code_[piece] + from : nullptr;
+        f.count += sift(w, bits, n, int32_t(from - chunks_[c].begin), code, facts[t], into, where);
       });
+      f.runs.push_back({c, int(f.count - before)});
+    });
+    Facts all;
+    for (const auto& f : facts)
+      all.below += f.below, all.infinite += f.infinite, all.nan += f.nan, all.zeros += f.zeros;
+    return all;
   }
 
-  bool in_window(int64_t bits) const { return window_.low <= bits && bits < window_.high; }
-
+  // body(chunk, bits, place in the chunk) for what a thread has found.
   template <class Body>
-  void each_found_by(size_t t, const Body& body) const {
+  void each_found(size_t t, const Body& body) const {
     size_t i = 0;
     for (const auto& run : found_[t].runs)
       for (const size_t end = i + run.count; i < end; ++i) body(run.chunk, found_[t].bits[i], found_[t].at[i]);
-  }
-
-  template <class Body>
-  void each_found(const Body& body) const {
-    for (size_t t = 0; t < found_.size(); ++t) each_found_by(t, body);
   }
 
   void risks(size_t piece, int64_t from, int n, int32_t* out) const {
@@ -364,7 +357,8 @@ class Risks {
   int threads_;
   std::vector<Chunk> chunks_;
   std::vector<Found> found_;
-  Window window_ = {0, 0, false, 0};
+  Window window_ = {0, 0, false, 0};  // of what is found
+  bool sure_ = false;
 };
 
 // --- masked AdamW ----------------------------------------------------------------------------------------------------
