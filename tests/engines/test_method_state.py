@@ -130,7 +130,9 @@ def test_other_ranks(engine: str, name: str, world: int, resumed: Any, parity_lo
         assert all(f"{engine}-{name}" not in rank for rank in resumed[world])
         return
     runs, twin = [rank[f"{engine}-{name}"] for rank in resumed[world]], reference(CASES[name], SEGMENTS)
-    parity_log.append(f"{engine}-{name} 2->{world}: {check_parity(runs[0].parameters, twin)}")
+    # AdamW takes whole steps for gradients near its eps, which each processor rounds its own way: up to 3e-5 were seen
+    found = check_parity(runs[0].parameters, twin, tolerance=1e-4)
+    parity_log.append(f"{engine}-{name} 2->{world}: {found}")
     kept = [step.kept for step in twin.steps[BEFORE:]]
     for run in runs:
         assert [report.kept_first for report in run.reports] == [k["first"] for k in kept]
