@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from habits import rows, train, trainer
+from habits import first_line, rows, train, trainer
 from transformers import Trainer
 
 from rose_ds import RefusedConfiguration, RoseConfig
@@ -27,11 +27,6 @@ from rose_ds import RefusedConfiguration, RoseConfig
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 SCRIPTS = Path(__file__).parent / "scripts"
-
-
-def _short(error: BaseException) -> str:
-    """A message up to its first way out, on one line."""
-    return re.split(r"(?<=[a-z0-9)]): |; ", " ".join(str(error).split()))[0].replace("|", "\\|")
 
 
 # --- Trainer's settings ---
@@ -90,7 +85,7 @@ def try_setting(name: str) -> str:
             theirs.model_accepts_loss_kwargs = False  # BERT's loss is a mean, whatever its signature says
             ours, theirs = train(ours), train(theirs)
         except RefusedConfiguration as error:
-            return f"refused: {_short(error)}"
+            return f"refused: {first_line(error)}"
     for mine, other in zip(ours[0], theirs[0], strict=True):
         for key in ("loss", "grad_norm", "learning_rate"):
             assert mine[key] == other[key], f"{name}: {key} {mine[key]} and {other[key]}"
@@ -124,7 +119,7 @@ def try_trainer(name: str) -> str:
         return f"ROSE trains (strategy {strategy})"
     said = re.search(r"^rose_ds.run: error: (.*)$", done.stderr, re.MULTILINE)
     assert said, done.stderr[-3000:]
-    return f"refused: {_short(ValueError(said[1]))}"
+    return f"refused: {first_line(ValueError(said[1]))}"
 
 
 # --- the page ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,8 @@ def train(made: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
 def assert_same(a: tuple[list[dict[str, float]], dict[str, Tensor]], b: Any) -> None:
     assert a[0] == b[0]
     assert all(torch.equal(p, b[1][name]) for name, p in a[1].items())
+
+
+def first_line(error: BaseException) -> str:
+    """A message up to its first way out, on one line."""
+    return re.split(r"(?<=[a-z0-9)]): |; ", " ".join(str(error).split()))[0].replace("|", "\\|")

@@ -10,7 +10,6 @@ random numbers. So all of them must find the same losses and thresholds.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import tempfile
 import traceback
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from architectures import MODELS, Made
-from habits import arguments
+from habits import arguments, first_line
 from models_page import CLOSING, INTRODUCTION
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
@@ -75,11 +74,6 @@ class Tried:
 def all_models() -> dict[str, Callable[[], Made]]:
     """By "section/name"."""
     return {f"{section}/{name}": make for section, entries in MODELS.items() for name, make in entries.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """A message up to its first way out, on one line."""
-    return re.split(r"(?<=[a-z0-9)]): |; ", " ".join(str(error).split()))[0].replace("|", "\\|")
 
 
 # --- a run ---
