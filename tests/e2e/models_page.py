@@ -12,8 +12,9 @@ and fails where this page says something else.
   It knows the names that most of transformers' models have; where it does not fit, it is refused and the error names
   `include="@blocks"`, everything in the model's numbered blocks but biases.
 - **include**: what was used; for `@blocks` the patterns that it stands for, as `stepper.describe()` lists them.
-- **dropout**: the layers that make two passes differ. Without any there is no first-order risk and `strategy="first"`
-  and `"ensemble"` are refused; those were tried with `"second"`.
+- **dropout**: the layers that make two passes differ, by their names in the transformers of `launch/requirements.txt`.
+  Without any there is no first-order risk and `strategy="first"` and `"ensemble"` are refused; those were tried with
+  `"second"`.
 - **FSDP2**, **ZeRO-3**: two ranks with two of the rows each, the blocks of the model sharded one by one.
   **RoseTrainer**: one process, two micro-batches. The number is the largest relative difference of a loss or a
   threshold from those of a loop of one process with the same random numbers; "equal" is to the bit.

@@ -26,7 +26,7 @@ def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
 
     original, steps = rose_ds.training.stepper.select, []
 
-    def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any) -> Any:
+    def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         sizes = torch.tensor([g.numel() for g in inputs.grads], dtype=torch.long)
         seen = {"index": torch.tensor(list(inputs.layout.tensor_index)).repeat_interleave(sizes)}
         if inputs.risk_grads is not None:
@@ -38,7 +38,7 @@ def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
                 parts.append(torch.where(m == 0, torch.zeros_like(risk), risk).flatten())
             seen["second"] = torch.cat(parts)
         steps.append({name: value.clone() for name, value in seen.items()})
-        return original(selectors, granularity, inputs, *kernels)
+        return original(selectors, granularity, inputs, *kernels, **how)
 
     rose_ds.training.stepper.select = recording
     try:

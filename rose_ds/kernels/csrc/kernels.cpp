@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -79,6 +80,7 @@ T* data_of(const at::Tensor& t, at::ScalarType type) {
 constexpr int32_t kInfinity = 0x7f8;  // the top 12 bits of +inf; above it lie NaNs
 constexpr int kFacts = 6;             // numbers of a scan's row before its counts, as the two below: core's
 constexpr int kSampleShift = 17;
+constexpr int64_t kCollected = 8;  // of so many risks at most one is collected: a byte a risk
 constexpr int32_t kLowest = (127 - 48) << 6;
 
 // Risks that a scan has met in its window, of one thread: their bits, and where in their chunk they lie.
@@ -94,7 +96,7 @@ struct Found {
 
   // Room for `n` more; where they go.
   std::pair<int32_t*, int32_t*> room(int n) {
-    if (bits.size() < count + n) bits.resize(2 * (count + n)), at.resize(2 * (count + n));
+    if (bits.size() < count + n) bits.resize(5 * (count + n) / 4), at.resize(bits.size());
     return {bits.data() + count, at.data() + count};
   }
 };
@@ -187,36 +189,49 @@ class Risks {
       pointers_.push_back(data_of<void>(grads_[i], half ? at::kBFloat16 : at::kFloat));
       halves_.push_back(half);
     }
+    size_ = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
     chunks_ = chunks_of(sizes);
     found_.swap(spare());
   }
 
-  ~Risks() { found_.swap(spare()); }
+  ~Risks() {
+    size_t room = 0;
+    for (const auto& f : found_) room += f.bits.size();
+    if (room <= size_t(size_ / kCollected)) found_.swap(spare());
+  }
 
   at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) {
-    const int64_t bins = int64_t(1) << width;
+    const int64_t bins = int64_t(1) << width, above = shift + width;
     at::Tensor counts = at::zeros({bins}, at::kLong);
     int64_t* total = counts.data_ptr<int64_t>();
-    if (shift + width < 32) {
-      // the second round collects what the first has left, and the third looks at these alone
-      const int64_t low = prefix << (shift + width), high = low + (int64_t(1) << (shift + width));
-      if (low < window_.low || high > window_.high) collect({int32_t(low), int32_t(high), largest_, bit_}, false);
+    // the second round collects what the first has left, unless it is much (risks of zero in a first step), and the
+    // third looks at these alone
+    const int64_t low = prefix << above, high = low + (int64_t(1) << above);
+    bool known = window_.low <= low && high <= window_.high;
+    if (above == 20 && !known && !first_.empty() && first_[prefix] <= size_ / kCollected) {
+      collect({int32_t(low), int32_t(high), largest_, bit_}, false);
+      known = true;
+    }
+    if (known) {
       for (size_t t = 0; t < found_.size(); ++t)
         each_found(t, [&](size_t, int32_t bits, int32_t) {
-          if (bits >> (shift + width) == prefix) ++total[(bits >> shift) & (bins - 1)];
+          if (bits >> above == prefix) ++total[(bits >> shift) & (bins - 1)];
         });
       return counts;
     }
-    // two tables in turn, as neighbours often share a bin and one would wait for the other's store
-    std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(2 * bins));
+    // two tables in turn, as neighbours often share a bin and one would wait for the other's store; what has another
+    // prefix goes into a bin of its own
+    std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(2 * (bins + 1)));
     for_blocks([&](int t, size_t, int64_t, const int32_t* bits, int n) {
-      int64_t *even = tables[t].data(), *odd = even + bins;
-      int i = 0;
-      for (; i + 1 < n; i += 2) ++even[bits[i] >> shift], ++odd[bits[i + 1] >> shift];
-      if (i < n) ++even[bits[i] >> shift];
+      int64_t* tables_of[] = {tables[t].data(), tables[t].data() + bins + 1};
+      if (above == 32)
+        for (int i = 0; i < n; ++i) ++tables_of[i & 1][bits[i] >> shift];
+      else
+        for (int i = 0; i < n; ++i) ++tables_of[i & 1][bits[i] >> above == prefix ? (bits[i] >> shift) & (bins - 1) : bins];
     });
     for (const auto& table : tables)
-      for (size_t i = 0; i < table.size(); ++i) total[i % bins] += table[i];
+      for (int64_t i = 0; i < bins; ++i) total[i] += table[i] + table[bins + 1 + i];
+    if (above == 32) first_.assign(total, total + bins);
     return counts;
   }
 
@@ -238,7 +253,7 @@ class Risks {
     int64_t* out = row.data_ptr<int64_t>();
     const Facts facts = collect({int32_t(low << kSampleShift), int32_t(high << kSampleShift), largest_, bit_}, true);
     out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
-    for (const auto& g : grads_) out[0] += g.numel();
+    out[0] = size_;
     for (size_t t = 0; t < found_.size(); ++t)
       each_found(t, [&](size_t, int32_t bits, int32_t) { ++out[kFacts + ((bits - window_.low) >> 10)]; });
     return row;
@@ -355,8 +370,10 @@ class Risks {
   uint8_t bit_;
   bool largest_;
   int threads_;
+  int64_t size_;
   std::vector<Chunk> chunks_;
   std::vector<Found> found_;
+  std::vector<int64_t> first_;  // counts of the first round
   Window window_ = {0, 0, false, 0};  // of what is found
   bool sure_ = false;
 };
