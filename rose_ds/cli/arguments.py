@@ -34,13 +34,35 @@ class RunArguments(TrainingArguments):
         metadata={"help": "Train on the CPU; the default where there is no accelerator."},
     )
 
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step over all ranks: --gradient_accumulation_steps follows from it, whatever "
+            "the number of ranks. With it a run can go on with fewer or more of them (--resume auto)."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.global_batch_size is not None:
+            self._accumulate_to(self.global_batch_size)
         # transformers (training_args.py, _setup_devices) passes --ddp_timeout on for accelerators alone: CPU ranks
         # would wait half an hour for a host that is gone
         several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if self.use_cpu and several and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+
+    def _accumulate_to(self, rows: int) -> None:
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError("--global_batch_size sets --gradient_accumulation_steps: give one of the two")
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        at_once = ranks * self.per_device_train_batch_size
+        if rows < 1 or rows % at_once:
+            raise ValueError(
+                f"--global_batch_size {rows} is no multiple of {at_once}, the rows that {ranks} rank(s) take at once "
+                f"(--per_device_train_batch_size {self.per_device_train_batch_size})"
+            )
+        self.gradient_accumulation_steps = rows // at_once
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -220,7 +220,7 @@ def fill_in(preset: str, method: Method, given: Mapping[str, Any], world_size: i
     found = published(preset, method, task)
     settings = {"model": PRESETS[preset], **found.training, **found.masks, **found.constants}
     batch = settings.pop("batch")
-    if "per_device_train_batch_size" not in given:
+    if not {"per_device_train_batch_size", "global_batch_size"} & set(given):
         parts = world_size * int(given.get("gradient_accumulation_steps", 1))
         if batch % parts:
             raise ValueError(

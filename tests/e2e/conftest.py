@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import VARIABLES, Cluster
+from hosts import two_hosts
 from launching import ROOT
 
 from rose_ds.data import DataError, load_task
@@ -37,3 +41,18 @@ def glue() -> str:
     if not (folder / "SST-2" / "dev.tsv").is_file():
         pytest.skip(f"no GLUE data: set ROSE_DS_TEST_DATA to a folder with SST-2/dev.tsv (looked in {folder})")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Two hosts, up; tests that take it skip where there can be none."""
+    folder = tmp_path_factory.mktemp("two_host")
+    (folder / "hosts").mkdir()
+    env = {**VARIABLES, "TORCH_EXTENSIONS_DIR": str(extensions), "HOSTFILE": str(folder / "hostfile")}
+    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+    with two_hosts(folder / "hosts") as hosts:
+        yield Cluster(hosts, folder, {**env, "DS_ENV_FILE": str(folder / "deepspeed_env")})
+    shutil.rmtree(folder)
