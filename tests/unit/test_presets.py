@@ -172,6 +172,24 @@ def test_the_batch_is_that_of_all_ranks() -> None:
         filled(*flags, ranks=3)
 
 
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_a_global_batch_is_kept_on_any_number_of_ranks(ranks: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = RunArguments(per_device_train_batch_size=4, use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args._accumulate_to(32)
+    assert args.gradient_accumulation_steps == steps
+
+
+def test_a_global_batch_that_cannot_be() -> None:
+    flags = ("--method", "rose-first", "--task", "qnli", "--preset", "paper-base", "--global_batch_size", "12")
+    args = filled(*flags, "--per_device_train_batch_size", "3")[2]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 4), "not the preset's 32"
+    with pytest.raises(ValueError, match=re.escape("12 is no multiple of 8, the rows that 1 rank(s) take at once")):
+        filled(*flags)
+    with pytest.raises(ValueError, match="give one of the two"):
+        filled(*flags, "--gradient_accumulation_steps", "3")
+
+
 def test_the_command_fills_in_logs_and_hands_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
