@@ -22,7 +22,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from memory import MALLOC, _free_port, command_line, read, status, write
+from memory import _free_port, command_line, read, write
+
+from rose_ds.experiments.cost.memory import MALLOC, status
 
 RESULTS = Path(__file__).parent / "results" / "billion.json"
 SHAPE = dict(hidden_size=1792, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=14, vocab_size=8000)

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import hashlib
 import itertools
 import json
@@ -29,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from rose_ds.experiments.cost.memory import MALLOC, Meter
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 STRATEGIES = ("none", "first", "second", "ensemble")
@@ -54,15 +54,6 @@ SENTENCES = (
 )
 LENGTH = 16
 
-#: So that the mark follows live tensors, glibc gives every block of 64 KiB back at once; in huge pages, or each use of
-#: one would be thousands of page faults.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
 PHASES = {
     "model": "model built (stage 3: under deepspeed.zero.Init)",
     "engine": "deepspeed.initialize() and rose_ds.prepare() done",
@@ -72,34 +63,6 @@ PHASES = {
 
 
 # --- one rank ---
-
-
-def status() -> dict[str, int]:
-    """Bytes of this process by the kernel's account: VmHWM, RssAnon, RssFile, RssShmem."""
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}
-
-
-class Meter:
-    """Peaks of a process's own memory, above what it had when the meter was made."""
-
-    def __init__(self) -> None:
-        self.base = status()["RssAnon"]
-
-    def reset(self) -> None:
-        """Start a phase."""
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Bytes at the phase's highest point."""
-        now = status()
-        return now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self.base
-
-    def current(self) -> int:
-        """Bytes now, without what was freed."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return status()["RssAnon"] - self.base
 
 
 def ds_config(job: dict[str, Any]) -> dict[str, Any]:

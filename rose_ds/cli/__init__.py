@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from rose_ds import __version__
 from rose_ds.cli import (
     attack,
+    bench,
     disagreement,
     doctor,
     evaluate,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
     "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
     "sweep": ("run methods x tasks x seeds x settings, resumable and shared between machines", sweep.run),
+    "bench": ("what each method's training step costs on this machine, beside AdamW's", bench.run),
     "inspect": ("what the masks of runs kept, layer by layer, on one page", inspect.run),
     "landscape": ("the loss around trained models, in pictures and numbers (Eq. 6)", landscape.run),
     "interpolate": ("loss and accuracy on the line between two models (Eq. 7)", interpolate.run),

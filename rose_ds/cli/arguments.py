@@ -53,7 +53,7 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
 
     def _accumulate_to(self, rows: int) -> None:
-        if self.gradient_accumulation_steps != 1:
+        if self.gradient_accumulation_steps != 1:  # type: ignore[has-type]  # transformers' field
             raise ValueError("--global_batch_size sets --gradient_accumulation_steps: give one of the two")
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         at_once = ranks * self.per_device_train_batch_size

@@ -1,0 +1,101 @@
+"""``rose-ds bench``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rose_ds.cli.arguments import Parser
+from rose_ds.experiments.methods import METHODS, method_named
+from rose_ds.experiments.settings import RunSettings
+
+_COMBINATIONS = ("r-drop+rose-first", "smart+rose-second", "freelb+rose-ensemble")
+_FAST = ", fast"
+
+_DESCRIPTION = """What each method's training step costs beside AdamW's on this machine: seconds and peak memory.
+
+Examples:
+  rose-ds bench --methods rose-second rose-ensemble "rose-ensemble, fast"
+  rose-ds bench --task sst2 --data glue/ --model roberta-base --batch_size 32 --methods rose-ensemble r-drop
+  rose-ds bench --output cost.json --plot cost.png                                    # every method
+
+One process on one device. All methods take turns, a step each in every round, so that a busy moment of the machine
+meets all alike; printed is the median of a round's ratio to AdamW (vanilla) with its quartiles, beside what arithmetic
+says. ", fast" behind a method: with --first_order fast. A step is forward and backward passes of one batch, clipping
+and update. All models are in memory at once."""
+
+
+@dataclass
+class Rounds:
+    """What is measured, and how."""
+
+    _argument_group_name: ClassVar[str] = "measurement"
+
+    methods: list[str] | None = field(
+        default=None,
+        metadata={"help": "Methods and combinations, as rose-ds train has them. Default: every one."},
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows of a step."})
+    rounds: int = field(default=12, metadata={"help": "Steps of each method that count."})
+    warmup: int = field(default=3, metadata={"help": "Steps before them that do not."})
+    threads: int = field(default=2, metadata={"help": "CPU threads of each process."})
+    output: str | None = field(default=None, metadata={"help": "Write everything that was found to this JSON file."})
+    plot: str | None = field(default=None, metadata={"help": "Draw it: .png, .pdf or .svg."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("rounds", 2), ("warmup", 0), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for method in self.methods or ():
+            found = method_named(method.removesuffix(_FAST))
+            if method.endswith(_FAST) and found.rose.get("strategy") not in ("first", "ensemble"):
+                raise ValueError(f"{method!r}: only methods that rank by first-order risk have a fast mode")
+        for name in ("output", "plot"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The methods to measure."""
+        fast = [f"{name}{_FAST}" for name in ("rose-first", "rose-ensemble")]
+        return self.methods or [*METHODS, *fast, *_COMBINATIONS]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measure, write, print."""
+    parser = Parser("bench", _DESCRIPTION, RunSettings, Rounds)
+    given = parser.given(arguments)
+    settings, how = parser.settings(arguments)
+    from tqdm import tqdm
+
+    from rose_ds.experiments.cost.turns import measure, plot, table
+    from rose_ds.experiments.loading import load_data
+    from rose_ds.experiments.metrics import write_whole
+    from rose_ds.experiments.models import check_length, load_tokenizer
+
+    data = load_data(settings, splits=("train",))  # says what is wrong with it once, and not in every process
+    if data.train is None or len(data.train) < how.batch_size:
+        raise ValueError(f"batch_size={how.batch_size}: the training set has {len(data.train or ())} rows")
+    check_length(settings.model, load_tokenizer(settings.model), settings.max_length)
+
+    def progress(items: Iterable[Any], text: str) -> Iterable[Any]:
+        return tqdm(items, desc=text)
+
+    known = {f.name for f in fields(RunSettings)}
+    job = {
+        "run": {name: value for name, value in given.items() if name in known},
+        "batch_size": how.batch_size,
+        "threads": how.threads,
+    }
+    found = measure(how.chosen, job, rounds=how.rounds, warmup=how.warmup, progress=progress)
+    found = {"command": shlex.join(["rose-ds", "bench", *arguments]), **found}
+    if how.output is not None:
+        write_whole(Path(how.output), json.dumps(found, indent=1) + "\n")
+    if how.plot is not None:
+        plot(found["methods"], Path(how.plot))
+    print(table(found["methods"]))

@@ -1,0 +1,63 @@
+"""rose-ds bench on the packaged model and real sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rose_ds.cli import main
+from rose_ds.experiments.cost.turns import measure
+
+FAST = "rose-ensemble, fast"
+
+
+def test_bench(minilm: str, snippets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Passes are counted while they run; time and memory are compared with AdamW's."""
+    output, picture = tmp_path / "cost.json", tmp_path / "cost.png"
+    told = ["--methods", FAST, "smart", "--batch_size", "8", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+    main(["bench", "--task", snippets, "--model", minilm, *told, "--output", str(output), "--plot", str(picture)])
+    found = json.loads(output.read_text())
+    assert found["command"].startswith("rose-ds bench --task snippets")
+    assert 22e6 < found["parameters"] < 23e6
+    methods = found["methods"]
+    assert list(methods) == ["vanilla", FAST, "smart"]
+    assert [methods[name]["passes"] for name in methods] == [
+        {"forward": 1, "backward": 1, "probe": 0},
+        {"forward": 1.25, "backward": 1.25, "probe": 0},
+        {"forward": 3, "backward": 3, "probe": 1},
+    ]
+    assert [round(methods[name]["arithmetic"], 2) for name in methods] == [1, 1.25, 2.67]
+    assert methods["vanilla"]["ratio"] == methods["vanilla"]["peak_ratio"] == 1
+    for one in methods.values():
+        low, high = one["ratio_quartiles"]
+        assert 0 < low <= one["ratio"] <= high
+        assert one["peak_bytes"] > 3 * 4 * found["parameters"], "gradient and moments are in it"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(methods)
+
+
+def test_a_method_that_ends_is_named(snippets: str) -> None:
+    job = {"run": {"task": snippets, "model": "/no/such/model"}, "batch_size": 4, "threads": 1}
+    with pytest.raises(RuntimeError, match="vanilla: its process ended with 1"):
+        measure(["rose-second"], job, rounds=2, warmup=0)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["--rounds", "1"], "rounds=1 must be at least 2"),
+        (["--methods", "rose-third"], "rose-third"),
+        (["--methods", "r-drop, fast"], "only methods that rank by first-order risk have a fast mode"),
+        (["--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--batch_size", "1000000"], "batch_size=1000000: the training set has"),
+    ],
+)
+def test_bad_input(told: list[str], message: str, snippets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *told])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
