@@ -19,7 +19,9 @@ def keep_count(fraction: float, n: int) -> int:
     return max(1, math.floor(fraction * n + 1e-9))
 
 
-def add_mask_(codes: Tensor, score: Tensor, tau: float, bit: int, *, largest: bool = False) -> Tensor:
-    """Set ``bit`` of ``codes`` (uint8) where ``score <= tau`` (Eq. 3), or ``>= tau``; ties are kept. In place."""
+def add_mask_(codes: Tensor, score: Tensor, tau: float | Tensor, bit: int, *, largest: bool = False) -> Tensor:
+    """Set ``bit`` of ``codes`` (uint8) where ``score <= tau`` (Eq. 3), or ``>= tau``; ties are kept. In place. ``tau``
+    may lie on the scores' device: fp32, of no dimension.
+    """
     kept = score >= tau if largest else score <= tau
     return codes.bitwise_or_(kept.to(torch.uint8).mul_(bit).view_as(codes))

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from rose_ds.core.automatic import CRITERIA
+from rose_ds.core.counting import Compiled, Lazy, LazyOnDevice, can_compile, score_of
+from rose_ds.core.device import Wanted, kth_smallest_on_device
 from rose_ds.core.layout import Layout
-from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, TensorMagnitudes
+from rose_ds.core.magnitudes import StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
-from rose_ds.core.threshold import Chunks, Spread, Threshold, kth_smallest, local_only
-from rose_ds.kernels import fits
+from rose_ds.core.threshold import Spread, Threshold, kth_smallest, local_only
 
 #: From magnitudes to what is ranked: non-negative, fp32.
 Score = Callable[[Any], Tensor]
 #: What a 0 in the mask means; see ``rose_ds.core.update``.
 Rule = Literal["robust", "gradient", "update"]
-_CHUNK = 1 << 21  # scores computed at a time: bounds the scratch memory
-_KEPT = 1 << 24  # up to so many scores of this rank are kept while they are ranked, instead of computed four times
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,29 @@ def select(
     kernels: Any | None = None,
     *,
     histograms: bool = False,
+    device: torch.device | None = None,
 ) -> Selection:
     """Masks for this rank's slices and the global thresholds behind them (Eq. 2 to 5).
 
     Every rank must call it, also one that holds nothing. ``kernels`` (``rose_ds.kernels``) compute the same bits; ranks
     may differ in having them. ``histograms``: every threshold brings its histogram, which takes one more look at the
-    scores where they are many.
+    scores where they are many. ``device``: where all slices of every rank lie on accelerators, this rank's; elements
+    are then ranked there, and the host reads from it once, whatever the number of slices. The outcome is the same.
+
+    Raises:
+        FloatingPointError: a score is NaN, other than of a gradient that is only ranked.
+        ValueError: a score is negative, or fewer are counted than the layout says; on every rank alike.
     """
-    selection = Selection(_empty_codes(granularity, inputs))
-    for selector in selectors:
-        if granularity == "element":
-            threshold, add_mask = _rank_elements(selector, inputs, selection.codes, kernels, histograms)
-        else:
-            threshold, add_mask = _rank_tensors(selector, inputs)
+    codes = _empty_codes(granularity, inputs)
+    if granularity == "element" and device is not None:
+        return _outcome(codes, _rank_on_device(selectors, inputs, codes, kernels, device))
+    return _outcome(codes, _rank(selectors, granularity, inputs, codes, kernels, histograms))
+
+
+def _outcome(codes: list[Any], ranked: Iterator[tuple[Selector, Threshold]]) -> Selection:
+    """Thresholds one by one, until one says that the step cannot be made."""
+    selection = Selection(codes)
+    for selector, threshold in ranked:
         selection.thresholds[selector.bit] = threshold
         if selector.ranks_risk and (threshold.infinite or threshold.nan):
             return Selection([], selection.thresholds, finite=False)
@@ -82,8 +91,39 @@ def select(
                 f"{threshold.nan} scores are NaN: exp_avg, a weight or the gradient is not finite. Resume from a "
                 "checkpoint written before the loss diverged"
             )
-        add_mask(selection.codes)
     return selection
+
+
+def _rank(
+    selectors: Sequence[Selector],
+    granularity: str,
+    inputs: StepInputs,
+    codes: list[Any],
+    kernels: Any | None,
+    histograms: bool,
+) -> Iterator[tuple[Selector, Threshold]]:
+    """One ranking after the other; each marks the codes when the next one is asked for."""
+    for selector in selectors:
+        if granularity == "element":
+            threshold, add_mask = _rank_elements(selector, inputs, codes, kernels, histograms)
+        else:
+            threshold, add_mask = _rank_tensors(selector, inputs)
+        yield selector, threshold
+        add_mask(codes)
+
+
+def _rank_on_device(
+    selectors: Sequence[Selector], inputs: StepInputs, codes: list[Tensor], kernels: Any | None, device: torch.device
+) -> Iterator[tuple[Selector, Threshold]]:
+    """All rankings together; the codes are marked before anything is known on the host."""
+    layout, scores = inputs.layout, [score_of(selector, inputs) for selector in selectors]
+    values = [LazyOnDevice(selectors, scores, codes, layout.slices_of(e), device) for e in layout.exchanges]
+    spreads = list(zip(values, layout.exchanges, strict=True))
+    wanted = [_wanted(selector, layout.element_count) for selector in selectors]
+    taus, thresholds = kth_smallest_on_device(spreads, wanted, device)
+    for part in values:
+        part.mark(taus)
+    return zip(selectors, thresholds, strict=True)
 
 
 def _empty_codes(granularity: str, inputs: StepInputs) -> list[Any]:
@@ -92,97 +132,16 @@ def _empty_codes(granularity: str, inputs: StepInputs) -> list[Any]:
     return [torch.zeros(g.numel(), dtype=torch.uint8, device=g.device) for g in inputs.grads]
 
 
-def _parts(numel: int) -> Iterator[slice]:
-    return (slice(start, min(start + _CHUNK, numel)) for start in range(0, numel, _CHUNK))
-
-
-class _Kept:
-    """Scores that are computed once."""
-
-    def __init__(self, score: Callable[[int, slice], Tensor], sizes: Sequence[int]) -> None:
-        parts = [[score(i, at) for at in _parts(n)] for i, n in enumerate(sizes)]
-        self.values = [torch.cat(mine) if mine else torch.zeros(0) for mine in parts]
-
-    def __call__(self, i: int, at: slice) -> Tensor:
-        return self.values[i][at]
-
-
-class _Lazy(Chunks):
-    """Scores asked for in each round of the threshold, a part of a slice at a time."""
-
-    def __init__(self, score: Callable[[int, slice], Tensor], sizes: Sequence[int], indices: Sequence[int]) -> None:
-        super().__init__()
-        self.score, self.sizes, self.indices = score, sizes, indices
-
-    def chunks(self) -> Iterator[Tensor]:
-        return (self.score(i, at) for i in self.indices for at in _parts(self.sizes[i]))
-
-    def every(self, stride: int) -> Iterator[Tensor]:
-        start = 0
-        for i in self.indices:
-            yield self.score(i, slice(start, self.sizes[i], stride))
-            start = (start - self.sizes[i]) % stride
-
-    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
-        for i in self.indices:
-            for at in _parts(self.sizes[i]):
-                add_mask_(codes[i][at], self.score(i, at), tau, selector.bit, largest=selector.largest)
-
-
-class _Compiled:
-    """Risks that kernels compute, count and mark, with no tensor of them anywhere."""
-
-    def __init__(
-        self, kernels: Any, selector: Selector, inputs: StepInputs, codes: Sequence[Tensor], indices: Sequence[int]
-    ) -> None:
-        if selector.kernel == "first":
-            assert inputs.risk_grads is not None
-            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0)
-        else:
-            grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
-            numbers = (grads, exp_avgs, [1 - inputs.beta1s[i] for i in indices], float(inputs.scale))
-        self.risks = kernels.Risks(*numbers, [codes[i] for i in indices], selector.bit, selector.largest)
-
-    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
-        counts: Tensor = self.risks.histogram(prefix, shift, width)
-        return counts
-
-    def sample(self, stride: int) -> Tensor:
-        counts: Tensor = self.risks.sample(stride)
-        return counts
-
-    def scan(self, low: int, high: int) -> Tensor:
-        row: Tensor = self.risks.scan(low, high)  # and marks what it is sure of
-        return row
-
-    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
-        self.risks.mark(tau)
-
-
-def _can_compile(selector: Selector, inputs: StepInputs) -> bool:
-    if selector.kernel == "first":
-        return all(fits(g) for g in inputs.risk_grads or [])
-    if selector.kernel == "second":
-        return not inputs.share and all(fits(g, half=True) for g in inputs.grads) and all(map(fits, inputs.exp_avgs))
-    return False
-
-
 def _rank_elements(
     selector: Selector, inputs: StepInputs, codes: Sequence[Any], kernels: Any | None, histograms: bool
 ) -> tuple[Threshold, Callable[[list[Any]], None]]:
     layout = inputs.layout
-    values: list[_Lazy | _Compiled]
-    if kernels is not None and _can_compile(selector, inputs):
-        values = [_Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
+    values: list[Lazy | Compiled]
+    if kernels is not None and can_compile(selector, inputs):
+        values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
-        sizes = [g.numel() for g in inputs.grads]
-
-        def score(i: int, at: slice) -> Tensor:
-            return selector.score(ElementMagnitudes(inputs, i, at))
-
-        if sum(sizes) <= _KEPT:
-            score = _Kept(score, sizes)
-        values = [_Lazy(score, sizes, layout.slices_of(e)) for e in layout.exchanges]
+        score, sizes = score_of(selector, inputs), [g.numel() for g in inputs.grads]
+        values = [Lazy(score, sizes, layout.slices_of(e)) for e in layout.exchanges]
     spreads = list(zip(values, layout.exchanges, strict=True))
     threshold = _threshold(selector, spreads, layout.element_count, guided=not histograms)
 
@@ -209,16 +168,21 @@ def _rank_tensors(selector: Selector, inputs: StepInputs) -> tuple[Threshold, Ca
 
 
 def _threshold(selector: Selector, spreads: Sequence[Spread], count: int, *, guided: bool = False) -> Threshold:
+    wanted, known = _wanted(selector, count), count if guided else None
+    return kth_smallest(spreads, wanted.k, largest=wanted.largest, fixed=wanted.fixed, count=known)
+
+
+def _wanted(selector: Selector, count: int) -> Wanted:
+    """Of ``count`` scores, which one is the threshold."""
+
     def rank(keep: int) -> int:
         """Of the last one kept, from the smallest."""
         return count - keep + 1 if selector.largest else keep
 
     if isinstance(selector.keep, str):
         criterion = CRITERIA[selector.keep]
-        return kth_smallest(spreads, lambda histogram: rank(max(1, criterion(histogram))), largest=selector.largest)
-    k = rank(keep_count(selector.keep, count))
-    known = count if guided else None
-    return kth_smallest(spreads, k, largest=selector.largest, fixed=selector.fixed, count=known)
+        return Wanted(lambda histogram: rank(max(1, criterion(histogram))), selector.largest)
+    return Wanted(rank(keep_count(selector.keep, count)), selector.largest, selector.fixed)
 
 
 def kept_by_tensor(layout: Layout, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

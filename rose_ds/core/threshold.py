@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class Counted(Protocol):
 #: Values that one set of ranks shares out among its members, and how these ranks exchange counts.
 Spread = tuple[Iterable[Tensor] | Counted, Exchange]
 
-_ROUNDS = ((20, 12), (10, 10), (0, 10))  # (shift, width) in bits, most significant first
-_INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on negative numbers and from 0xFF8 on NaNs
+ROUNDS = ((20, 12), (10, 10), (0, 10))  # (shift, width) in bits, most significant first
+INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on negative numbers and from 0xFF8 on NaNs
 _MINUS_INFINITY = -8  # its top 12 bits, read with their sign
 _CHUNK = 1 << 20  # values at a time: bounds the scratch memory of a round
 _FACTS = 6  # numbers in a scan's row before its counts
@@ -102,15 +102,15 @@ def kth_smallest(
     Raises:
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
-    search = _Search([(v if isinstance(v, Counted) else Chunks(v), exchange) for v, exchange in spreads])
-    rounds: Sequence[tuple[int, int]] = _ROUNDS
-    wanted = None if fixed is None else int(torch.tensor(fixed).view(torch.int32))
+    search = Search([(v if isinstance(v, Counted) else Chunks(v), exchange) for v, exchange in spreads])
+    rounds: Sequence[tuple[int, int]] = ROUNDS
+    wanted = None if fixed is None else bits_of_number(fixed)
     last = 0 if callable(k) else k
     if count is not None and count >= MANY and 1 <= last <= count and wanted is None and search.by_sample(last, count):
-        rounds = _ROUNDS[2:]
+        rounds = ROUNDS[2:]
     for shift, width in rounds:
         counts = search.ask(methodcaller("histogram", search.prefix, shift, width))
-        if shift == _ROUNDS[0][0]:
+        if shift == ROUNDS[0][0]:
             last = search.begin(counts, k)
         if search.nan:
             break
@@ -118,10 +118,10 @@ def kth_smallest(
     return search.threshold(largest)
 
 
-class _Search:
+class Search:
     """What the rounds so far have found out."""
 
-    def __init__(self, spreads: Sequence[tuple[Counted, Exchange]]) -> None:
+    def __init__(self, spreads: Sequence[tuple[Any, Exchange]]) -> None:
         self.spreads = spreads
         self.prefix = 0
         """The k-th smallest's highest bits."""
@@ -143,10 +143,10 @@ class _Search:
     def begin(self, counts: Tensor, k: int | Callable[[Tensor], int]) -> int:
         """Read the first round's counts; k as a number."""
         self._check(
-            int(counts.sum()), int(counts[_INFINITY]), int(counts[_INFINITY + 1 : 0x800].sum() + counts[0xFF9:].sum()),
+            int(counts.sum()), int(counts[INFINITY]), int(counts[INFINITY + 1 : 0x800].sum() + counts[0xFF9:].sum()),
             int(counts[0x800:0xFF9].sum()), int(counts[0]),
         )  # fmt: skip
-        self.rank_totals, self.histogram = self.rows.sum(1), counts[:_INFINITY].cpu()
+        self.rank_totals, self.histogram = self.rows.sum(1), counts[:INFINITY].cpu()
         last = k(self.histogram) if callable(k) else k
         self._check_range(last)
         return last
@@ -243,8 +243,8 @@ class Chunks:
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         found = None
         known = self.window[0] <= prefix << (shift + width) >> _SAMPLE_SHIFT < self.window[1]
-        bits_of = self.inside if known and shift + width <= _SAMPLE_SHIFT else self._bits()
-        for bits in bits_of:
+        source = self.inside if known and shift + width <= _SAMPLE_SHIFT else self._bits()
+        for bits in source:
             if shift + width < 32:
                 bits = bits[(bits >> (shift + width)) == prefix]
             digits = (bits >> shift) & ((1 << width) - 1)
@@ -255,7 +255,7 @@ class Chunks:
     def sample(self, stride: int) -> Tensor:
         found = torch.zeros(1 << 12, dtype=torch.int64)
         for part in self.every(stride):
-            bins = (_bits(part) >> _SAMPLE_SHIFT).sub_(_LOWEST).clamp_(0, 0xFFF)
+            bins = (bits_of(part) >> _SAMPLE_SHIFT).sub_(_LOWEST).clamp_(0, 0xFFF)
             found = found.to(part.device) + torch.bincount(bins, minlength=1 << 12)
         return found
 
@@ -267,8 +267,8 @@ class Chunks:
             self.inside.append(inside)
             counts = torch.bincount((inside >> 10) - (low << 7), minlength=(high - low) << 7)
             top = bits >> 20
-            nan = (top > _INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
-            facts = [(top >= 0) & (bits < low << _SAMPLE_SHIFT), top == _INFINITY, nan, top < 0, top == 0]
+            nan = (top > INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
+            facts = [(top >= 0) & (bits < low << _SAMPLE_SHIFT), top == INFINITY, nan, top < 0, top == 0]
             sums = torch.stack([fact.sum() for fact in facts])
             sums[3] -= (nan & (top < 0)).sum()
             row = torch.cat([torch.full_like(sums[:1], bits.numel()), sums, counts])
@@ -277,9 +277,14 @@ class Chunks:
 
     def _bits(self) -> Iterator[Tensor]:
         for chunk in self.chunks():
-            yield from map(_bits, chunk.detach().reshape(-1).split(_CHUNK))
+            yield from map(bits_of, chunk.detach().reshape(-1).split(_CHUNK))
 
 
-def _bits(values: Tensor) -> Tensor:
+def bits_of(values: Tensor) -> Tensor:
     """As int32; + 0.0 turns -0.0 into 0.0, whose bits sort first."""
     return (values.float() + 0.0).view(torch.int32)
+
+
+def bits_of_number(value: float) -> int:
+    """The bits of a number in fp32, as an integer."""
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))

@@ -172,6 +172,7 @@ class UpdateBatch:
         self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
         self.masked: list[tuple[Tensor, ...]] = []
+        self.tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.pending = 0
 
     def add(self, code: Tensor | int, views: tuple[Tensor, ...], scale: float = 1.0) -> None:
@@ -187,7 +188,7 @@ class UpdateBatch:
             self.free.append(views)
             return
         if not isinstance(code, Tensor):
-            code = torch.tensor([code], dtype=torch.uint8, device=views[0].device)
+            code = torch.full((1,), code, dtype=torch.uint8, device=views[0].device)
         # a part at a time: its mask and what is computed on the way, and a gradient of lower precision in full
         flat = [v.view(-1) for v in views] if views[0].numel() > _BATCH or whole else views
         for start in range(0, max(1, views[0].numel()), _BATCH):
@@ -198,10 +199,20 @@ class UpdateBatch:
     def _add_masked(self, code: Tensor, views: tuple[Tensor, ...], scale: float) -> None:
         if self.pending + views[0].numel() > _BATCH:
             self._flush_masked()
-        table = torch.tensor(self.values, dtype=views[2].dtype, device=code.device).mul_(scale)
         param, grad, exp_avg, exp_avg_sq = views
+        table = self._table(code.device, exp_avg.dtype)
+        if scale != 1.0:
+            table = table * scale
         self.masked.append((param, grad.to(param.dtype), exp_avg, exp_avg_sq, table[code.int()]))
         self.pending += views[0].numel()
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The mask's values, made once: with no copy from the host, which an accelerator would have wait."""
+        table = self.tables.get((device, dtype))
+        if table is None:
+            entries = [torch.full((), value, dtype=dtype, device=device) for value in self.values]
+            table = self.tables[device, dtype] = torch.stack(entries)
+        return table
 
     def _flush_masked(self) -> None:
         if self.masked:

@@ -262,6 +262,16 @@ def agreed_kernels(engine: Engine) -> Any | None:
     return found if everywhere else None
 
 
+def agreed_accelerator(engine: Engine) -> torch.device | None:
+    """The accelerator that holds all that this rank's optimizer updates, where every rank has one; else None. All must
+    agree, since the ranks exchange other counts where thresholds are found on accelerators. A collective.
+    """
+    devices = {local(p).device for group in engine.optimizer.param_groups for p in group["params"]}
+    found = devices.pop() if len(devices) == 1 else None
+    everywhere = engine.agree(found is not None and found.type != "cpu")
+    return found if everywhere else None
+
+
 def refuse_checkpointing(module: nn.Module) -> None:
     """Activation checkpointing under which a second gradient of a micro-batch is wrong.
 

@@ -15,7 +15,7 @@ from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.average import WeightAverage
-from rose_ds.engines.base import Engine, agreed_kernels, refuse_checkpointing
+from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels, refuse_checkpointing
 from rose_ds.engines.passes import Forward, Loss, PassBatch, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
@@ -98,6 +98,7 @@ class Stepper:
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
         self.optimizer.kernels = agreed_kernels(engine) if self.policy is not None else None
+        self._accelerator = agreed_accelerator(engine) if self.policy is not None else None
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -346,7 +347,12 @@ class Stepper:
             inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
             recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))
             selection = select(
-                policy.selectors, self.config.granularity, inputs, self.optimizer.kernels, histograms=recorded
+                policy.selectors,
+                self.config.granularity,
+                inputs,
+                self.optimizer.kernels,
+                histograms=recorded,
+                device=self._accelerator,
             )
             if policy.refresh == "once":
                 self.state.selection = selection

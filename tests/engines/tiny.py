@@ -120,7 +120,7 @@ class GlobalDropout(nn.Dropout):
         assert _rows is not None, "run the model inside rows()"
         total, mine = _rows
         mask = F.dropout(torch.ones(total, *x.shape[1:]), self.p)
-        return x * mask[mine].to(x.dtype)
+        return x * mask[mine].to(x)
 
 
 class Gate(nn.Module):

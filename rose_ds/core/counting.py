@@ -1,0 +1,143 @@
+"""Scores of elements that are counted and marked where they lie: by torch, by kernels, or on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs
+from rose_ds.core.mask import add_mask_
+from rose_ds.core.threshold import Chunks, bits_of
+from rose_ds.kernels import fits
+
+if TYPE_CHECKING:
+    from rose_ds.core.select import Selector
+
+#: The scores of a part of a slice, given the slice's number and which of its elements: fp32, 1-D.
+ScorePart = Callable[[int, slice], Tensor]
+_CHUNK = 1 << 21  # scores computed at a time: bounds the scratch memory
+_KEPT = 1 << 24  # up to so many scores of this rank are kept while they are ranked, instead of computed four times
+
+
+def _parts(numel: int) -> Iterator[slice]:
+    return (slice(start, min(start + _CHUNK, numel)) for start in range(0, numel, _CHUNK))
+
+
+class _Kept:
+    """Scores that are computed once."""
+
+    def __init__(self, score: ScorePart, sizes: Sequence[int]) -> None:
+        parts = [[score(i, at) for at in _parts(n)] for i, n in enumerate(sizes)]
+        self.values = [torch.cat(mine) if mine else torch.zeros(0) for mine in parts]
+
+    def __call__(self, i: int, at: slice) -> Tensor:
+        return self.values[i][at]
+
+
+def score_of(selector: Selector, inputs: StepInputs) -> ScorePart:
+    """A selector's scores of this rank's slices, kept where they are few."""
+    sizes = [g.numel() for g in inputs.grads]
+
+    def score(i: int, at: slice) -> Tensor:
+        return selector.score(ElementMagnitudes(inputs, i, at))
+
+    return _Kept(score, sizes) if sum(sizes) <= _KEPT else score
+
+
+class Lazy(Chunks):
+    """Scores asked for in each round of the threshold, a part of a slice at a time."""
+
+    def __init__(self, score: ScorePart, sizes: Sequence[int], indices: Sequence[int]) -> None:
+        super().__init__()
+        self.score, self.sizes, self.indices = score, sizes, indices
+
+    def chunks(self) -> Iterator[Tensor]:
+        return (self.score(i, at) for i in self.indices for at in _parts(self.sizes[i]))
+
+    def every(self, stride: int) -> Iterator[Tensor]:
+        start = 0
+        for i in self.indices:
+            yield self.score(i, slice(start, self.sizes[i], stride))
+            start = (start - self.sizes[i]) % stride
+
+    def mark(self, selector: Selector, tau: float | Tensor, codes: Sequence[Tensor]) -> None:
+        """Set the selector's bit of the slices' codes, where their scores are kept."""
+        for i in self.indices:
+            for at in _parts(self.sizes[i]):
+                add_mask_(codes[i][at], self.score(i, at), tau, selector.bit, largest=selector.largest)
+
+
+class Compiled:
+    """Risks that kernels compute, count and mark, with no tensor of them anywhere."""
+
+    def __init__(
+        self, kernels: Any, selector: Selector, inputs: StepInputs, codes: Sequence[Tensor], indices: Sequence[int]
+    ) -> None:
+        if selector.kernel == "first":
+            assert inputs.risk_grads is not None
+            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0)
+        else:
+            grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
+            numbers = (grads, exp_avgs, [1 - inputs.beta1s[i] for i in indices], float(inputs.scale))
+        self.risks = kernels.Risks(*numbers, [codes[i] for i in indices], selector.bit, selector.largest)
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        counts: Tensor = self.risks.histogram(prefix, shift, width)
+        return counts
+
+    def sample(self, stride: int) -> Tensor:
+        counts: Tensor = self.risks.sample(stride)
+        return counts
+
+    def scan(self, low: int, high: int) -> Tensor:
+        row: Tensor = self.risks.scan(low, high)  # and marks what it is sure of
+        return row
+
+    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
+        self.risks.mark(tau)
+
+
+def can_compile(selector: Selector, inputs: StepInputs) -> bool:
+    """Whether the C++ kernels know this score and take these tensors."""
+    if selector.kernel == "first":
+        return all(fits(g) for g in inputs.risk_grads or [])
+    if selector.kernel == "second":
+        return not inputs.share and all(fits(g, half=True) for g in inputs.grads) and all(map(fits, inputs.exp_avgs))
+    return False
+
+
+class LazyOnDevice:
+    """``rose_ds.core.device.OnDevice`` by torch's operations, none of which waits for the device."""
+
+    def __init__(
+        self,
+        selectors: Sequence[Selector],
+        scores: Sequence[ScorePart],
+        codes: Sequence[Tensor],
+        indices: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        sizes = [code.numel() for code in codes]
+        self.selectors, self.codes, self.device = selectors, codes, device
+        self.kinds = [Lazy(score, sizes, indices) for score in scores]
+
+    def histogram(self, prefixes: Tensor, shift: int, width: int) -> Tensor:
+        # Twice the bins: the others have as many of their own, or one address would get nearly all of the additions.
+        # bincount would read its largest value, and an index by a mask the number of ones.
+        found = torch.zeros(len(self.kinds), 2 << width, dtype=torch.int64, device=self.device)
+        one = torch.ones((), dtype=torch.int64, device=self.device)
+        for kind, values in enumerate(self.kinds):
+            for chunk in values.chunks():
+                bits = bits_of(chunk)
+                digits = ((bits >> shift) & ((1 << width) - 1)).long()
+                if shift + width < 32:
+                    digits += ((bits >> (shift + width)) != prefixes[kind]).long() << width
+                found[kind].scatter_add_(0, digits, one.expand(len(digits)))
+        return found[:, : 1 << width]
+
+    def mark(self, taus: Tensor) -> None:
+        for kind, values in enumerate(self.kinds):
+            values.mark(self.selectors[kind], taus[kind], self.codes)

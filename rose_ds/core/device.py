@@ -1,0 +1,102 @@
+"""The exact k-th smallest on an accelerator: what the rounds find out stays there, and the host reads it once.
+
+The rounds are those of ``rose_ds.core.threshold``, without the sample, whose use is decided on the host. All rankings
+of a step go through them together: one exchange a round, one read in all. A number read on the host (``int()``,
+``tolist()``, an index by a mask, ``bincount``) has the host wait for the device, which then runs empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rose_ds.core.threshold import INFINITY, ROUNDS, Exchange, Search, Threshold, bits_of_number
+
+
+class OnDevice(Protocol):
+    """Values of several rankings, counted and marked where they lie, by numbers that lie there too."""
+
+    def histogram(self, prefixes: Tensor, shift: int, width: int) -> Tensor:
+        """``Counted.histogram`` of every ranking: int64, (rankings, 2**width). ``prefixes``: int64, (rankings,)."""
+
+    def mark(self, taus: Tensor) -> None:
+        """Set every ranking's bit of the codes, by its own threshold: fp32, (rankings,)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What ``kth_smallest`` is asked for."""
+
+    k: int | Callable[[Tensor], int]
+    """1-based; or what chooses it by ``Threshold.histogram``, for which the host reads the first round's counts too."""
+    largest: bool = False
+    fixed: float | None = None
+
+
+def numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64, (len(values),), with no copy from the host, which would have it wait."""
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+
+
+def kth_smallest_on_device(
+    spreads: Sequence[tuple[OnDevice, Exchange]], wanted: Sequence[Wanted], device: torch.device
+) -> tuple[Tensor, Iterator[Threshold]]:
+    """Thresholds of several rankings of the same elements.
+
+    Args:
+        spreads: values and the exchange between their ranks; every rank has them in the same order.
+        wanted: one a ranking.
+        device: on which the values lie.
+
+    Returns:
+        The thresholds, fp32, (rankings,), on the device; meaningless where an error follows or there are NaNs. And the
+        same with all counts, one by one: the first that is asked for reads from the device, and each may raise what
+        ``kth_smallest`` raises.
+    """
+    ks = [0 if callable(w.k) else w.k for w in wanted]
+    last = numbers(ks, device)
+    fixed = numbers([-1 if w.fixed is None else bits_of_number(w.fixed) for w in wanted], device)
+    prefix = below = torch.zeros_like(last)
+    rank_below = torch.zeros((), dtype=torch.int64, device=device)
+    first = rank_totals = rank_below
+    for shift, width in ROUNDS:
+        rows = [exchange(values.histogram(prefix, shift, width)).to(device) for values, exchange in spreads]
+        counts = torch.stack([r.sum(0) for r in rows]).sum(0)
+        if shift == ROUNDS[0][0]:
+            first, rank_totals = counts, rows[0].sum(2)
+            if any(callable(w.k) for w in wanted):
+                histograms = counts[:, :INFINITY].cpu()
+                ks = [w.k(h) if callable(w.k) else w.k for w, h in zip(wanted, histograms, strict=True)]
+                last = numbers(ks, device)
+        cumulative = counts.cumsum(1)
+        # clamped: a k out of range is an error, but not before the read
+        digit = torch.searchsorted(cumulative, (last - below).unsqueeze(1))[:, 0].clamp_(max=(1 << width) - 1)
+        digit = torch.where(fixed < 0, digit, (fixed >> shift) & ((1 << width) - 1))
+        at = digit.unsqueeze(1)
+        with_prefix = counts.gather(1, at)[:, 0]
+        below = below + cumulative.gather(1, at)[:, 0] - with_prefix
+        of_rank = at.expand(len(rows[0]), -1, 1)
+        rank_with = rows[0].gather(2, of_rank)[..., 0]
+        rank_below = rank_below + rows[0].cumsum(2).gather(2, of_rank)[..., 0] - rank_with
+        prefix = (prefix << width) + digit
+    found = (first, rank_totals, below, with_prefix, prefix, rank_below, rank_with)
+    return prefix.int().view(torch.float32), _read(found, spreads, wanted, ks)
+
+
+def _read(
+    found: Sequence[Tensor], spreads: Sequence[tuple[OnDevice, Exchange]], wanted: Sequence[Wanted], ks: Sequence[int]
+) -> Iterator[Threshold]:
+    host = torch.cat([part.reshape(-1) for part in found]).cpu()
+    parts = zip(host.split([part.numel() for part in found]), found, strict=True)
+    counts, totals, below, with_prefix, prefix, rank_below, rank_with = (h.view(part.shape) for h, part in parts)
+    for i, want in enumerate(wanted):
+        search = Search(spreads)
+        search.rows = totals[:, i : i + 1]
+        search.begin(counts[i], ks[i])
+        search.below, search.with_prefix, search.prefix = int(below[i]), int(with_prefix[i]), int(prefix[i])
+        search.rank_below, search.rank_with = rank_below[:, i], rank_with[:, i]
+        yield search.threshold(want.largest)

@@ -1,0 +1,78 @@
+"""Data that are hard on a ranking and on an update, for whatever computes what core computes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rose_ds.core.layout import Block, Layout
+from rose_ds.core.magnitudes import StepInputs
+from rose_ds.core.select import Selection
+from rose_ds.core.threshold import local_only
+
+
+def values(kind: str, n: int, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=draw)
+    if kind == "ties":
+        x = x.mul(3).round().div(3)
+    elif kind == "zeros":
+        x = x * (torch.rand(n, generator=draw) < 0.3)
+    elif kind == "minus zeros":
+        x = torch.where(torch.rand(n, generator=draw) < 0.5, torch.tensor(-0.0), x)
+    elif kind == "denormal":
+        x = x * 1e-41
+    elif kind == "wide":
+        x = x * torch.exp2(torch.randint(-120, 120, (n,), generator=draw).float())
+    elif kind == "equal":
+        x = torch.full((n,), 0.37)
+    elif kind == "infinite":
+        x[n // 2 :: 7] = math.inf
+    elif kind == "nan":
+        x[n // 3 :: 11] = math.nan
+    return x
+
+
+KINDS = ("normal", "ties", "zeros", "minus zeros", "denormal", "wide", "equal")
+SIZES = ([1], [5, 0, 17], [1000, 33, 257, 1], [70_001, 3, 40_000])
+
+
+def step_inputs(kind: str, sizes: list[int], dtype: torch.dtype, scale: float = 0.7, share: float = 0.0) -> StepInputs:
+    count = sum(sizes)
+    cut = [list(values(kind, count, seed).split(sizes)) for seed in (1, 2, 3)]
+    cut[1] = [m * 0.1 for m in cut[1]]
+    layout = Layout(
+        list(range(len(sizes))), [local_only] * len(sizes), [local_only], len(sizes), count,
+        [f"t{i}" for i in range(len(sizes))], [Block.flat(n, 0, n) for n in sizes],
+    )  # fmt: skip
+    return StepInputs(
+        layout, [g.to(dtype) for g in cut[0]], cut[1], cut[0], [0.9, 0.8, 0.95, 0.9][: len(sizes)],
+        scale=scale, risk_grads=cut[2], share=share,
+    )  # fmt: skip
+
+
+def same(a: Selection, b: Selection) -> bool:
+    assert a.finite == b.finite
+    assert len(a.codes) == len(b.codes)
+    codes = all(torch.equal(x, y) for x, y in zip(a.codes, b.codes, strict=True))  # type: ignore[arg-type]
+    for bit, one in a.thresholds.items():
+        other = b.thresholds[bit]
+        assert (one.kept, one.infinite, one.nan, one.zeros) == (other.kept, other.infinite, other.nan, other.zeros)
+        assert one.value == other.value or math.isnan(one.value)
+        assert one.kept_per_rank == other.kept_per_rank
+        assert (one.histogram is None) == (other.histogram is None)
+        assert one.histogram is None or torch.equal(one.histogram, other.histogram)  # type: ignore[arg-type]
+    return codes
+
+
+GROUP = {"betas": (0.9, 0.98), "lr": 3e-3, "eps": 1e-8, "weight_decay": 0.01, "foreach": None, "fused": None}
+
+
+def tensors(kind: str, sizes: list[int], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Parameters, gradients and moments by size."""
+    made = [list(values("normal" if i == 0 else kind, sum(sizes), i).split(sizes)) for i in range(4)]
+    return [[t.clone() for t in made[0]], [g.to(dtype) for g in made[1]], [t.clone() for t in made[2]], [
+        t.square() for t in made[3]
+    ]]  # fmt: skip
