@@ -38,8 +38,14 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
+    constraints=$root/launch/requirements.txt
+    if "$root/.venv/bin/python" -c 'import triton' 2>/dev/null; then
+        # a CUDA build of torch needs the triton that came with it
+        grep -v '^triton==' "$constraints" >"$root/.venv/constraints.txt"
+        constraints=$root/.venv/constraints.txt
+    fi
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$root/launch/requirements.txt" --editable "${root}[$extra]"
+        --constraint "$constraints" --editable "${root}[$extra]"
     echo "$wanted" >"$stamp"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rose_ds.core.device import OnDevice
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs
 from rose_ds.core.mask import add_mask_
 from rose_ds.core.threshold import Chunks, bits_of
@@ -100,13 +101,46 @@ class Compiled:
         self.risks.mark(tau)
 
 
-def can_compile(selector: Selector, inputs: StepInputs) -> bool:
-    """Whether the C++ kernels know this score and take these tensors."""
+def can_compile(kernels: Any, selector: Selector, inputs: StepInputs) -> bool:
+    """Whether these are kernels for CPUs that know this score and take these tensors."""
+    if not hasattr(kernels, "Risks"):
+        return False
     if selector.kernel == "first":
         return all(fits(g) for g in inputs.risk_grads or [])
     if selector.kernel == "second":
         return not inputs.share and all(fits(g, half=True) for g in inputs.grads) and all(map(fits, inputs.exp_avgs))
     return False
+
+
+def compiled_on_device(
+    kernels: Any, selectors: Sequence[Selector], inputs: StepInputs, codes: Sequence[Tensor], indices: Sequence[int]
+) -> OnDevice | None:
+    """Risks that kernels for accelerators compute, count and mark; None where they do not know a score, or do not take
+    a tensor, of this rank.
+    """
+    kinds = [selector.kernel for selector in selectors]
+    if not hasattr(kernels, "risks_on_device") or kinds not in (["first"], ["second"], ["first", "second"]):
+        return None
+    by_kind = {selector.kernel: selector for selector in selectors}
+    grads = inputs.grads if "second" in by_kind else []
+    exp_avgs = inputs.exp_avgs if "second" in by_kind else []
+    share = inputs.share * inputs.clip if "second" in by_kind and inputs.risk_grads is not None else 0.0
+    risk_grads = inputs.risk_grads or [] if "first" in by_kind or share else []
+    if not all(kernels.fits(g, half=True) for g in grads) or not all(map(kernels.fits, (*exp_avgs, *risk_grads))):
+        return None
+    found: OnDevice = kernels.risks_on_device(
+        grads=[grads[i] for i in indices] if grads else [],
+        exp_avgs=[exp_avgs[i] for i in indices] if exp_avgs else [],
+        risk_grads=[risk_grads[i] for i in indices] if risk_grads else [],
+        alphas=[1 - inputs.beta1s[i] for i in indices],
+        scale=inputs.scale,
+        share=share,
+        codes=[codes[i] for i in indices],
+        first=by_kind["first"].bit if "first" in by_kind else 0,
+        second=by_kind["second"].bit if "second" in by_kind else 0,
+        largest=tuple(kind in by_kind and by_kind[kind].largest for kind in ("first", "second")),
+    )
+    return found
 
 
 class LazyOnDevice:

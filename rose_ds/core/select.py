@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rose_ds.core.automatic import CRITERIA
-from rose_ds.core.counting import Compiled, Lazy, LazyOnDevice, can_compile, score_of
-from rose_ds.core.device import Wanted, kth_smallest_on_device
+from rose_ds.core.counting import Compiled, Lazy, LazyOnDevice, can_compile, compiled_on_device, score_of
+from rose_ds.core.device import OnDevice, Wanted, kth_smallest_on_device
 from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, add_mask_, keep_count
@@ -116,8 +116,14 @@ def _rank_on_device(
     selectors: Sequence[Selector], inputs: StepInputs, codes: list[Tensor], kernels: Any | None, device: torch.device
 ) -> Iterator[tuple[Selector, Threshold]]:
     """All rankings together; the codes are marked before anything is known on the host."""
-    layout, scores = inputs.layout, [score_of(selector, inputs) for selector in selectors]
-    values = [LazyOnDevice(selectors, scores, codes, layout.slices_of(e), device) for e in layout.exchanges]
+    layout, values = inputs.layout, list[OnDevice]()
+    for exchange in layout.exchanges:
+        compiled = compiled_on_device(kernels, selectors, inputs, codes, layout.slices_of(exchange))
+        if compiled is not None:
+            values.append(compiled)
+    if len(values) < len(layout.exchanges):
+        scores = [score_of(selector, inputs) for selector in selectors]
+        values = [LazyOnDevice(selectors, scores, codes, layout.slices_of(e), device) for e in layout.exchanges]
     spreads = list(zip(values, layout.exchanges, strict=True))
     wanted = [_wanted(selector, layout.element_count) for selector in selectors]
     taus, thresholds = kth_smallest_on_device(spreads, wanted, device)
@@ -137,7 +143,7 @@ def _rank_elements(
 ) -> tuple[Threshold, Callable[[list[Any]], None]]:
     layout = inputs.layout
     values: list[Lazy | Compiled]
-    if kernels is not None and can_compile(selector, inputs):
+    if can_compile(kernels, selector, inputs):
         values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
         score, sizes = score_of(selector, inputs), [g.numel() for g in inputs.grads]

@@ -169,6 +169,7 @@ class UpdateBatch:
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
         self.values, self.rule = values, rule
         self.kernels = kernels if rule == "robust" else None
+        self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say
         self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
         self.masked: list[tuple[Tensor, ...]] = []
@@ -179,7 +180,7 @@ class UpdateBatch:
         """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
         for the mask's values.
         """
-        if self.kernels is not None and scale == 1.0 and all(fits(v, half=i == 1) for i, v in enumerate(views)):
+        if self.kernels is not None and scale == 1.0 and all(self.fits(v, half=i == 1) for i, v in enumerate(views)):
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
             self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
             return

@@ -266,6 +266,9 @@ def agreed_accelerator(engine: Engine) -> torch.device | None:
     """The accelerator that holds all that this rank's optimizer updates, where every rank has one; else None. All must
     agree, since the ranks exchange other counts where thresholds are found on accelerators. A collective.
     """
+    kernels: Any = engine.optimizer.kernels
+    if hasattr(kernels, "risks_on_device"):  # agreed upon; on a CPU where triton interprets them
+        return kernels.device
     devices = {local(p).device for group in engine.optimizer.param_groups for p in group["params"]}
     found = devices.pop() if len(devices) == 1 else None
     everywhere = engine.agree(found is not None and found.type != "cpu")

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rose_ds.kernels import build
+from rose_ds.kernels import build, triton_backend
 
 VARIABLE = "ROSE_DS_KERNELS"
-_CHOICES = ("auto", "torch", "cpp")
-#: Eligible elements, over all ranks, from which auto takes the kernels: below, a step is not worth a compiler's minute.
+_CHOICES = ("auto", "torch", "cpp", "triton")
+#: Eligible elements, over all ranks, from which auto compiles kernels for CPUs: below, a step is not worth a compiler's
+#: minute. Triton's few seconds always are.
 LARGE = 1 << 24
 
 
 def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
-    """The C++ kernels, where they are wanted and can be used; None: core's torch operations.
+    """The C++ kernels or, on a CUDA device, Triton's, where they are wanted and can be used; None: core's torch
+    operations.
 
     Args:
         elements: eligible elements over all ranks.
@@ -26,12 +28,18 @@ def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
 
     Raises:
         ValueError: ROSE_DS_KERNELS is no choice.
-        RuntimeError: it is cpp, and the kernels cannot be built or do not fit these tensors.
+        RuntimeError: it is cpp or triton, and the kernels cannot be built or do not fit these tensors.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in _CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r} is not one of {list(_CHOICES)}")
-    if choice == "torch" or (choice == "auto" and elements < LARGE):
+    if choice == "torch":
+        return None
+    devices = {p.device for p in slices}
+    cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    if choice == "triton" or (choice == "auto" and cuda):
+        return _triton(devices, slices, must=choice == "triton")
+    if choice == "auto" and elements < LARGE:
         return None
     fit = all(fits(p) for p in slices)
     if choice == "cpp" and not fit:
@@ -42,7 +50,22 @@ def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
     return found
 
 
+def _triton(devices: set[torch.device], slices: Sequence[Tensor], *, must: bool) -> Any | None:
+    types = {device.type for device in devices}
+    fit = types == {"cuda"} or (types == {"cpu"} and triton_backend.interpreted())
+    fit = fit and len(devices) == 1 and all(p.dtype == torch.float32 and p.is_contiguous() for p in slices)
+    if must and not fit:
+        raise RuntimeError(
+            f"{VARIABLE}=triton: the kernels take fp32 weights on one CUDA device (on CPUs, with TRITON_INTERPRET=1 "
+            "and triton installed, to test them); leave it at auto"
+        )
+    found = triton_backend.load(next(iter(devices))) if fit else None
+    if must and found is None:
+        raise RuntimeError(f"{VARIABLE}=triton, but triton's kernels do not run: the log says why; leave it at auto")
+    return found
+
+
 def fits(tensor: Tensor, *, half: bool = False) -> bool:
-    """Whether the kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the CPU."""
+    """Whether the C++ kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the CPU."""
     types = (torch.float32, torch.bfloat16) if half else (torch.float32,)
     return tensor.device.type == "cpu" and tensor.dtype in types and tensor.is_contiguous()

@@ -1,0 +1,203 @@
+"""The Triton kernels behind the dispatcher: one launch for all slices, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_PROGRAMS = 4096  # wanted in a launch: some for each multiprocessor
+_COPIES = 64  # of a histogram
+
+
+@cache
+def load(device: torch.device) -> TritonKernels | None:
+    """Kernels for ``device``; None, and one line in the log, where triton is missing or cannot compile for it."""
+    try:
+        from triton.errors import TritonError
+
+        from rose_ds.kernels import triton_programs
+    except ImportError as error:
+        logger.warning("triton cannot be imported (%s): the optimizer step runs with torch's operations", error)
+        return None
+    kernels = TritonKernels(device, triton_programs)
+    try:
+        _try_out(kernels)
+    except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        # no C compiler for triton's launcher, a cache that cannot be written, a device that it does not know
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("triton's kernels do not run on %s (%s): the optimizer step runs without", device, reason)
+        return None
+    return kernels
+
+
+def interpreted() -> bool:
+    """Whether triton, where there is one, interprets its kernels with NumPy on CPUs (TRITON_INTERPRET=1)."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+class TritonKernels:
+    """What ``rose_ds.kernels.kernels_for`` gives for one device.
+
+    Args:
+        device: where all tensors lie.
+        programs: the module ``triton_programs``, which imports triton.
+    """
+
+    def __init__(self, device: torch.device, programs: ModuleType) -> None:
+        self.device, self.programs = device, programs
+        # the interpreter takes as long for a block of one element as for one of many
+        self.block = 1 << 15 if interpreted() else 1024
+
+    def fits(self, tensor: Tensor, *, half: bool = False) -> bool:
+        """Whether the kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the device."""
+        types = (torch.float32, torch.bfloat16) if half else (torch.float32,)
+        return tensor.device == self.device and tensor.dtype in types and tensor.is_contiguous()
+
+    def risks_on_device(self, **what: Any) -> RisksOnDevice:
+        """See RisksOnDevice."""
+        return RisksOnDevice(self, **what)
+
+    def adamw(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        codes: Sequence[Tensor],
+        code: Sequence[int],
+        values: Sequence[float],
+        step: float,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Masked AdamW in place, on 1-D slices; a slice's mask is ``values[code]``: by its uint8 ``codes``, or its one
+        ``code`` where these are empty. ``step`` counts from 1.
+        """
+        rows = [
+            [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), c.data_ptr() if c.numel() else 0, one, p.numel(),
+             int(g.dtype == torch.bfloat16)]
+            for p, g, m, v, c, one in zip(params, grads, exp_avgs, exp_avg_sqs, codes, code, strict=True)
+            if p.numel()
+        ]  # fmt: skip
+        if not rows:
+            return
+        less = _as_fp32(1 - lr * weight_decay) - 1.0
+        numbers = (
+            1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), eps, -(lr / (1 - beta1**step)), less,
+        )  # fmt: skip
+        kernel, sizes = self.programs.masked_adamw, [row[6] for row in rows]
+        self.launch(kernel, self.table(rows), sizes, *map(float, (*values, *numbers)), DECAYS=weight_decay != 0)
+
+    def launch(self, kernel: Any, table: Tensor, sizes: Sequence[int], *arguments: Any, **constants: Any) -> None:
+        """One launch for all rows of a table, of slices of these sizes."""
+        parts = max(1, min(-(-max(sizes) // self.block), -(-_PROGRAMS // len(sizes))))
+        kernel[(len(sizes), parts)](table, *arguments, **constants, BLOCK=self.block, enable_fp_fusion=False)
+
+    def table(self, rows: list[list[int]]) -> Tensor:
+        """int64 on the device, by way of pinned memory: an ordinary copy would have the host wait."""
+        host = torch.tensor(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+
+class RisksOnDevice:
+    """The risks of this rank's slices, counted and marked where they lie: ``rose_ds.core.device.OnDevice``.
+
+    Args:
+        kernels: of the slices' device.
+        grads, exp_avgs, risk_grads: 1-D, aligned; the lists of what no risk is made of are empty.
+        alphas: 1 - beta1 of each slice.
+        scale: what ``grads`` are to be multiplied with; may lie on the device.
+        share: what of ``risk_grads`` is then to be subtracted.
+        codes: uint8, which ``mark`` changes.
+        first, second: the risks' bits of the codes; 0: not ranked.
+        largest: whether the highest are kept, of the first and of the second.
+    """
+
+    def __init__(
+        self,
+        kernels: TritonKernels,
+        *,
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        risk_grads: Sequence[Tensor],
+        alphas: Sequence[float],
+        scale: Tensor | float,
+        share: float,
+        codes: Sequence[Tensor],
+        first: int,
+        second: int,
+        largest: tuple[bool, bool],
+    ) -> None:
+        self.kernels, self.kinds = kernels, {"FIRST": first, "SECOND": second}
+        self.share, self.largest = share, largest
+        count = len(codes)
+        addresses = [
+            [t.data_ptr() for t in held] if held else [0] * count for held in (risk_grads, grads, exp_avgs, codes)
+        ]
+        halves = [int(g.dtype == torch.bfloat16) for g in grads] or [0] * count
+        columns = (*addresses, [c.numel() for c in codes], [_fp32_bits(a) for a in alphas], halves)
+        rows = [list(row) for row in zip(*columns, strict=True) if row[4]]
+        self.sizes = [row[4] for row in rows]
+        self.table = kernels.table(rows) if rows else None
+        if isinstance(scale, Tensor) and scale.device == kernels.device:
+            self.scale = scale.detach().float()
+        else:
+            self.scale = torch.full((), float(scale), dtype=torch.float32, device=kernels.device)
+
+    def histogram(self, prefixes: Tensor, shift: int, width: int) -> Tensor:
+        kinds = {name: int(bit > 0) for name, bit in self.kinds.items()}
+        counts = torch.zeros(_COPIES, sum(kinds.values()), 1 << width, dtype=torch.int64, device=self.kernels.device)
+        if self.table is not None:
+            self.kernels.launch(
+                self.kernels.programs.count_risks, self.table, self.sizes, prefixes, self.scale, self.share, counts,
+                SHIFT=shift, WIDTH=width, **kinds, SHARE=self.share != 0, COPIES=_COPIES,
+            )  # fmt: skip
+        return counts.sum(0)
+
+    def mark(self, taus: Tensor) -> None:
+        if self.table is not None:
+            self.kernels.launch(
+                self.kernels.programs.mark_risks, self.table, self.sizes, taus.view(torch.int32), self.scale,
+                self.share, **self.kinds, SHARE=self.share != 0,
+                FIRST_LARGEST=self.largest[0], SECOND_LARGEST=self.largest[1],
+            )  # fmt: skip
+
+
+def _try_out(kernels: TritonKernels) -> None:
+    """Compile and run each kernel once."""
+    p, g, m, v = [torch.ones(2, device=kernels.device) for _ in range(4)]
+    codes = torch.zeros(2, dtype=torch.uint8, device=kernels.device)
+    risks = kernels.risks_on_device(
+        grads=[g], exp_avgs=[m], risk_grads=[p], alphas=[0.1], scale=1.0, share=0.0,
+        codes=[codes], first=1, second=2, largest=(False, False),
+    )  # fmt: skip
+    risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), 20, 12)
+    risks.mark(torch.ones(2, device=kernels.device))
+    kernels.adamw([p], [g], [m], [v], [codes], [0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 1e-8, 0.0)
+    codes.tolist()  # an error of the device shows when it is waited for
+
+
+def _fp32_bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def _as_fp32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
