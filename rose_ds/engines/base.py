@@ -250,10 +250,9 @@ def agreed_kernels(engine: Engine) -> Any | None:
     Raises:
         ValueError/RuntimeError: ROSE_DS_KERNELS asks for what cannot be.
     """
-    held = [local(p) for group in engine.optimizer.param_groups for p in group["params"]]
     found, problem = None, None
     try:
-        found = kernels_for(engine.layout.element_count, held)
+        found = kernels_for(engine.layout.element_count, _held(engine))
     except (ValueError, RuntimeError) as error:
         problem = error
     everywhere = engine.agree(found is not None)
@@ -263,16 +262,20 @@ def agreed_kernels(engine: Engine) -> Any | None:
 
 
 def agreed_accelerator(engine: Engine) -> torch.device | None:
-    """The accelerator that holds all that this rank's optimizer updates, where every rank has one; else None. All must
-    agree, since the ranks exchange other counts where thresholds are found on accelerators. A collective.
+    """The accelerator that holds what this rank's optimizer updates, where every rank has one; else None. All must agree,
+    as ranks exchange other counts where thresholds are found on accelerators. A collective.
     """
-    kernels: Any = engine.optimizer.kernels
-    if hasattr(kernels, "risks_on_device"):  # agreed upon; on a CPU where triton interprets them
-        return kernels.device
-    devices = {local(p).device for group in engine.optimizer.param_groups for p in group["params"]}
+    # a rank that holds nothing goes by its module; what triton interprets counts, though it is on a CPU
+    devices = {tensor.device for tensor in _held(engine) or map(local, engine.module.parameters())}
     found = devices.pop() if len(devices) == 1 else None
-    everywhere = engine.agree(found is not None and found.type != "cpu")
-    return found if everywhere else None
+    there = found is not None and (found.type != "cpu" or hasattr(engine.optimizer.kernels, "risks_on_device"))
+    return found if engine.agree(there) else None
+
+
+def _held(engine: Engine) -> list[Tensor]:
+    """What the optimizer updates of this rank; ZeRO-3 shows it its partitions during a step alone."""
+    in_groups = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    return [local(p) for p in (*in_groups, *(piece.param for piece in engine.slices))]
 
 
 def refuse_checkpointing(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import tiny
 import torch
 import torch.nn.functional as F
 from tiny import DROPOUT_SEED, FISHER_CLIP, FISHER_STEPS, HYPER, Case, group_of, make_model, micro_batch, rows
@@ -110,7 +111,8 @@ def train(
     torch.manual_seed(DROPOUT_SEED)
 
     def closures(ids: Tensor, labels: Tensor, mine: slice) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        return lambda: model(ids[mine]), lambda logits: F.cross_entropy(logits.float(), labels[mine])
+        ids, labels = ids[mine].to(tiny.DEVICE), labels[mine].to(tiny.DEVICE)
+        return lambda: model(ids), lambda logits: F.cross_entropy(logits.float(), labels)
 
     def share_of(ids: Tensor) -> slice:
         share = len(ids) // world
@@ -120,7 +122,7 @@ def train(
         """Every other row of this rank's."""
         if not case.sampled:
             return None
-        of_rank = ids[mine]
+        of_rank = ids[mine].to(tiny.DEVICE)
         assert len(of_rank) % 2 == 0, "every other row of the global batch"
         picked, total = torch.arange(0, len(of_rank), 2), len(ids) // 2
         share = slice(rank * len(picked), (rank + 1) * len(picked))

@@ -51,6 +51,7 @@ def run_ranks(
     timeout: float = 240,
     env: dict[str, str] | None = None,
     process_group: bool = True,
+    fresh: bool = False,
 ) -> list[Any]:
     """``[worker(rank, world, *args) for rank in range(world)]``, each in a fresh process.
 
@@ -59,12 +60,15 @@ def run_ranks(
         timeout: seconds for all; a rank that is not done by then is killed.
         env: more environment variables for the ranks.
         process_group: start a gloo process group before ``worker`` and destroy it afterwards.
+        fresh: start each rank from nothing, with this process's environment, instead of forking one that has imported
+            DeepSpeed: that has looked for a GPU, and its children could not use one.
 
     Raises:
         RanksFailed: with rank and traceback of everything that went wrong.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(_PRELOADED)
     variables = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

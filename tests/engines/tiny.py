@@ -85,7 +85,14 @@ def _default(case: Case, name: str) -> Any:
 
 # --- the model ---
 
+DEVICE = torch.device("cpu")  # where an engine's model and batches lie; the twin's are on the CPU
 _rows: tuple[int, slice] | None = None
+
+
+def use(device: torch.device) -> None:
+    """Have this process's engines run on ``device``; random numbers stay those of the CPU."""
+    global DEVICE
+    DEVICE = device
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -81,7 +82,7 @@ def fsdp1(model: nn.Module, strategy: ShardingStrategy, use_orig_params: bool, *
         sharding_strategy=strategy,
         use_orig_params=use_orig_params,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
-        device_id=torch.device("cpu"),
+        device_id=tiny.DEVICE,
         **options,
     )
 
@@ -178,7 +179,7 @@ def start(job: Job, model: Tiny | None = None, **rose: Any) -> tuple[nn.Module, 
     """The wrapped model and its Stepper; ``rose`` are settings over the case's."""
     warnings.filterwarnings("ignore")
     wrap, kind, engine = WRAPPERS[job.how]
-    wrapped = wrap(model or make_model(job.case))
+    wrapped = wrap((model or make_model(job.case)).to(tiny.DEVICE))
     optimizer = rose_ds.RoseAdamW(parameter_groups(job.case, wrapped, named=True), **{**job.case.rose, **rose})
     stepper = rose_ds.prepare(
         wrapped,

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import tiny
 import torch
 from reference import Run, train
 from tiny import HYPER, Case, Tiny, make_model, parameter_groups
@@ -68,7 +69,7 @@ def start(job: Job, world: int, model: Tiny | None = None, **rose: Any) -> tuple
     import rose_ds
 
     quiet()
-    model = model or make_model(job.case)
+    model = (model or make_model(job.case)).to(tiny.DEVICE)
     groups: Any = parameter_groups(job.case, model, named=False) if job.case.two_groups else model.parameters()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(job, world, **rose))
     return engine, rose_ds.prepare(engine, objective=job.case.objective)
