@@ -262,8 +262,8 @@ def agreed_kernels(engine: Engine) -> Any | None:
 
 
 def agreed_accelerator(engine: Engine) -> torch.device | None:
-    """The accelerator that holds what this rank's optimizer updates, where every rank has one; else None. All must agree,
-    as ranks exchange other counts where thresholds are found on accelerators. A collective.
+    """The accelerator that holds what this rank's optimizer updates, where every rank has one; else None. All must
+    agree, as ranks exchange other counts where thresholds are found on accelerators. A collective.
     """
     # a rank that holds nothing goes by its module; what triton interprets counts, though it is on a CPU
     devices = {tensor.device for tensor in _held(engine) or map(local, engine.module.parameters())}

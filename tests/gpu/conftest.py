@@ -63,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
             "nothing was written; `rose-ds doctor` says why a device is not found"
         )
     config.stash[_REPORT] = Report(path, rehearsal)
-    config.pluginmanager.register(config.stash[_REPORT], "gpu-report")
+    if path:
+        config.pluginmanager.register(config.stash[_REPORT], "gpu-report")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,21 @@ def test_several_ranks(world: int, summed: bool) -> None:
         assert same(want, found)
         assert (want.thresholds[FIRST].kept_per_rank is None) == summed
         assert device.waits == {"aten::_to_copy": 1}
+
+
+def test_the_page_tells_what_is_counted() -> None:
+    """docs/performance.md has a table of waits, by the way of CPUs and by that of accelerators."""
+    policy, counted = policy_of(RoseConfig()), {}
+    assert policy is not None
+    for way in (None, DEVICE):
+        for slices in (10, 192):
+            inputs = replace(step_inputs("normal", [64] * slices, torch.float32), beta1s=[0.9] * slices)
+            with Accelerator() as device:
+                select(policy.selectors, "element", there(inputs), device=way)
+            counted[way, slices] = sum(device.waits.values())
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"| as on CPUs | {counted[None, 10]:,} | {counted[None, 192]:,} |\n" in page
+    assert f"| on an accelerator | {counted[DEVICE, 10]} | {counted[DEVICE, 192]} |\n" in page
 
 
 # --- the update ---
