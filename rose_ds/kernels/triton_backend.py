@@ -7,6 +7,7 @@ import math
 import struct
 import subprocess
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -109,7 +110,12 @@ class TritonKernels:
     def launch(self, kernel: Any, table: Tensor, sizes: Sequence[int], *arguments: Any, **constants: Any) -> None:
         """One launch for all rows of a table, of slices of these sizes."""
         parts = max(1, min(-(-max(sizes) // self.block), -(-_PROGRAMS // len(sizes))))
-        kernel[(len(sizes), parts)](table, *arguments, **constants, BLOCK=self.block, enable_fp_fusion=False)
+        # triton launches on the current device, which need not be the tensors'
+        current: AbstractContextManager[Any] = (
+            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        )
+        with current:
+            kernel[(len(sizes), parts)](table, *arguments, **constants, BLOCK=self.block, enable_fp_fusion=False)
 
     def table(self, rows: list[list[int]]) -> Tensor:
         """int64 on the device, by way of pinned memory: an ordinary copy would have the host wait."""
@@ -148,6 +154,7 @@ class RisksOnDevice:
     ) -> None:
         self.kernels, self.kinds = kernels, {"FIRST": first, "SECOND": second}
         self.share, self.largest = share, largest
+        self.held = (grads, exp_avgs, risk_grads, codes)  # alive as long as their addresses are used
         count = len(codes)
         addresses = [
             [t.data_ptr() for t in held] if held else [0] * count for held in (risk_grads, grads, exp_avgs, codes)

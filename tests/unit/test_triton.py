@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -117,6 +120,34 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "cpp")
     with pytest.raises(RuntimeError, match="on CPUs alone"):
         kernels.kernels_for(3, gpu)
+
+
+@pytest.mark.fast
+def test_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one; with programs for all slices, and no more for a slice than it has blocks."""
+    current: list[Any] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                launched.append((grid, current[-1], constants["enable_fp_fusion"]))
+
+            return launch
+
+    launched: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    there = triton_backend.TritonKernels(torch.device("cuda:1"), ModuleType("programs"))
+    for sizes in ([5, 3000], [1 << 30], [1] * 10_000):
+        there.launch(Kernel(), torch.empty(0), sizes)
+    assert [grid for grid, *_ in launched] == [(2, 3), (1, 4096), (10_000, 1)]
+    assert all((where, fusion) == (torch.device("cuda:1"), False) for _, where, fusion in launched)
 
 
 @pytest.mark.fast
