@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import random
@@ -74,6 +75,7 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),  # DeepSpeed's launcher sets it; without it ZeRO-3 starts numactl for every bucket
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -136,6 +138,7 @@ def _rank(
     stacks = (Path(folder) / f"{rank}.stacks").open("w")
     faulthandler.enable(stacks)  # the only words of a rank that a signal ends
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: DeepSpeed collects garbage when an engine ends
     result, error = None, None
     try:
         if process_group:
