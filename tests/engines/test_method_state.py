@@ -16,7 +16,7 @@ from plain_jobs import build, one_step
 from reference import Run, check_parity, reference, train
 from spawn import run_ranks
 from tiny import Case, make_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from rose_ds import RefusedConfiguration
@@ -121,6 +121,12 @@ def resumed(extensions: object, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {world: run_ranks(go_on, world, folder, timeout=400) for world in WORLDS}
 
 
+def far_but_for(few: int, got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Relative error of all elements but the few that are furthest away."""
+    differences = torch.cat([(got[name] - p).abs().flatten() for name, p in want.items()]).sort().values
+    return float(differences[:-few].norm() / torch.cat([p.flatten() for p in want.values()]).norm())
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("engine", [*TORCH, *(f"zero{stage}" for stage in ZERO)])
@@ -130,8 +136,10 @@ def test_other_ranks(engine: str, name: str, world: int, resumed: Any, parity_lo
         assert all(f"{engine}-{name}" not in rank for rank in resumed[world])
         return
     runs, twin = [rank[f"{engine}-{name}"] for rank in resumed[world]], reference(CASES[name], SEGMENTS)
-    # AdamW takes whole steps for gradients near its eps, which each processor rounds its own way: up to 3e-5 were seen
+    # one element's first gradient is 1.6e-9, the rounding of a sum whose terms cancel: beside eps, 1e-8, AdamW makes of
+    # it a step as long as any, which processors round their own way
     found = check_parity(runs[0].parameters, twin, tolerance=1e-4)
+    assert far_but_for(4, runs[0].parameters, twin.parameters) < 1e-5
     parity_log.append(f"{engine}-{name} 2->{world}: {found}")
     kept = [step.kept for step in twin.steps[BEFORE:]]
     for run in runs:
