@@ -24,7 +24,8 @@ def states_of(stepper: Any) -> list[Tensor]:
 
 CASES = [
     *(
-        Case(*settings, two_groups=two_groups)
+        # at 0.6 one of these has a risk within rounding of tau, which processors put on either side
+        Case(*settings, two_groups=two_groups, keep_second=0.58 if two_groups else 0.6)
         for settings in itertools.product(("none", "first", "second", "ensemble"), ("element", "tensor"), (1, 2))
         for two_groups in (False, True)
     ),
