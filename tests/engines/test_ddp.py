@@ -28,6 +28,7 @@ from torch_jobs import (
     prepare,
     risks_of_all,
     run_all,
+    start,
 )
 
 import rose_ds
@@ -92,9 +93,32 @@ def bucketed_means(rank: int, world: int) -> tuple[list[Tensor], list[int]]:
     try:
         sizes = [4, 6, 1, 20, 2]
         tensors = [torch.full((n,), float(n * (rank + 1))) for n in sizes]
-        return ddp_engine._mean_over_ranks([shared, shared, *tensors], dist.group.WORLD), carried
+        return ddp_engine._Means([shared, shared, *tensors], dist.group.WORLD).wait(), carried
     finally:
         dist.all_reduce, ddp_engine._BUCKET = reduce, limit
+
+
+def order_of_a_step(rank: int, world: int) -> list[str]:
+    """What starts, one after the other, in a step of two micro-batches."""
+    order: list[str] = []
+    case = Case("first", accumulation=2, steps=1)
+    wrapped, stepper = start(Job(case, "ddp"))
+    reduce, pull = dist.all_reduce, stepper.engine.pull
+
+    def all_reduce(tensor: Tensor, **options: Any) -> Any:
+        order.append("reduction of the KL gradient")
+        return reduce(tensor, **options)
+
+    def task(pulls: Any, *, more: bool) -> None:
+        order.append("task gradient")
+        pull(pulls, more=more)
+
+    dist.all_reduce, stepper.engine.pull = all_reduce, task
+    try:
+        train(stepper, wrapped, case, rank, world)
+    finally:
+        dist.all_reduce = reduce
+    return order
 
 
 def through_accelerate(rank: int, world: int) -> dict[str, Tensor]:
@@ -202,6 +226,7 @@ def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
         results["leak"] = leak(rank, world, "ddp")
         results["odd"] = train_odd(lambda m: DistributedDataParallel(m, find_unused_parameters=True), rank, world)
         results["means"] = bucketed_means(rank, world)
+        results["order"] = order_of_a_step(rank, world)
         results["accelerate"] = through_accelerate(rank, world)
         results["refused"] = refused(rank, world)
     return results
@@ -247,6 +272,13 @@ def test_buckets(ranks: Any) -> None:
         assert carried == [10, 7, 20, 2]
         assert [m.tolist() for m in means[:2]] == [[0.5, 1.5, 2.5]] * 2
         assert [m.unique().tolist() for m in means[2:]] == [[6.0], [9.0], [1.5], [30.0], [3.0]]
+
+
+def test_reduced_while_the_task_gradient_is_taken(ranks: Any) -> None:
+    """Of both micro-batches together, once."""
+    for result in ranks(2):
+        assert result["order"][:3] == ["task gradient", "reduction of the KL gradient", "task gradient"]
+        assert result["order"].count("reduction of the KL gradient") == 1
 
 
 def test_accelerate(ranks: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,9 @@ _BUCKET = 25 * 2**20  # bytes of the gradient kept apart to an all-reduce: DDP's
 
 
 class DdpEngine(PlainEngine):
-    """DDP reduces during the last pull of a step alone, whatever the objective; what is kept apart is taken past DDP,
-    whose hooks see one backward pass a graph, and reduced once a step."""
+    """DDP reduces during the last pull of a step alone, whatever the objective. What is kept apart is taken past DDP,
+    whose hooks see one backward pass a graph, and reduced once a step, while the last pull runs where it is known by
+    then."""
 
     name = "ddp"
     recovers = False
@@ -38,6 +40,8 @@ class DdpEngine(PlainEngine):
         # A loop that counts micro-batches itself calls no step() of ours, and enters no_sync() itself.
         self._counted_steps = accumulation_steps
         self._synced = True
+        self._means: _Means | None = None
+        """Of what is kept apart, under way in a step's last micro-batch."""
         super().__init__(ddp.module, optimizer, accumulation_steps, max_grad_norm)
         foreign = {p for g in optimizer.param_groups for p in g["params"]} - set(ddp.module.parameters())
         if foreign:
@@ -63,6 +67,12 @@ class DdpEngine(PlainEngine):
             self._arm(roots_of(pulls)[0])
         super().pull(pulls, more=more)
 
+    def pull_apart(self, pulls: Sequence[Pull]) -> None:
+        assert self._means is None, "an objective ranks one divergence in a micro-batch"
+        super().pull_apart(pulls)
+        if self._syncs:
+            self._means = _Means(super().take_risk_grads() or [], self.ddp.process_group)
+
     def _arm(self, roots: list[Tensor]) -> None:
         """What DDP's forward pass does outside no_sync() (torch/nn/parallel/distributed.py, _pre_forward and
         _post_forward): the next backward pass reduces, and the next forward pass broadcasts buffers."""
@@ -79,24 +89,44 @@ class DdpEngine(PlainEngine):
         return super().step(decide)
 
     def take_risk_grads(self) -> list[Tensor] | None:
+        means, self._means = self._means, None
         grads = super().take_risk_grads()
-        return None if grads is None else _mean_over_ranks(grads, self.ddp.process_group)
+        if means is None and grads is not None:  # of earlier micro-batches alone
+            means = _Means(grads, self.ddp.process_group)
+        return None if means is None else means.wait()
+
+    def abandon(self, error: BaseException) -> None:
+        super().abandon(error)
+        self._means = None
 
 
-def _mean_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Means over the ranks of 1-D tensors, which are not changed: some may share memory."""
-    means: list[Tensor] = []
-    for bucket in _buckets(tensors):
-        flat = torch.cat(bucket)
-        dist.all_reduce(flat, group=group)
-        means += flat.div_(dist.get_world_size(group)).split([t.numel() for t in bucket])
-    return means
+class _Means:
+    """Means over the ranks of 1-D tensors, which are not changed, as some may share memory; they are let go."""
+
+    def __init__(self, tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+        self._ranks = dist.get_world_size(group)
+        self._parts: list[tuple[Any, Tensor, list[int]]] = []
+        for bucket in _buckets(tensors):
+            flat = torch.cat(bucket)
+            work = dist.all_reduce(flat, group=group, async_op=True)
+            self._parts.append((work, flat, [t.numel() for t in bucket]))
+
+    def wait(self) -> list[Tensor]:
+        """The means, when all ranks' tensors have come."""
+        means: list[Tensor] = []
+        for work, flat, sizes in self._parts:
+            work.wait()
+            means += flat.div_(self._ranks).split(sizes)
+        return means
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Takes them off the list, so that they need not be in memory together with what is made of them."""
+    tensors.reverse()
     bucket: list[Tensor] = []
     size = 0
-    for tensor in tensors:
+    while tensors:
+        tensor = tensors.pop()
         if bucket and (size + tensor.nbytes > _BUCKET or tensor.device != bucket[0].device):
             yield bucket
             bucket, size = [], 0
