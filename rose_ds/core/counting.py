@@ -49,26 +49,28 @@ def score_of(selector: Selector, inputs: StepInputs) -> ScorePart:
 
 
 class Lazy(Chunks):
-    """Scores asked for in each round of the threshold, a part of a slice at a time."""
+    """Scores asked for in each round of the threshold, a part of a slice at a time; and their bit of the codes."""
 
-    def __init__(self, score: ScorePart, sizes: Sequence[int], indices: Sequence[int]) -> None:
+    def __init__(self, selector: Selector, score: ScorePart, codes: Sequence[Tensor], indices: Sequence[int]) -> None:
         super().__init__()
-        self.score, self.sizes, self.indices = score, sizes, indices
+        self.selector, self.score, self.codes, self.indices = selector, score, codes, indices
 
     def chunks(self) -> Iterator[Tensor]:
-        return (self.score(i, at) for i in self.indices for at in _parts(self.sizes[i]))
+        return (self.score(i, at) for i in self.indices for at in _parts(self.codes[i].numel()))
 
     def every(self, stride: int) -> Iterator[Tensor]:
         start = 0
         for i in self.indices:
-            yield self.score(i, slice(start, self.sizes[i], stride))
-            start = (start - self.sizes[i]) % stride
+            size = self.codes[i].numel()
+            yield self.score(i, slice(start, size, stride))
+            start = (start - size) % stride
 
-    def mark(self, selector: Selector, tau: float | Tensor, codes: Sequence[Tensor]) -> None:
-        """Set the selector's bit of the slices' codes, where their scores are kept."""
+    def mark(self, tau: float | Tensor) -> None:
+        """Set the selector's bit where scores are kept."""
+        bit, largest = self.selector.bit, self.selector.largest
         for i in self.indices:
-            for at in _parts(self.sizes[i]):
-                add_mask_(codes[i][at], self.score(i, at), tau, selector.bit, largest=selector.largest)
+            for at in _parts(self.codes[i].numel()):
+                add_mask_(self.codes[i][at], self.score(i, at), tau, bit, largest=largest)
 
 
 class Compiled:
@@ -97,7 +99,7 @@ class Compiled:
         row: Tensor = self.risks.scan(low, high)  # and marks what it is sure of
         return row
 
-    def mark(self, selector: Selector, tau: float, codes: Sequence[Tensor]) -> None:
+    def mark(self, tau: float) -> None:
         self.risks.mark(tau)
 
 
@@ -154,9 +156,9 @@ class LazyOnDevice:
         indices: Sequence[int],
         device: torch.device,
     ) -> None:
-        sizes = [code.numel() for code in codes]
-        self.selectors, self.codes, self.device = selectors, codes, device
-        self.kinds = [Lazy(score, sizes, indices) for score in scores]
+        self.device = device
+        ranked = zip(selectors, scores, strict=True)
+        self.kinds = [Lazy(selector, score, codes, indices) for selector, score in ranked]
 
     def histogram(self, prefixes: Tensor, shift: int, width: int) -> Tensor:
         # Twice the bins: the others have as many of their own, or one address would get nearly all of the additions.
@@ -174,4 +176,4 @@ class LazyOnDevice:
 
     def mark(self, taus: Tensor) -> None:
         for kind, values in enumerate(self.kinds):
-            values.mark(self.selectors[kind], taus[kind], self.codes)
+            values.mark(taus[kind])

@@ -107,9 +107,9 @@ def _rank(
         if granularity == "element":
             threshold, add_mask = _rank_elements(selector, inputs, codes, kernels, histograms)
         else:
-            threshold, add_mask = _rank_tensors(selector, inputs)
+            threshold, add_mask = _rank_tensors(selector, inputs, codes)
         yield selector, threshold
-        add_mask(codes)
+        add_mask()
 
 
 def _rank_on_device(
@@ -140,31 +140,31 @@ def _empty_codes(granularity: str, inputs: StepInputs) -> list[Any]:
 
 def _rank_elements(
     selector: Selector, inputs: StepInputs, codes: Sequence[Any], kernels: Any | None, histograms: bool
-) -> tuple[Threshold, Callable[[list[Any]], None]]:
+) -> tuple[Threshold, Callable[[], None]]:
     layout = inputs.layout
     values: list[Lazy | Compiled]
     if can_compile(kernels, selector, inputs):
         values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
-        score, sizes = score_of(selector, inputs), [g.numel() for g in inputs.grads]
-        values = [Lazy(score, sizes, layout.slices_of(e)) for e in layout.exchanges]
+        score = score_of(selector, inputs)
+        values = [Lazy(selector, score, codes, layout.slices_of(e)) for e in layout.exchanges]
     spreads = list(zip(values, layout.exchanges, strict=True))
     threshold = _threshold(selector, spreads, layout.element_count, guided=not histograms)
 
-    def add_mask(codes: list[Any]) -> None:
+    def add_mask() -> None:
         for part in values:
-            part.mark(selector, threshold.value, codes)
+            part.mark(threshold.value)
 
     return threshold, add_mask
 
 
-def _rank_tensors(selector: Selector, inputs: StepInputs) -> tuple[Threshold, Callable[[list[Any]], None]]:
+def _rank_tensors(selector: Selector, inputs: StepInputs, codes: list[Any]) -> tuple[Threshold, Callable[[], None]]:
     layout = inputs.layout
     scores = selector.score(TensorMagnitudes(inputs))
     # already global: every rank ranks the same few hundred numbers
     threshold = _threshold(selector, [([scores], local_only)], layout.tensor_count)
 
-    def add_mask(codes: list[Any]) -> None:
+    def add_mask() -> None:
         masks = torch.zeros(layout.tensor_count, dtype=torch.uint8)
         add_mask_(masks, scores, threshold.value, selector.bit, largest=selector.largest)
         for i, tensor in enumerate(layout.tensor_index):
