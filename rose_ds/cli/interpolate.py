@@ -62,6 +62,7 @@ def run(arguments: Sequence[str]) -> None:
     written += pictures.interpolation(points, list(sets), (one.name, other.name), folder)
     for name in sets:
         best = max(points, key=lambda p: (p[f"{name}_accuracy"], -p[f"{name}_loss"]))
-        ends = [f"{p[f'{name}_accuracy']:.2%} at a = {p['a']:g}" for p in points if p["a"] in (0, 1)]
-        print(f"{name}: {', '.join(ends)}; highest {best[f'{name}_accuracy']:.2%} at a = {best['a']:g}")
+        told = [p for p in points if p["a"] in (0, 1)] or [points[0], points[-1]]  # the models, where they are points
+        shown = ", ".join(f"{p[f'{name}_accuracy']:.2%} at a = {p['a']:g}" for p in told)
+        print(f"{name}: {shown}; highest {best[f'{name}_accuracy']:.2%} at a = {best['a']:g}")
     print("written: " + ", ".join(map(str, written)))
