@@ -75,7 +75,9 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),  # DeepSpeed's launcher sets it; without it ZeRO-3 starts numactl for every bucket
+        # without it ZeRO-3 starts numactl for every bucket; with the ranks' number DeepSpeed makes 69 MB of shared
+        # memory a rank, which one that is killed leaves behind
+        "LOCAL_SIZE": "1",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",

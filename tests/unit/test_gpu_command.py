@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *options]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTEST_ADDOPTS": ""}
     return subprocess.run(line, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=500, check=False)
 
 

@@ -49,7 +49,7 @@ for kernel, (arguments, constants) in {
 
 
 def python(*arguments: str, **variables: str) -> str:
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, **variables, "PYTEST_ADDOPTS": ""}
     ran = subprocess.run(
         [sys.executable, *arguments], cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=500
     )
