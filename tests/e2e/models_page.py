@@ -35,24 +35,20 @@ parameter, and FSDP2 replaces parameters. ZeRO-3 does.
 
 ## A decoder of a billion parameters
 
-Not run to its end: it needs more memory than the machine (23.5 GiB, shared) had free. `benchmarks/billion.py` trains a
-Llama with random weights under ZeRO-3 on two CPU ranks: bf16 weights, fp32 masters and moments, ROSE-Second, 16 tokens
-a rank, two steps.
+`python benchmarks/billion.py` trains a Llama with random weights under ZeRO-3 on two CPU ranks: bf16 weights, fp32 masters
+and moments, ROSE-Second, 16 tokens a rank, two steps.
 
 | layers | parameters | peak of a rank, GiB | both, bytes a parameter | seconds a step |
 | --- | --- | --- | --- | --- |
-| 2 | 106,668,800 | 1.62 | 32.6 | 7 to 8 |
-| 8 | 340,653,824 | 4.19 | 26.4 | 21 to 30 |
-| 14 | 574,638,848 | 7.05 | 26.4 | 43 to 73 |
-| 17 | 691,631,360 | stopped in its first step | - | - |
-| 23 | 925,616,384 | 11.1, by the slope of the rows above | 25.8 | - |
+| 2 | 106,668,800 | 1.71 | 34.4 | 2 to 3 |
+| 8 | 340,653,824 | 3.63 | 22.9 | 7 to 8 |
+| 14 | 574,638,848 | 5.54 | 20.7 | 11 to 12 |
+| 25 | 1,003,611,392 | 8.99 | 19.2 | 18 to 21 |
 
-Thresholds were the same bits on both ranks, and the second step kept 0.6000 of the elements. The run of 17 layers began
-with 18.6 GiB free and was stopped at 1.4, other programs' use included. A rank has 0.4 GiB before there is a model. For
-each parameter both ranks together hold 16 bytes before the first step (weights, gradients, masters, moments) and 24 to
-25 at its highest point. `python benchmarks/billion.py --layers 14` makes that row, without the flag it is the run of 23
-layers, for a machine with 24 GiB free; `benchmarks/results/billion.json` has every rank's peaks. Masters in bf16 would
-take less, and are refused: they round ROSE's small updates away.
+Thresholds were the same bits on both ranks, and the second step kept 0.6001 of the elements. A rank has 0.4 GiB before there
+is a model. For each further parameter both ranks together hold 16 bytes before the first step (weights, gradients, masters,
+moments) and 17 to 18 at the highest point of a step; `benchmarks/results/billion.json` has every rank's peaks. The largest
+needs 20 GiB of free memory. Masters in bf16 would take less, and are refused: they round ROSE's small updates away.
 
 ## What else was found
 
