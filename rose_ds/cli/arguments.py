@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import HfArgumentParser, TrainingArguments
 
 from rose_ds.deepspeed_config import read
+from rose_ds.experiments.resumable import rank_and_world
 
 _ACCELERATOR = torch.accelerator.is_available()
 
@@ -47,7 +48,7 @@ class RunArguments(TrainingArguments):
             self._accumulate_to(self.global_batch_size)
         # transformers (training_args.py, _setup_devices) passes --ddp_timeout on for accelerators alone: CPU ranks
         # would wait half an hour for a host that is gone
-        several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = "RANK" in os.environ and rank_and_world()[1] > 1
         if self.use_cpu and several and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
@@ -55,7 +56,7 @@ class RunArguments(TrainingArguments):
     def _accumulate_to(self, rows: int) -> None:
         if self.gradient_accumulation_steps != 1:  # type: ignore[has-type]  # transformers' field
             raise ValueError("--global_batch_size sets --gradient_accumulation_steps: give one of the two")
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = rank_and_world()[1]
         at_once = ranks * self.per_device_train_batch_size
         if rows < 1 or rows % at_once:
             raise ValueError(

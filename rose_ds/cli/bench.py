@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,9 +68,7 @@ class Rounds:
 
 def run(arguments: Sequence[str]) -> None:
     """Measure, write, print."""
-    parser = Parser("bench", _DESCRIPTION, RunSettings, Rounds)
-    given = parser.given(arguments)
-    settings, how = parser.settings(arguments)
+    settings, how = Parser("bench", _DESCRIPTION, RunSettings, Rounds).settings(arguments)
     from tqdm import tqdm
 
     from rose_ds.experiments.cost.turns import measure, plot, table
@@ -86,12 +84,7 @@ def run(arguments: Sequence[str]) -> None:
     def progress(items: Iterable[Any], text: str) -> Iterable[Any]:
         return tqdm(items, desc=text)
 
-    known = {f.name for f in fields(RunSettings)}
-    job = {
-        "run": {name: value for name, value in given.items() if name in known},
-        "batch_size": how.batch_size,
-        "threads": how.threads,
-    }
+    job = {"run": asdict(settings), "batch_size": how.batch_size, "threads": how.threads}
     found = measure(how.chosen, job, rounds=how.rounds, warmup=how.warmup, progress=progress)
     found = {"command": shlex.join(["rose-ds", "bench", *arguments]), **found}
     if how.output is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rose_ds.cli.arguments import Parser, RunArguments, first_rank, precision_flags
 from rose_ds.experiments.methods import METHODS
+from rose_ds.experiments.resumable import rank_and_world
 from rose_ds.experiments.settings import MethodSettings, RunSettings, from_preset
 
 
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> None:
     methods = "\n".join(f"  {method.name:<14}  {method.text}" for method in METHODS.values())
     parser = Parser("train", _DESCRIPTION.format(methods=methods), RunSettings, MethodSettings, RunArguments, Rehearsal)
     arguments = [*arguments, *precision_flags(arguments)]
-    preset = from_preset(parser.given(arguments), int(os.environ.get("WORLD_SIZE", "1")))
+    preset = from_preset(parser.given(arguments), rank_and_world()[1])
     if preset is not None:
         parser.set_defaults(**preset.settings)
     settings, method, args, rehearsal = parser.settings(arguments)

@@ -37,9 +37,9 @@ class Wanted:
     fixed: float | None = None
 
 
-def numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64, (len(values),), with no copy from the host, which would have it wait."""
-    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+def numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Shape (len(values),), with no copy from the host, which would have it wait."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def kth_smallest_on_device(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from rose_ds.core.device import numbers
 from rose_ds.kernels import fits
 
 _BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
@@ -208,12 +209,10 @@ class UpdateBatch:
         self.pending += views[0].numel()
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The mask's values, made once: with no copy from the host, which an accelerator would have wait."""
-        table = self.tables.get((device, dtype))
-        if table is None:
-            entries = [torch.full((), value, dtype=dtype, device=device) for value in self.values]
-            table = self.tables[device, dtype] = torch.stack(entries)
-        return table
+        """The mask's values, made once."""
+        if (device, dtype) not in self.tables:
+            self.tables[device, dtype] = numbers(self.values, device, dtype)
+        return self.tables[device, dtype]
 
     def _flush_masked(self) -> None:
         if self.masked:

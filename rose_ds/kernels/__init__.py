@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rose_ds.kernels import build, triton_backend
+from rose_ds.kernels.tensors import readable
 
 VARIABLE = "ROSE_DS_KERNELS"
 _CHOICES = ("auto", "torch", "cpp", "triton")
@@ -53,7 +54,7 @@ def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
 def _triton(devices: set[torch.device], slices: Sequence[Tensor], *, must: bool) -> Any | None:
     types = {device.type for device in devices}
     fit = types == {"cuda"} or (types == {"cpu"} and triton_backend.interpreted())
-    fit = fit and len(devices) == 1 and all(p.dtype == torch.float32 and p.is_contiguous() for p in slices)
+    fit = fit and len(devices) == 1 and all(map(readable, slices))
     if must and not fit:
         raise RuntimeError(
             f"{VARIABLE}=triton: the kernels take fp32 weights on one CUDA device (on CPUs, with TRITON_INTERPRET=1 "
@@ -67,5 +68,4 @@ def _triton(devices: set[torch.device], slices: Sequence[Tensor], *, must: bool)
 
 def fits(tensor: Tensor, *, half: bool = False) -> bool:
     """Whether the C++ kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the CPU."""
-    types = (torch.float32, torch.bfloat16) if half else (torch.float32,)
-    return tensor.device.type == "cpu" and tensor.dtype in types and tensor.is_contiguous()
+    return tensor.device.type == "cpu" and readable(tensor, half=half)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rose_ds.kernels.tensors import readable
+
 logger = logging.getLogger(__name__)
 
 _PROGRAMS = 4096  # wanted in a launch: some for each multiprocessor
@@ -66,8 +68,7 @@ class TritonKernels:
 
     def fits(self, tensor: Tensor, *, half: bool = False) -> bool:
         """Whether the kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the device."""
-        types = (torch.float32, torch.bfloat16) if half else (torch.float32,)
-        return tensor.device == self.device and tensor.dtype in types and tensor.is_contiguous()
+        return tensor.device == self.device and readable(tensor, half=half)
 
     def risks_on_device(self, **what: Any) -> RisksOnDevice:
         """See RisksOnDevice."""

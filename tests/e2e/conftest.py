@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import VARIABLES, Cluster
-from hosts import two_hosts
+from hosts import two_hosts, why_not
 from launching import ROOT
 
 from rose_ds.data import DataError, load_task
@@ -48,6 +48,9 @@ def cluster(
     minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """Two hosts, up; tests that take it skip where there can be none."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"two hosts cannot be made here: {reason}")
     folder = tmp_path_factory.mktemp("two_host")
     (folder / "hosts").mkdir()
     env = {**VARIABLES, "TORCH_EXTENSIONS_DIR": str(extensions), "HOSTFILE": str(folder / "hostfile")}

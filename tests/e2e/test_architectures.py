@@ -11,7 +11,6 @@ import models
 import pytest
 from models import ENGINES, TOLERANCE, Tried, all_models, line_of
 
-ROOT = Path(__file__).resolve().parents[2]
 #: One of a kind each: what they shard, tie, freeze and share differs.
 HANDFUL = [
     "Encoders, sequence classification/deberta-v2",
@@ -50,7 +49,7 @@ def test_row(name: str) -> None:
     listed = cells(models.lines_of(models.PAGE.read_text())[name])
     figures = listed[-len(ENGINES) :]
     found = cells(line_of(name, tried(name), figures))
-    if f"transformers=={version('transformers')}" not in (ROOT / "launch" / "requirements.txt").read_text():
+    if f"transformers=={version('transformers')}" not in (models.ROOT / "launch" / "requirements.txt").read_text():
         found[2] = listed[2]  # other releases give the layers other names
     assert found == listed
     for engine, cell in zip(ENGINES, figures, strict=True):

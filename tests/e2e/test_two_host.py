@@ -10,13 +10,9 @@ import time
 import pytest
 import yaml
 from cluster import TIMEOUT, ZERO2, Cluster, assert_same, flags, fsdp_variables, one_host, script
-from hosts import BIN, ROOT, Host, why_not
+from hosts import BIN, ROOT, Host
 
-_REASON = why_not()
-pytestmark = [
-    pytest.mark.timeout(1500),  # twelve launches
-    pytest.mark.skipif(_REASON is not None, reason=f"two hosts cannot be made here: {_REASON}"),
-]
+pytestmark = pytest.mark.timeout(1500)  # twelve launches
 
 
 def test_two_host_doctor(cluster: Cluster) -> None:

@@ -12,15 +12,11 @@ import pytest
 import torch
 import transformers
 from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, assert_same, flags, history, one_host, script
-from hosts import SlowLink, two_hosts, why_not
+from hosts import SlowLink, two_hosts
 
 from rose_ds.experiments.models import load_tokenizer
 
-_REASON = why_not()
-pytestmark = [
-    pytest.mark.timeout(1500),  # a dozen launches
-    pytest.mark.skipif(_REASON is not None, reason=f"two hosts cannot be made here: {_REASON}"),
-]
+pytestmark = pytest.mark.timeout(1500)  # a dozen launches
 
 
 # --- slow links ---

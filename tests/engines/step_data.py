@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rose_ds.config import RoseConfig
 from rose_ds.core.layout import Block, Layout
 from rose_ds.core.magnitudes import StepInputs
-from rose_ds.core.select import Selection
+from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import local_only
+from rose_ds.core.update import UpdateBatch
+from rose_ds.masks import policy_of
 
 
 def values(kind: str, n: int, seed: int) -> Tensor:
@@ -67,6 +71,21 @@ def same(a: Selection, b: Selection) -> bool:
     return codes
 
 
+def outcome(config: RoseConfig, inputs: StepInputs, *kernels: Any, **options: Any) -> Any:
+    """The selection, or the message of the error."""
+    policy = policy_of(config)
+    assert policy is not None
+    try:
+        return select(policy.selectors, config.granularity, inputs, *kernels, **options)
+    except (FloatingPointError, ValueError) as error:
+        return str(error)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Of two outcomes."""
+    return a == b if isinstance(a, str) or isinstance(b, str) else same(a, b)
+
+
 GROUP = {"betas": (0.9, 0.98), "lr": 3e-3, "eps": 1e-8, "weight_decay": 0.01, "foreach": None, "fused": None}
 
 
@@ -76,3 +95,27 @@ def tensors(kind: str, sizes: list[int], dtype: torch.dtype) -> list[list[Tensor
     return [[t.clone() for t in made[0]], [g.to(dtype) for g in made[1]], [t.clone() for t in made[2]], [
         t.square() for t in made[3]
     ]]  # fmt: skip
+
+
+def codes_of(sizes: list[int], step: int, table: tuple[float, ...]) -> list[Any]:
+    """Masks by element, and one by tensor: not of ones, which are another kernel of torch's."""
+    draw = torch.Generator().manual_seed(step)
+    codes: list[Any] = [torch.randint(0, 4, (n,), generator=draw, dtype=torch.uint8) for n in sizes]
+    codes[2] = 2 if table[2] < 1 else 0
+    return codes
+
+
+def batch_of(held: list[list[Tensor]], codes: list[Any], *settings: Any, kernels: Any = None) -> UpdateBatch:
+    """An update that is ready to be flushed; ``settings``: of UpdateBatch."""
+    batch = UpdateBatch(*settings, kernels=kernels)
+    for i, code in enumerate(codes):
+        batch.add(code, tuple(column[i] for column in held))
+    return batch
+
+
+def check_same_bits(ours: list[list[Tensor]], theirs: list[list[Tensor]], what: object) -> None:
+    """Of parameters, gradients and moments; NaNs are alike, zeros have a sign."""
+    for column, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        for a, b in zip(mine, other, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (what, column)
+            assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan()), "the sign of zeros"

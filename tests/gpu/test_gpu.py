@@ -12,7 +12,7 @@ import gpu_jobs as jobs
 import pytest
 import torch
 from reference import check_parity, reference
-from step_data import GROUP, KINDS, same, step_inputs, tensors
+from step_data import GROUP, KINDS, batch_of, same, step_inputs, tensors
 from tiny import Case
 from torch_jobs import check_runs
 
@@ -20,7 +20,6 @@ from rose_ds import kernels
 from rose_ds.config import RoseConfig
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.select import select
-from rose_ds.core.update import UpdateBatch
 from rose_ds.kernels import triton_backend
 from rose_ds.masks import policy_of
 
@@ -80,10 +79,8 @@ def test_updates_are_the_cpus(kind: str, dtype: torch.dtype, way: str, device: t
     for where in (torch.device("cpu"), device):
         held = [[t.to(where) for t in column] for column in tensors(kind, sizes, dtype)]
         found = kernels.kernels_for(0, held[0]) if where == device else None
-        batch = UpdateBatch(GROUP, 7, (0.0, 0.3, 0.7, 1.0), kernels=found)
-        for i, code in enumerate(codes):
-            batch.add(code.to(where), tuple(column[i] for column in held))
-        batch.flush()
+        there = [code.to(where) for code in codes]
+        batch_of(held, there, GROUP, 7, (0.0, 0.3, 0.7, 1.0), kernels=found).flush()
         runs.append([torch.cat(column).cpu() for column in held])
     for name, ours, theirs in zip(("parameters", "gradients", "exp_avg", "exp_avg_sq"), *runs, strict=True):
         a, b = ours.nan_to_num(7.0), theirs.nan_to_num(7.0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, pretend, values_of
-from step_data import GROUP, KINDS, SIZES, same, step_inputs, tensors
+from step_data import GROUP, KINDS, SIZES, alike, batch_of, outcome, same, step_inputs, tensors
 from test_large_worlds import SIZES as WHOLE
 from test_large_worlds import numbers, piece
 from thread_ranks import Group, at_once
@@ -27,7 +27,6 @@ from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, SECOND
 from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import bits_of, kth_smallest, local_only
-from rose_ds.core.update import UpdateBatch
 from rose_ds.masks import policy_of
 
 # --- what the count is worth ---
@@ -70,24 +69,11 @@ def there(inputs: StepInputs) -> StepInputs:
 
 def on_device(config: RoseConfig, inputs: StepInputs, **options: Any) -> tuple[Any, Accelerator]:
     """The selection, its codes back on the CPU; or the error's message."""
-    policy = policy_of(config)
-    assert policy is not None
     with Accelerator() as device:
-        try:
-            found = select(policy.selectors, config.granularity, there(inputs), device=DEVICE, **options)
-        except (FloatingPointError, ValueError) as error:
-            return str(error), device
+        found = outcome(config, there(inputs), device=DEVICE, **options)
+    if not isinstance(found, str):
         found.codes = [values_of(code) for code in found.codes]  # type: ignore[arg-type]
     return found, device
-
-
-def on_cpu(config: RoseConfig, inputs: StepInputs, **options: Any) -> Any:
-    policy = policy_of(config)
-    assert policy is not None
-    try:
-        return select(policy.selectors, config.granularity, inputs, **options)
-    except (FloatingPointError, ValueError) as error:
-        return str(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -103,7 +89,7 @@ def test_select(kind: str, sizes: list[int], dtype: torch.dtype) -> None:
     ):  # fmt: skip
         config = RoseConfig(keep_first=keep, keep_second=keep, keep_largest=largest)  # type: ignore[arg-type]
         found, device = on_device(config, inputs)
-        assert same(on_cpu(config, inputs), found), (keep, largest)
+        assert same(outcome(config, inputs), found), (keep, largest)
         assert sum(device.waits.values()) == (2 if isinstance(keep, str) else 1), device.waits
 
 
@@ -112,7 +98,7 @@ def test_select(kind: str, sizes: list[int], dtype: torch.dtype) -> None:
 def test_every_mask_of_elements(strategy: Any) -> None:
     inputs = step_inputs("normal", [1000, 33, 257, 1], torch.float32)
     found, device = on_device(RoseConfig(strategy=strategy), inputs)
-    assert same(on_cpu(RoseConfig(strategy=strategy), inputs), found)
+    assert same(outcome(RoseConfig(strategy=strategy), inputs), found)
     assert len(found.codes) == 4
     assert device.waits == {"aten::_to_copy": 1}
 
@@ -123,9 +109,9 @@ def test_every_mask_of_elements(strategy: Any) -> None:
 def test_not_finite(kind: str, strategy: Any) -> None:
     """Steps are skipped, and errors raised, alike."""
     inputs, config = step_inputs(kind, [1000, 33, 257, 1], torch.float32), RoseConfig(strategy=strategy)
-    want, (found, device) = on_cpu(config, inputs), on_device(config, inputs)
+    want, (found, device) = outcome(config, inputs), on_device(config, inputs)
     assert device.waits == {"aten::_to_copy": 1}
-    assert want == found if isinstance(want, str) else same(want, found)
+    assert alike(want, found)
     assert isinstance(want, str) or want.finite is False or kind == "infinite"
 
 
@@ -189,7 +175,7 @@ def test_several_ranks(world: int, summed: bool) -> None:
         layout = replace(inputs.layout, exchanges=[on_host], exchange_of=[on_host] * len(inputs.grads))
         return on_device(config, replace(inputs, layout=layout))
 
-    wanted: list[Selection] = at_once(world, lambda rank: on_cpu(config, inputs_of(rank, groups[0])))
+    wanted: list[Selection] = at_once(world, lambda rank: outcome(config, inputs_of(rank, groups[0])))
     for want, (found, device) in zip(wanted, at_once(world, there_too), strict=True):
         assert same(want, found)
         assert (want.thresholds[FIRST].kept_per_rank is None) == summed
@@ -231,9 +217,7 @@ def test_a_whole_step_reads_once(slices: int) -> None:
             policy = policy_of(config)
             assert policy is not None
             found = select(policy.selectors, "element", one, device=DEVICE if accelerated else None)
-            batch = UpdateBatch(group, 5, policy.values)
-            for i, code in enumerate(found.codes):
-                batch.add(code, tuple(column[i] for column in held))
+            batch = batch_of(held, list(found.codes), group, 5, policy.values)
             batch.add(3, tuple(pretend(t) if accelerated else t for t in map(torch.ones, [9] * 4)))
             batch.flush()
         assert sum(device.waits.values()) == accelerated, device.waits

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from step_data import GROUP, KINDS, SIZES, same, step_inputs, tensors
-from test_device import on_cpu, train
+from step_data import (
+    GROUP,
+    KINDS,
+    SIZES,
+    alike,
+    batch_of,
+    check_same_bits,
+    codes_of,
+    outcome,
+    same,
+    step_inputs,
+    tensors,
+)
+from test_device import train
 from tiny import Case
 
 from rose_ds import kernels
 from rose_ds.config import RoseConfig
-from rose_ds.core.select import select
 from rose_ds.core.update import UpdateBatch
 from rose_ds.kernels import triton_backend
-from rose_ds.masks import policy_of
 
 CPU = torch.device("cpu")
 
@@ -45,12 +55,7 @@ def compiled() -> Any:
 
 
 def with_kernels(compiled: Any, config: RoseConfig, inputs: Any) -> Any:
-    policy = policy_of(config)
-    assert policy is not None
-    try:
-        return select(policy.selectors, "element", inputs, compiled, device=CPU)
-    except (FloatingPointError, ValueError) as error:
-        return str(error)
+    return outcome(config, inputs, compiled, device=CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -66,23 +71,23 @@ def test_select(kind: str, sizes: list[int], dtype: torch.dtype, compiled: Any, 
     ):  # fmt: skip
         config = RoseConfig(keep_first=keep, keep_second=keep, **settings)  # type: ignore[arg-type]
         launches.clear()
-        want, found = on_cpu(config, inputs), with_kernels(compiled, config, inputs)
-        assert want == found if isinstance(want, str) else same(want, found), (keep, settings)
+        want, found = outcome(config, inputs), with_kernels(compiled, config, inputs)
+        assert alike(want, found), (keep, settings)
         assert launches == {"count_risks": 3, "mark_risks": 1}
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal"])
 def test_slices_of_several_blocks(kind: str, compiled: Any) -> None:
     inputs, config = step_inputs(kind, SIZES[-1], torch.bfloat16), RoseConfig(keep_second=0.3)
-    assert same(on_cpu(config, inputs), with_kernels(compiled, config, inputs))
+    assert same(outcome(config, inputs), with_kernels(compiled, config, inputs))
 
 
 def test_masks_of_other_scores_are_left_to_torch(compiled: Any, launches: Counter[str]) -> None:
     inputs = step_inputs("normal", [1000, 33], torch.float32)
     for config in (RoseConfig(strategy="random"), RoseConfig(strategy="gallop")):
-        assert same(on_cpu(config, inputs), with_kernels(compiled, config, inputs))
+        assert same(outcome(config, inputs), with_kernels(compiled, config, inputs))
     strided = replace(inputs, risk_grads=[torch.rand(2000)[::2], torch.rand(33)])
-    assert same(on_cpu(RoseConfig(), strided), with_kernels(compiled, RoseConfig(), strided))
+    assert same(outcome(RoseConfig(), strided), with_kernels(compiled, RoseConfig(), strided))
     assert not launches
 
 
@@ -103,23 +108,15 @@ def test_update(kind: str, decay: float, dtype: torch.dtype, compiled: Any, laun
     sizes = [40_001, 3, 257, 0, 1]
     group = {**GROUP, "weight_decay": decay}
     for step, table in itertools.product((1, 1000), ((0.0, 1.0, 1.0, 1.0), (0.0, 0.3, 0.7, 1.0))):
-        draw = torch.Generator().manual_seed(step)
-        codes: list[Any] = [torch.randint(0, 4, (n,), generator=draw, dtype=torch.uint8) for n in sizes]
-        codes[2] = 2 if table[2] < 1 else 0
-        runs = []
+        codes, runs = codes_of(sizes, step, table), []
         for found in (None, compiled):
             held = tensors(kind, sizes, dtype)
-            batch = UpdateBatch(group, step, table, kernels=found)
-            for i, code in enumerate(codes):
-                batch.add(code, tuple(column[i] for column in held))
+            batch = batch_of(held, codes, group, step, table, kernels=found)
             launches.clear()
             batch.flush()
             assert launches == ({"masked_adamw": 1} if found else {})
             runs.append(held)
-        for column, (ours, theirs) in enumerate(zip(*runs, strict=True)):
-            for a, b in zip(ours, theirs, strict=True):
-                assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (step, table, column)
-                assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan()), "the sign of zeros"
+        check_same_bits(*runs, (step, table))
 
 
 def test_places_change_nothing(compiled: Any) -> None:

@@ -7,6 +7,7 @@ AdamW (vanilla) took in it. Memory is measured first, one method at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -47,11 +48,9 @@ class Worker:
     def step(self) -> None:
         """One training step."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: reading says how
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: reading says how
         self.steps.append(self._read())
 
     def _read(self) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class Risks {
     const int64_t low = prefix << above, high = low + (int64_t(1) << above);
     bool known = window_.low <= low && high <= window_.high;
     if (above == 20 && !known && !first_.empty() && first_[prefix] <= size_ / kCollected) {
-      collect({int32_t(low), int32_t(high), largest_, bit_}, false);
+      collect(low, high, false);
       known = true;
     }
     if (known) {
@@ -251,7 +251,7 @@ class Risks {
     const int64_t bins = (high - low) << 7;
     at::Tensor row = at::zeros({kFacts + bins}, at::kLong);
     int64_t* out = row.data_ptr<int64_t>();
-    const Facts facts = collect({int32_t(low << kSampleShift), int32_t(high << kSampleShift), largest_, bit_}, true);
+    const Facts facts = collect(low << kSampleShift, high << kSampleShift, true);
     out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
     out[0] = size_;
     for (size_t t = 0; t < found_.size(); ++t)
@@ -306,14 +306,14 @@ class Risks {
     });
   }
 
-  // Finds the risks in a window and counts the others; `sure`: also sets the codes of those.
-  Facts collect(const Window& window, bool sure) {
-    window_ = window, sure_ = sure;
+  // Finds the risks whose bits are in [low, high) and counts the others; `sure`: also sets the codes of those.
+  Facts collect(int64_t low, int64_t high, bool sure) {
+    window_ = {int32_t(low), int32_t(high), largest_, bit_}, sure_ = sure;
     found_.resize(threads_);
     for (auto& f : found_) f.count = 0, f.runs.clear();
     std::vector<Facts> facts(threads_);
     for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      const Window w = window;
+      const Window w = window_;
       Found& f = found_[t];
       const size_t before = f.count;
       blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
