@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch_jobs import (
     FEW,
     Job,
     check,
+    check_runs,
     check_taus,
     leak,
     mesh_2d,
@@ -119,6 +121,13 @@ def order_of_a_step(rank: int, world: int) -> list[str]:
     finally:
         dist.all_reduce = reduce
     return order
+
+
+def synchronised_each_time(rank: int, world: int) -> Run:
+    """A loop that counts micro-batches itself and leaves no_sync() out, as Trainer's does under DDP on one rank."""
+    wrapped, stepper = start(Job(replace(FEW[0], accumulation=1), "ddp"))
+    stepper.engine.accumulation_steps = FEW[0].accumulation
+    return train(stepper, wrapped, FEW[0], rank, world)
 
 
 def through_accelerate(rank: int, world: int) -> dict[str, Tensor]:
@@ -227,6 +236,7 @@ def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
         results["odd"] = train_odd(lambda m: DistributedDataParallel(m, find_unused_parameters=True), rank, world)
         results["means"] = bucketed_means(rank, world)
         results["order"] = order_of_a_step(rank, world)
+        results["synchronised"] = synchronised_each_time(rank, world)
         results["accelerate"] = through_accelerate(rank, world)
         results["refused"] = refused(rank, world)
     return results
@@ -279,6 +289,12 @@ def test_reduced_while_the_task_gradient_is_taken(ranks: Any) -> None:
     for result in ranks(2):
         assert result["order"][:3] == ["task gradient", "reduction of the KL gradient", "task gradient"]
         assert result["order"].count("reduction of the KL gradient") == 1
+
+
+def test_synchronised_each_time(ranks: Any, parity_log: list[str]) -> None:
+    """Invariant 1 where DDP reduces in every micro-batch of a step."""
+    assert FEW[0].accumulation > 1
+    check_runs([result["synchronised"] for result in ranks(2)], FEW[0], "ddp, synchronised each time", parity_log)
 
 
 def test_accelerate(ranks: Any) -> None:

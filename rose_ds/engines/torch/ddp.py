@@ -68,7 +68,11 @@ class DdpEngine(PlainEngine):
         super().pull(pulls, more=more)
 
     def pull_apart(self, pulls: Sequence[Pull]) -> None:
-        assert self._means is None, "an objective ranks one divergence in a micro-batch"
+        early, self._means = self._means, None
+        # Of a micro-batch that the loop synchronised and that was not the last, as under accelerate on one rank. The
+        # mean of a mean is itself.
+        if early is not None:
+            self.add_risk_grads(early.wait())
         super().pull_apart(pulls)
         if self._syncs:
             self._means = _Means(super().take_risk_grads() or [], self.ddp.process_group)
