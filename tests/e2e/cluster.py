@@ -1,4 +1,4 @@
-"""A cluster of two hosts, runs on it, and what they are compared with."""
+"""A cluster of a few hosts, runs on it, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ VARIABLES = {
 
 @dataclass
 class Cluster:
-    """Two hosts, and what was run on them."""
+    """Hosts, and what was run on them."""
 
-    hosts: tuple[Host, Host]
+    hosts: tuple[Host, ...]
     folder: Path
     env: dict[str, str]
     runs: dict[str, Path] = field(default_factory=dict)
@@ -94,20 +95,26 @@ def fsdp_variables(cluster: Cluster) -> dict[str, str]:
     return {"CONFIG": config, "PROGRAM": "tests/e2e/scripts/cpu_fsdp.py rose_ds"}
 
 
-def one_host(cluster: Cluster, engine: str) -> Path:
-    """output_dir of the run with both ranks on node1."""
+def one_host(cluster: Cluster, engine: str, ranks: int = 2, more: Sequence[str] = ()) -> Path:
+    """output_dir of the run with all ranks on node1."""
     name = f"one-{engine}"
     if name not in cluster.runs:
-        told = flags(cluster, name)
+        told = [*flags(cluster, name), *more]
         command, env = {
             "ddp": (
                 [*script("torchrun_node.sh"), *told],
-                {"NODES": "1", "RANKS_PER_NODE": "2", "RENDEZVOUS": "node1:29400", "JOB": name},
+                {"NODES": "1", "RANKS_PER_NODE": str(ranks), "RENDEZVOUS": "node1:29400", "JOB": name},
             ),
-            "zero2": ([str(BIN / "deepspeed"), "--num_gpus", "2", "launch/train.py", *ZERO2, *told], {}),
+            "zero2": ([str(BIN / "deepspeed"), "--num_gpus", str(ranks), "launch/train.py", *ZERO2, *told], {}),
             "fsdp2": (
                 [*script("accelerate_node.sh"), *told],
-                {"NODES": "1", "RANKS": "2", "NODE_RANK": "0", "MASTER_ADDR": "node1", **fsdp_variables(cluster)},
+                {
+                    "NODES": "1",
+                    "RANKS": str(ranks),
+                    "NODE_RANK": "0",
+                    "MASTER_ADDR": "node1",
+                    **fsdp_variables(cluster),
+                },
             ),
         }[engine]
         cluster.run(name, (command, env))
@@ -121,7 +128,7 @@ def history(output_dir: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def assert_same(one: Path, two: Path, engine: str) -> None:
+def assert_same(one: Path, two: Path, engine: str, ranks: int = 2) -> None:
     """Losses, thresholds and weights, to the last bit."""
     expected, found = history(one), history(two)
     assert [entry["step"] for entry in expected] == [1, 2, 3, 4]
@@ -132,4 +139,66 @@ def assert_same(one: Path, two: Path, engine: str) -> None:
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     metrics = json.loads((two / "metrics.json").read_text())
-    assert (metrics["engine"], metrics["world_size"], metrics["steps"]) == (engine, 2, 4)
+    assert (metrics["engine"], metrics["world_size"], metrics["steps"]) == (engine, ranks, 4)
+
+
+# --- faults ---
+
+FAULTY = {"RANKS_PER_NODE": "1", "RENDEZVOUS": "node1:29400", "PROGRAM": "tests/e2e/scripts/faulty.py"}
+
+
+@dataclass
+class Interrupted:
+    """A job of one rank a host; all wait in their fourth step, with a checkpoint after the second."""
+
+    cluster: Cluster
+    name: str
+    flags: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    logs: list[Path] = field(default_factory=list)
+
+    def __enter__(self) -> Interrupted:
+        out = self.cluster.folder / f"out-{self.name}"
+        out.mkdir()
+        env = {
+            **FAULTY,
+            "NODES": str(len(self.cluster.hosts)),
+            "JOB": self.name,
+            "FAULTS": json.dumps({"pause": 3, "out": str(out)}),
+            **self.env,
+        }
+        told = [*script("torchrun_node.sh"), *flags(self.cluster, self.name), "--save_steps", "2", *self.flags]
+        for at in range(len(self.cluster.hosts)):
+            process, log = self.cluster.start(self.name, told, at, **env)
+            self.processes.append(process)
+            self.logs.append(log)
+        deadline = time.monotonic() + TIMEOUT
+        while len(list(out.glob("pausing-*"))) < len(self.cluster.hosts):
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                self.cluster.stop(self.processes)
+                raise AssertionError(self.text()[-6000:])
+            time.sleep(0.05)
+        return self
+
+    def go(self) -> None:
+        (self.cluster.folder / f"out-{self.name}" / "go").touch()
+
+    def text(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.stop(self.processes)
+        for host in self.cluster.hosts:
+            if host.init.is_running():
+                host.cable("up")
+
+
+def resume(cluster: Cluster, name: str, more: Sequence[str], nodes: int, ranks: int = 2) -> str:
+    """Go on from the newest checkpoint, on as many hosts and ranks; what they printed."""
+    told = [*script("torchrun_node.sh"), *flags(cluster, name), "--save_steps", "2", "--resume", "auto", *more]
+    job = f"{name}-again"
+    env = {"NODES": str(nodes), "RANKS_PER_NODE": str(ranks // nodes), "RENDEZVOUS": "node1:29400", "JOB": job}
+    text = cluster.run(job, *[(told, env)] * nodes)
+    assert "resuming from" in text and "checkpoint-2" in text
+    return text

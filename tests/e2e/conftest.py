@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import VARIABLES, Cluster
-from hosts import two_hosts, why_not
+from hosts import joined_hosts, why_not
 from launching import ROOT
 
 from rose_ds.data import DataError, load_task
@@ -48,14 +48,24 @@ def cluster(
     minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """Two hosts, up; tests that take it skip where there can be none."""
+    yield from cluster_of(2, tmp_path_factory.mktemp("two_host"), extensions)
+
+
+@pytest.fixture(scope="module")
+def three(minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three hosts."""
+    yield from cluster_of(3, tmp_path_factory.mktemp("three_host"), extensions)
+
+
+def cluster_of(count: int, folder: Path, extensions: Path) -> Iterator[Cluster]:
+    """That many hosts with one slot each."""
     reason = why_not()
     if reason is not None:
-        pytest.skip(f"two hosts cannot be made here: {reason}")
-    folder = tmp_path_factory.mktemp("two_host")
+        pytest.skip(f"hosts cannot be made here: {reason}")
     (folder / "hosts").mkdir()
     env = {**VARIABLES, "TORCH_EXTENSIONS_DIR": str(extensions), "HOSTFILE": str(folder / "hostfile")}
-    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (folder / "hostfile").write_text("".join(f"node{i} slots=1\n" for i in range(1, count + 1)))
     (folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
-    with two_hosts(folder / "hosts") as hosts:
+    with joined_hosts(folder / "hosts", count) as hosts:
         yield Cluster(hosts, folder, {**env, "DS_ENV_FILE": str(folder / "deepspeed_env")})
     shutil.rmtree(folder)

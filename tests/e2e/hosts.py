@@ -1,4 +1,5 @@
-"""Two hosts on one machine: a network, process, mount and name namespace each, joined by a cable, with sshd in them.
+"""Hosts on one machine: a network, process, mount and name namespace each, joined by a cable or, if they are more than
+two, by a switch, with sshd in them.
 
 What a host starts dies with it, and hosts die with the process that made them, whatever ends it. Files are shared, as
 on a cluster with a network file system; /dev/shm and /run are not.
@@ -141,25 +142,28 @@ class SlowLink:
 
 
 @contextmanager
-def two_hosts(folder: Path, link: SlowLink | None = None) -> Iterator[tuple[Host, Host]]:
-    """node1 and node2.
+def joined_hosts(folder: Path, count: int = 2, link: SlowLink | None = None) -> Iterator[tuple[Host, ...]]:
+    """node1, node2, ...
 
     Args:
-        folder: for keys and configs, empty, and readable on both.
-        link: between them; None: as fast as the machine.
+        folder: for keys and configs, empty, and readable on all.
+        link: between two; None: as fast as the machine.
     """
     _remove_those_left_behind()
-    names = [f"rose-{os.getpid()}-{next(_NUMBERS)}" for _ in range(2)]
+    names = [f"rose-{os.getpid()}-{next(_NUMBERS)}" for _ in range(count)]
+    switch = f"rose-{os.getpid()}-{next(_NUMBERS)}" if count > 2 else None
+    spaces = names + [switch] * (switch is not None)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for name in names:
-            _ip("netns", "add", name)
-        if link is None:
-            peer = ("peer", "name", INTERFACE, "netns", names[1])
-            _ip("link", "add", INTERFACE, "netns", names[0], "type", "veth", *peer)
+        for space in spaces:
+            _ip("netns", "add", space)
+        if switch is not None:
+            _plug_into(switch, names)
+        elif link is None:
+            _ip("link", "add", INTERFACE, "netns", names[0], "type", "veth", *_end(INTERFACE, names[1]))
         else:
             processes.append(link.start(names))
-        _write_configs(folder)
+        _write_configs(folder, count)
         hosts = []
         for i, name in enumerate(names, 1):
             _ip("-n", name, "addr", "add", f"10.213.7.{i}/24", "dev", INTERFACE)
@@ -168,14 +172,28 @@ def two_hosts(folder: Path, link: SlowLink | None = None) -> Iterator[tuple[Host
             processes.append(_boot(folder, name, f"node{i}"))
             hosts.append(Host(f"node{i}", name, _child_of(processes[-1])))
         for host in hosts:
-            _wait_for_ssh(host, folder)
-        yield hosts[0], hosts[1]
+            _wait_for_ssh(host, folder, f"node{count}")
+        yield tuple(hosts)
     finally:
         for process in processes:
             process.kill()  # unshare --kill-child takes the host's process 1 with it, and so all of the host
             process.wait()
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, env={**os.environ, "PATH": _PATH})
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, env={**os.environ, "PATH": _PATH})
+
+
+def _plug_into(switch: str, names: Sequence[str]) -> None:
+    """A cable from each of these namespaces to a bridge in another one."""
+    _ip("-n", switch, "link", "add", "switch", "type", "bridge")
+    for i, name in enumerate(names, 1):
+        _ip("link", "add", INTERFACE, "netns", name, "type", "veth", *_end(f"port{i}", switch))
+        _ip("-n", switch, "link", "set", f"port{i}", "master", "switch", "up")
+    _ip("-n", switch, "link", "set", "switch", "up")
+
+
+def _end(name: str, namespace: str) -> tuple[str, ...]:
+    """The other end of a cable."""
+    return ("peer", "name", name, "netns", namespace)
 
 
 def _boot(folder: Path, namespace: str, name: str) -> subprocess.Popen[bytes]:
@@ -191,10 +209,11 @@ def _boot(folder: Path, namespace: str, name: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _write_configs(folder: Path) -> None:
+def _write_configs(folder: Path, count: int) -> None:
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
-    (folder / "hosts").write_text("127.0.0.1 localhost\n10.213.7.1 node1\n10.213.7.2 node2\n")
+    lines = ["127.0.0.1 localhost", *(f"10.213.7.{i} node{i}" for i in range(1, count + 1))]
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n"
@@ -215,10 +234,10 @@ def _child_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     raise AssertionError("unshare started no process")
 
 
-def _wait_for_ssh(host: Host, folder: Path) -> None:
+def _wait_for_ssh(host: Host, folder: Path, target: str) -> None:
     log, deadline = folder / f"ssh-{host.name}.log", time.monotonic() + 20
     while True:
-        if host.start(["ssh", "-o", "ConnectTimeout=2", "node2", "true"], log).wait() == 0:
+        if host.start(["ssh", "-o", "ConnectTimeout=2", target, "true"], log).wait() == 0:
             return
         if time.monotonic() > deadline:
             raise AssertionError(log.read_text() + (folder / f"{host.name}.log").read_text())

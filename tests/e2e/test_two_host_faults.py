@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, assert_same, flags, history, one_host, script
-from hosts import SlowLink, two_hosts
+from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, Interrupted, assert_same, history, one_host, resume, script
+from hosts import SlowLink, joined_hosts
 
 from rose_ds.experiments.models import load_tokenizer
 
@@ -43,7 +41,7 @@ def test_two_host_slow_link(cluster: Cluster, tiny: Path, tmp_path: Path) -> Non
     command = [*script("torchrun_node.sh"), *FLAGS, "--model", str(tiny)]
     common = {"RENDEZVOUS": "node1:29400", "JOB": "slow"}
     seconds = {}
-    with two_hosts(tmp_path, SlowLink(delay_ms=20, loss=0.01, rate_mbit=100)) as hosts:
+    with joined_hosts(tmp_path, link=SlowLink(delay_ms=20, loss=0.01, rate_mbit=100)) as hosts:
         far = Cluster(hosts, cluster.folder, cluster.env)
         for name, nodes in (("near", 1), ("far", 2)):
             told = [*command, "--output_dir", str(cluster.output(name))]
@@ -56,49 +54,6 @@ def test_two_host_slow_link(cluster: Cluster, tiny: Path, tmp_path: Path) -> Non
 
 
 # --- faults between hosts ---
-
-FAULTY = {"NODES": "2", "RANKS_PER_NODE": "1", "RENDEZVOUS": "node1:29400", "PROGRAM": "tests/e2e/scripts/faulty.py"}
-
-
-@dataclass
-class Interrupted:
-    """A job whose ranks all wait in their fourth step, with a checkpoint after the second."""
-
-    cluster: Cluster
-    name: str
-    flags: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    logs: list[Path] = field(default_factory=list)
-
-    def __enter__(self) -> Interrupted:
-        out = self.cluster.folder / f"out-{self.name}"
-        out.mkdir()
-        env = {**FAULTY, "JOB": self.name, "FAULTS": json.dumps({"pause": 3, "out": str(out)}), **self.env}
-        told = [*script("torchrun_node.sh"), *self.flags, *flags(self.cluster, self.name), "--save_steps", "2"]
-        for at in range(2):
-            process, log = self.cluster.start(self.name, told, at, **env)
-            self.processes.append(process)
-            self.logs.append(log)
-        deadline = time.monotonic() + TIMEOUT
-        while len(list(out.glob("pausing-*"))) < 2:
-            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
-                self.cluster.stop(self.processes)
-                raise AssertionError(self.text()[-6000:])
-            time.sleep(0.05)
-        return self
-
-    def go(self) -> None:
-        (self.cluster.folder / f"out-{self.name}" / "go").touch()
-
-    def text(self) -> str:
-        return "\n".join(log.read_text(errors="replace") for log in self.logs)
-
-    def __exit__(self, *_: object) -> None:
-        self.cluster.stop(self.processes)
-        for host in self.cluster.hosts:
-            if host.init.is_running():
-                host.cable("up")
 
 
 @pytest.mark.parametrize("seconds", [5, 65])
@@ -139,12 +94,13 @@ def test_two_host_link_stays_cut(cluster: Cluster, engine: str) -> None:
         )
         cluster.hosts[1].cable("up")
         assert job.processes[1].wait(150) != 0
-    resume(cluster, name, engine, more, nodes=2)
+    resume(cluster, name, more, nodes=2)
+    assert_same(one_host(cluster, engine), cluster.output(name), engine)
 
 
 def test_two_host_power_cut(cluster: Cluster, tmp_path: Path) -> None:
     """A host is gone without a word; the other one ends in time, and goes on alone with both ranks."""
-    with two_hosts(tmp_path) as hosts:
+    with joined_hosts(tmp_path) as hosts:
         fragile = Cluster(hosts, cluster.folder, cluster.env, cluster.runs)
         with Interrupted(fragile, "power", ["--ddp_timeout", "20"]) as job:
             hosts[1].cable("down")
@@ -154,7 +110,8 @@ def test_two_host_power_cut(cluster: Cluster, tmp_path: Path) -> None:
             assert job.processes[0].wait(150) != 0
             print(f"the host that was left ended after {time.monotonic() - begin:.0f} s")
             assert "another rank did not take part" in job.logs[0].read_text()
-    resume(cluster, "power", "ddp", [], nodes=1)
+    resume(cluster, "power", [], nodes=1)
+    assert_same(one_host(cluster, "ddp"), cluster.output("power"), "ddp")
 
 
 # --- jobs that start again by themselves ---
@@ -178,7 +135,7 @@ def test_two_host_elastic_rank(cluster: Cluster) -> None:
 def test_two_host_elastic_host(cluster: Cluster, tmp_path: Path) -> None:
     """A host is gone for good: the launcher that is left goes on with one rank, and as many rows to a step."""
     name = "elastic-host"
-    with two_hosts(tmp_path) as hosts:
+    with joined_hosts(tmp_path) as hosts:
         fragile = Cluster(hosts, cluster.folder, cluster.env, cluster.runs)
         told = ["--resume", "auto", "--ddp_timeout", "20", "--global_batch_size", "8"]
         with Interrupted(fragile, name, told, ELASTIC) as job:
@@ -196,12 +153,3 @@ def test_two_host_elastic_host(cluster: Cluster, tmp_path: Path) -> None:
     for one, two in zip(expected[2:], found[2:], strict=True):
         assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) < 0.1 * one["loss"]
         assert 0.5 < two["rose/tau_second"] / one["rose/tau_second"] < 2
-
-
-def resume(cluster: Cluster, name: str, engine: str, more: list[str], nodes: int) -> None:
-    """Go on from the newest checkpoint, on as many hosts; ends as the run without a fault."""
-    told = [*script("torchrun_node.sh"), *more, *flags(cluster, name), "--save_steps", "2", "--resume", "auto"]
-    env = {"NODES": str(nodes), "RANKS_PER_NODE": str(2 // nodes), "RENDEZVOUS": "node1:29400", "JOB": f"{name}-again"}
-    text = cluster.run(f"{name}-again", *[(told, env)] * nodes)
-    assert "resuming from" in text and "checkpoint-2" in text
-    assert_same(one_host(cluster, engine), cluster.output(name), engine)
