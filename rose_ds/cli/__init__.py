@@ -3,63 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rose_ds import __version__
-from rose_ds.cli import (
-    attack,
-    bench,
-    disagreement,
-    doctor,
-    evaluate,
-    inspect,
-    interpolate,
-    landscape,
-    probe,
-    report,
-    sweep,
-    train,
-)
-from rose_ds.cli.arguments import first_rank
 from rose_ds.cli.ending import ending_process_group
 
-#: Name -> what it does, and the function that does it.
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "doctor": ("check an environment before a long run, and say what to mend", doctor.run),
-    "train": ("fine-tune a classifier with ROSE or a baseline, and measure its robustness", train.run),
-    "evaluate": ("measure a trained classifier on clean, adversarial and perturbed text", evaluate.run),
-    "attack": ("search for misspellings that change a classifier's answers: accuracy under attack", attack.run),
-    "sweep": ("run methods x tasks x seeds x settings, resumable and shared between machines", sweep.run),
-    "bench": ("what each method's training step costs on this machine, beside AdamW's", bench.run),
-    "inspect": ("what the masks of runs kept, layer by layer, on one page", inspect.run),
-    "landscape": ("the loss around trained models, in pictures and numbers (Eq. 6)", landscape.run),
-    "interpolate": ("loss and accuracy on the line between two models (Eq. 7)", interpolate.run),
-    "probe": ("whether a model prefers syntax or the surface (Section 4.2)", probe.run),
-    "dropout-disagreement": ("how often two dropout passes give two answers (Table 4)", disagreement.run),
-    "report": ("compare finished runs: table, JSON and chart", report.run),
+#: Name -> what it does. The module that does it has the name's last word.
+COMMANDS = {
+    "doctor": "check an environment before a long run, and say what to mend",
+    "train": "fine-tune a classifier with ROSE or a baseline, and measure its robustness",
+    "evaluate": "measure a trained classifier on clean, adversarial and perturbed text",
+    "attack": "search for misspellings that change a classifier's answers: accuracy under attack",
+    "sweep": "run methods x tasks x seeds x settings, resumable and shared between machines",
+    "bench": "what each method's training step costs on this machine, beside AdamW's",
+    "inspect": "what the masks of runs kept, layer by layer, on one page",
+    "landscape": "the loss around trained models, in pictures and numbers (Eq. 6)",
+    "interpolate": "loss and accuracy on the line between two models (Eq. 7)",
+    "probe": "whether a model prefers syntax or the surface (Section 4.2)",
+    "dropout-disagreement": "how often two dropout passes give two answers (Table 4)",
+    "report": "compare finished runs: table, JSON and chart",
 }
 
 
 def program(argv: Sequence[str] | None = None) -> None:
     """``main`` as a process of its own, which ends with it."""
+    arguments = _arguments(argv)
+    gc.disable()  # what imports make stays: looking for garbage in it is a fifth of their time
+    if arguments[:1] and arguments[0] in COMMANDS:
+        _function_of(arguments[0])
+    gc.enable()
     with ending_process_group():
-        main(argv)
+        main(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``rose-ds``; exits with 2 and one line on bad input."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].startswith("--local_rank="):
-        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
+    arguments = _arguments(argv)
     logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
     if not arguments or arguments[0] not in COMMANDS:
         _overview(arguments)
         return
     command, rest = arguments[0], arguments[1:]
     try:
-        COMMANDS[command][1](rest)
+        _function_of(command)(rest)
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):
@@ -69,13 +60,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _arguments(argv: Sequence[str] | None) -> list[str]:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
+    return arguments
+
+
+def _function_of(command: str) -> Callable[[Sequence[str]], None]:
+    """Imported when it is wanted: transformers takes seconds."""
+    function: Callable[[Sequence[str]], None] = importlib.import_module(f"rose_ds.cli.{command.rpartition('-')[2]}").run
+    return function
+
+
 def _overview(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="rose-ds", description="Adversarially robust fine-tuning (ROSE) for sharded training."
     )
     parser.add_argument("--version", action="version", version=f"rose_ds {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (text, _) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, description="see rose-ds " + name + " --help")
     parser.epilog = "Each command has its own --help."
     parser.parse_args(arguments)

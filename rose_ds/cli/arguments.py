@@ -108,11 +108,6 @@ class Parser(HfArgumentParser):
         return self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
 
 
-def first_rank() -> bool:
-    """Whether this process is the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def precision_flags(arguments: Sequence[str]) -> list[str]:
     """--bf16 or --fp16 where the DeepSpeed config enables it: transformers demands that both say so."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from rose_ds.cli.arguments import Parser, first_rank
+from rose_ds.cli import first_rank
+from rose_ds.cli.arguments import Parser
 from rose_ds.experiments.settings import RunSettings
 
 _DESCRIPTION = """Accuracy of a trained classifier under attack: misspellings searched for it, item by item.

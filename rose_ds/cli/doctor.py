@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Sequence
 
-from rose_ds.cli.arguments import Parser, first_rank
+from rose_ds.cli import first_rank
+from rose_ds.cli.arguments import Parser
 from rose_ds.doctor.examine import Questions, examine
 from rose_ds.doctor.finding import any_failed, record
 

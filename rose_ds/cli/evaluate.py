@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rose_ds.cli.arguments import Parser, RunArguments, first_rank
+from rose_ds.cli import first_rank
+from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.experiments.settings import RunSettings
 
 _DESCRIPTION = """Accuracy of a trained classifier on a task's clean, adversarial and perturbed dev sets.

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from rose_ds.analysis.interpolation import Line
 from rose_ds.analysis.sharded import SHARDINGS, placed, start_ranks
+from rose_ds.cli import first_rank
 from rose_ds.cli.analyses import parse
-from rose_ds.cli.arguments import first_rank
 
 _DESCRIPTION = """Loss and accuracy on the line between two models (Eq. 7), on clean, adversarial and perturbed text.
 

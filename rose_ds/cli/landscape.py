@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from rose_ds.analysis.landscape import Plane
 from rose_ds.analysis.sharded import SHARDINGS, placed, start_ranks
+from rose_ds.cli import first_rank
 from rose_ds.cli.analyses import parse
-from rose_ds.cli.arguments import first_rank
 
 _DESCRIPTION = """The loss around trained models in a plane of filter-normalised directions (Eq. 6), and how flat it is.
 

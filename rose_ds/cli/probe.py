@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from rose_ds.analysis.msgs import PARADIGMS
 from rose_ds.analysis.probing import Training
+from rose_ds.cli import first_rank
 from rose_ds.cli.analyses import add_models
-from rose_ds.cli.arguments import Parser, first_rank
+from rose_ds.cli.arguments import Parser
 
 _DESCRIPTION = """Does a fine-tuned model prefer syntax or the surface? (Section 4.2, Figure 3)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rose_ds.cli.arguments import Parser, RunArguments, first_rank, precision_flags
+from rose_ds.cli import first_rank
+from rose_ds.cli.arguments import Parser, RunArguments, precision_flags
 from rose_ds.experiments.methods import METHODS
 from rose_ds.experiments.resumable import rank_and_world
 from rose_ds.experiments.settings import MethodSettings, RunSettings, from_preset

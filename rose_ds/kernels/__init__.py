@@ -14,9 +14,9 @@ from rose_ds.kernels.tensors import readable
 
 VARIABLE = "ROSE_DS_KERNELS"
 _CHOICES = ("auto", "torch", "cpp", "triton")
-#: Eligible elements, over all ranks, from which auto compiles kernels for CPUs: below, a step is not worth a compiler's
-#: minute. Triton's few seconds always are.
-LARGE = 1 << 24
+#: Eligible elements, over all ranks, from which auto compiles kernels for CPUs: a step of so many is a third of a
+#: second shorter by them, which pays for the compiler after a hundred. Triton's few seconds are always paid.
+LARGE = 1 << 23
 
 
 def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,19 @@ from hosts import joined_hosts, why_not
 from launching import ROOT
 
 from rose_ds.data import DataError, load_task
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("fast") is None:
+        request.getfixturevalue("kernels")
+
+
+@pytest.fixture(scope="session")
+def kernels(extensions: Path) -> None:
+    """The compiled ones, built once, before a rank that is timed wants them."""
+    build = "from rose_ds.kernels import build; build.extension()"
+    subprocess.run([sys.executable, "-c", build], check=True, timeout=400, cwd=ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -98,22 +98,6 @@ def test_two_host_link_stays_cut(cluster: Cluster, engine: str) -> None:
     assert_same(one_host(cluster, engine), cluster.output(name), engine)
 
 
-def test_two_host_power_cut(cluster: Cluster, tmp_path: Path) -> None:
-    """A host is gone without a word; the other one ends in time, and goes on alone with both ranks."""
-    with joined_hosts(tmp_path) as hosts:
-        fragile = Cluster(hosts, cluster.folder, cluster.env, cluster.runs)
-        with Interrupted(fragile, "power", ["--ddp_timeout", "20"]) as job:
-            hosts[1].cable("down")
-            hosts[1].kill()
-            job.go()
-            begin = time.monotonic()
-            assert job.processes[0].wait(150) != 0
-            print(f"the host that was left ended after {time.monotonic() - begin:.0f} s")
-            assert "another rank did not take part" in job.logs[0].read_text()
-    resume(cluster, "power", [], nodes=1)
-    assert_same(one_host(cluster, "ddp"), cluster.output("power"), "ddp")
-
-
 # --- jobs that start again by themselves ---
 
 ELASTIC = {"RESTARTS": "2", "NODES": "1:2", "RDZV_CONF": "last_call_timeout=5"}

@@ -289,7 +289,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert f"\n  rose-ds {command} " in printed  # as it was written, not filled into a paragraph
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert cli.COMMANDS[command][0].split(",")[0] in " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS[command].split(",")[0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_train_help_lists_methods_and_every_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
