@@ -18,6 +18,16 @@ fi
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
 export TOKENIZERS_PARALLELISM=false
 
+# bf16 where the hardware has it
+config=$(python - <<'EOF'
+import torch
+
+cpu = getattr(torch.cpu, "get_capabilities", dict)()
+bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+print("zero2_bf16.json" if bf16 else "zero2.json")
+EOF
+)
+
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 train() { # NAME [flags of the method]
@@ -26,7 +36,7 @@ train() { # NAME [flags of the method]
     rm -rf "${run:?}"
     mkdir -p "$run"
     echo "training $(basename "$run") (log: $run/train.log)"
-    deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launch/train.py --deepspeed ds_configs/zero2.json \
+    deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launch/train.py --deepspeed "ds_configs/$config" \
         --task snippets --model minilm "$@" --output_dir "$run" --seed "${SEED:-0}" --max_steps "${STEPS:-80}" \
         --per_device_train_batch_size 8 --learning_rate 2e-4 --train_sampling_strategy group_by_length \
         --save_strategy no --max_eval_samples 500 \
