@@ -237,11 +237,11 @@ def check_runs(runs: list[Run], case: Case, name: str, log: list[str]) -> None:
     assert torch.equal(runs[0].stream, twin.stream), "the RNG stream after the last step"
 
 
-def once(make: Callable[[int], Any]) -> Callable[[int], Any]:
+def once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """``make``, run once for each argument; a failure is remembered too, or every test would wait for it again."""
-    outcomes: dict[int, Any] = {}
+    outcomes: dict[Any, Any] = {}
 
-    def of(world: int) -> Any:
+    def of(world: Any) -> Any:
         if world not in outcomes:
             try:
                 outcomes[world] = make(world)

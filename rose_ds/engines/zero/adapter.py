@@ -53,6 +53,9 @@ class Adapter(ABC):
     def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
 
+    def begin_micro_batch(self) -> None:  # noqa: B027
+        """Called before its first forward pass."""
+
     def rearmed(self) -> Callable[[], None]:
         """Called after a forward pass; the result is called before the backward pass of it."""
         return lambda: None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class ZeroEngine(Engine):
         self.checkpoints = Checkpoints(ds, optimizer, lambda: self.accumulating, self.adapter.after_load)
 
     # --- passes ---
+
+    def micro_batch(self) -> AbstractContextManager[object]:
+        self.adapter.begin_micro_batch()
+        return super().micro_batch()
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
         self.accumulating = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rose_ds.core.layout import Block
 from rose_ds.engines.zero.adapter import ScaledAdapter
+from rose_ds.engines.zero.trace import LongestTrace
 from rose_ds.optimizer import RoseAdamW, Slice
 
 _BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -31,6 +32,10 @@ class Stage3Adapter(ScaledAdapter):
         self.ds_optimizer._get_norm_groups = self._remember_norm_groups
         for flat in self.ds_optimizer.fp32_partitioned_groups_flat:
             rose_optimizer.init_state(flat)
+        self._trace = LongestTrace(ds.module, self.ds_optimizer.parameter_offload.get_param_coordinator())
+
+    def begin_micro_batch(self) -> None:
+        self._trace.begin()
 
     def _remember_norm_groups(self) -> list[Any]:
         self._norm_groups = self._get_norm_groups()
