@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch_jobs import (
     BEFORE,
     EXTRAS,
@@ -163,6 +164,29 @@ REFUSALS = {
 }
 
 
+def gathered_ahead(rank: int, world: int) -> list[int]:
+    """How many of the model's parts each backward pass of a step gathered before they were needed."""
+    counts: list[int] = []
+    case = Case(accumulation=2, steps=1)
+    wrapped, stepper = start(Job(case, "fsdp2"))
+    prefetch, backward = FSDPParamGroup._prefetch_unshard, stepper.engine._backward
+
+    def spy(*arguments: Any) -> None:
+        counts[-1] += 1
+        prefetch(*arguments)
+
+    def begin(*arguments: Any, **options: Any) -> None:
+        counts.append(0)
+        backward(*arguments, **options)
+
+    FSDPParamGroup._prefetch_unshard, stepper.engine._backward = staticmethod(spy), begin
+    try:
+        train(stepper, wrapped, case, rank, world)
+    finally:
+        FSDPParamGroup._prefetch_unshard = staticmethod(prefetch)
+    return counts
+
+
 def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = {"jobs": run_all(rank, world, jobs)}
@@ -172,6 +196,7 @@ def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
         results["adamw"] = adamw(rank, world)
         results["few"] = [few_eligible(rank, world, case) for case in ALONE]
         results["accelerate"] = as_accelerate(rank, world)
+        results["ahead"] = gathered_ahead(rank, world)
         results["refused"] = refused(rank, world)
     return results
 
@@ -231,6 +256,11 @@ def test_a_rank_without_eligible_elements(ranks: Any) -> None:
             torch.testing.assert_close(runs[0].parameters[name], want, rtol=1e-5, atol=1e-6)
         if case.strategy != "none":
             assert runs[0].reports[0].eligible == 2
+
+
+def test_every_backward_pass_gathers_ahead(ranks: Any) -> None:
+    """Two blocks, in each of three backward passes of both micro-batches."""
+    assert all(result["ahead"] == [2] * 6 for result in ranks(2))
 
 
 def test_groups_filled_after_sharding(ranks: Any) -> None:

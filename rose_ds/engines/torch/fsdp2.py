@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,39 @@ class Fsdp2Engine(ShardedEngine):
     """Any number of passes and pulls; each pull reduces into the sharded parameters' ``grad``."""
 
     name = "fsdp2"
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        self._take_orders()  # of evaluations
+        with super().micro_batch():
+            yield
+
+    def after_forward(self) -> Callable[[], None]:
+        # A backward pass gathers ahead in the order of the forward passes before it, and FSDP forgets that with the
+        # first one's end.
+        orders = self._take_orders()
+
+        def rearm() -> None:
+            for context, order in orders:
+                context.post_forward_order[:] = order
+                for group in order:
+                    group._post_forward_indices.clear()
+                for i, group in enumerate(order):
+                    group._post_forward_indices.append(i)
+
+        return rearm
+
+    def _take_orders(self) -> list[tuple[Any, list[Any]]]:
+        """Of each root's parameter groups, as forward passes went through them; forgotten there."""
+        orders = []
+        for context in {id(state._comm_ctx): state._comm_ctx for state in _states(self.module)}.values():
+            order = list(getattr(context, "post_forward_order", ()))  # there from the first forward pass on
+            if order:
+                context.post_forward_order.clear()
+                for group in order:
+                    group._post_forward_indices.clear()
+                orders.append((context, order))
+        return orders
 
     def settle(self) -> None:
         for part in self.module.modules():

@@ -126,6 +126,7 @@ class ShardedEngine(TorchEngine):
 
     def _backward(self, pull: Pull, *, retain_graph: bool) -> None:
         roots, cotangents = pull.roots()
+        pull.p.rearm()
         torch.autograd.backward(roots, cotangents, retain_graph=retain_graph)
         self.graph_of = None
 
