@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rose_ds.core.magnitudes import StepInputs
-from rose_ds.core.mask import FIRST
-from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.average import WeightAverage
-from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels, refuse_checkpointing
+from rose_ds.engines.base import Engine, refuse_checkpointing
 from rose_ds.engines.passes import Forward, Loss, PassBatch, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
@@ -24,10 +20,10 @@ from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
-from rose_ds.optimizer import Plan, RoseAdamW
+from rose_ds.optimizer import RoseAdamW
 from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
-from rose_ds.training.mask_record import MaskRecorder
+from rose_ds.training.masking import Masking
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
 from rose_ds.training.risk_average import RiskAverage, refuse_together
@@ -84,21 +80,15 @@ class Stepper:
         self.objective = objective or Task()
         refuse_together(self.config, self.objective)
         self.policy = policy_of(self.config)
-        self.recorder: MaskRecorder | None = None
-        """Sees each step's masks before they are used, where there is one."""
         self.last_report: StepReport | None = None
         """The last optimizer step's report."""
         self._awaiting_step = False
-        self._selection: Selection | None = None
         self._left_to_optimizer: list[RemovableHandle] = []
         self._unstepped = 0
         """Last micro-batches since the optimizer stepped."""
-        self._had_risk = False
         self._told: set[str] = set()
         if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
-        self.optimizer.kernels = agreed_kernels(engine) if self.policy is not None else None
-        self._accelerator = agreed_accelerator(engine) if self.policy is not None else None
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -110,6 +100,7 @@ class Stepper:
         """What the method keeps over the run, which a checkpoint must hold."""
         if hasattr(engine, "checkpoints"):
             engine.checkpoints.state = self.state
+        self.masking = Masking(engine, self.policy, self.state, self._tell)
 
     @property
     def eligible(self) -> list[str]:
@@ -130,7 +121,7 @@ class Stepper:
     def samples_now(self) -> bool:
         """Whether the next ``backward()`` looks at ``sample``."""
         fast = self.config.first_order == "fast" and self.config.risk_rows < 1
-        return fast and self._ranks_now() and self._finds_risk_now()
+        return fast and self.masking.ranks_now() and self.masking.finds_risk_now()
 
     def backward(
         self,
@@ -175,7 +166,7 @@ class Stepper:
             )
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
-        ranking = self.policy if self._ranks_now() else None
+        ranking = self.policy if self.masking.ranks_now() else None
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)
         with explaining_lost_ranks(self._next_step), self.engine.micro_batch():
@@ -186,7 +177,7 @@ class Stepper:
                 shifter=self._shifter,
                 average=self.state.average,
                 compare=Comparison(lambda: distribution_of(self.engine.module), positions, count),
-                ranks_risk=ranking is not None and ranking.ranks_risk and self._finds_risk_now(),
+                ranks_risk=ranking is not None and ranking.ranks_risk and self.masking.finds_risk_now(),
                 ranks_task=ranking is not None and ranking.ranks_task,
                 one_sided=self.config.first_order == "fast",
                 sample=sample,
@@ -210,10 +201,10 @@ class Stepper:
         if not self._awaiting_step:
             raise RuntimeError("step() must follow a backward()")
         self._awaiting_step = False
-        self._selection = None
+        self.masking.selection = None
         try:
             with explaining_lost_ranks(self._next_step):
-                outcome = self.engine.step(self._decide)
+                outcome = self.engine.step(self.masking.decide)
         finally:
             self.optimizer.plan = None
         if outcome is None:
@@ -247,7 +238,7 @@ class Stepper:
 
             def begin(*_: object) -> None:
                 norm = grad_norm()
-                self._decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
+                self.masking.decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
                 for handle in self._left_to_optimizer:
@@ -267,7 +258,7 @@ class Stepper:
     @property
     def needs_fisher_pass(self) -> bool:
         """Whether ``fisher_pass`` is still to be called: before the first step, and not after ``load_state``."""
-        return self.policy is not None and self.policy.fisher and self.state.selection is None
+        return self.masking.needs_fisher_pass
 
     def fisher_pass(self, batches: Iterable[tuple[Forward, Loss]], max_grad_norm: float | None = None) -> None:
         """Child-Tuning_D's mask, from the mean squared gradient of the task loss over ``batches``.
@@ -283,8 +274,7 @@ class Stepper:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
         with explaining_lost_ranks(lambda: "the Fisher pass"):
             fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
-            inputs = self._inputs(fisher, fisher)
-            self.state.selection = select(self.policy.selectors, self.config.granularity, inputs, histograms=True)
+            self.masking.find_once(fisher)
 
     def save_state(self, folder: str | Path) -> None:
         """Write what the method keeps over a run (a mask found once, averaged weights) beside a checkpoint's files.
@@ -306,111 +296,11 @@ class Stepper:
     def _next_step(self) -> str:
         return f"optimizer step {self.optimizer.steps_taken() + 1}"
 
-    def _ranks_now(self) -> bool:
-        """Whether the step under way makes a new mask."""
-        return (
-            self.policy is not None
-            and self.state.selection is None
-            and self.optimizer.steps_taken() >= self.config.mask_warmup_steps
-        )
-
-    def _finds_risk_now(self) -> bool:
-        """Whether the step under way looks for first-order risk, where a mask ranks it."""
-        return self.state.risk is None or self.state.risk.due(self.optimizer.steps_taken())
-
-    def _decide(
-        self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0, clip: float = 1.0
-    ) -> None:
-        """Called by the engine once a step, when gradients are reduced and nothing is updated yet; see Decision."""
-        self._selection = None
-        risk_grads, share = self.engine.take_risk_grads(), self.engine.share
-        self.engine.share = 0.0
-        if grad_norm is not None and not torch.isfinite(torch.tensor(grad_norm)):
-            self.optimizer.plan = Plan(skip=True)
-            return
-        policy = self.policy
-        if policy is None or self.optimizer.steps_taken() < self.config.mask_warmup_steps:
-            self.optimizer.plan = Plan()
-            return
-        risk = self.state.risk
-        if policy.ranks_risk and risk_grads is None and self._finds_risk_now():
-            raise RuntimeError("the step has no gradient to rank: every micro-batch must go through Stepper.backward()")
-        if risk is not None:
-            risk_grads = risk.values if risk_grads is None else risk.with_new(risk_grads)
-        if self.needs_fisher_pass:
-            raise RuntimeError(
-                f"strategy={self.config.strategy!r} finds its mask before training: call stepper.fisher_pass(batches), "
-                "or load_state() of the run that is resumed (RoseTrainer and rose-ds train do)"
-            )
-        selection = self.state.selection
-        if selection is None:
-            inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
-            recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))
-            selection = select(
-                policy.selectors,
-                self.config.granularity,
-                inputs,
-                self.optimizer.kernels,
-                histograms=recorded,
-                device=self._accelerator,
-            )
-            if policy.refresh == "once":
-                self.state.selection = selection
-        self._selection = selection
-        self._check_zeros(selection)
-        if not selection.finite:
-            self.optimizer.plan = Plan(skip=True)
-            return
-        if risk is not None:
-            risk.values = risk_grads
-        scales = self._scales(selection) if policy.preserve_scale else None
-        self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
-        if self.recorder is not None:
-            self.recorder.see(self.optimizer.steps_taken() + 1, selection)
-
-    def _check_zeros(self, selection: Selection) -> None:
-        """A gradient that is zero everywhere ranks nothing: an error, unless there was one in an earlier step."""
-        risk, layout = selection.thresholds.get(FIRST), self.engine.layout
-        if self.policy is None or not self.policy.ranks_risk or risk is None or not selection.finite:
-            return
-        per_element = self.config.granularity == "element"
-        if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
-            self._had_risk = True
-        elif not self._had_risk:
-            raise RuntimeError(
-                "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "
-                "would keep all of them: the eligible parameters are hidden from the graph (computed under no_grad, "
-                "detached, in a custom or reentrant checkpoint), are not used by the logits, or the gradient is too "
-                "small for the precision"
-            )
-        else:
-            self._tell("zero", "the gradient of the divergence is zero everywhere: every parameter was kept")
-
     def _tell(self, what: str, message: str) -> None:
         """Once a run."""
         if what not in self._told:
             self._told.add(what)
             logger.warning("%s (optimizer step %d; told once)", message, self.optimizer.steps_taken() + 1)
-
-    def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
-        slices, beta1_of = self.engine.slices, self.engine.beta1_of()
-        return StepInputs(
-            self.engine.layout,
-            grads,
-            exp_avgs=[piece.view(self.optimizer.init_state(piece.param)["exp_avg"]) for piece in slices]
-            if self.policy is not None and self.policy.ranks_momentum
-            else [],
-            weights=[piece.view(piece.param) for piece in slices],
-            beta1s=[beta1_of[piece.param] for piece in slices],
-            risk_grads=risk_grads,
-            step=self.optimizer.steps_taken() + 1,
-            seed=self.config.mask_seed,
-            **multipliers,
-        )
-
-    def _scales(self, selection: Selection) -> list[float]:
-        kept, count = kept_by_tensor(self.engine.layout, selection.codes)  # type: ignore[arg-type]  # by element
-        return [float(count[i] / (kept[i] + 1)) for i in self.engine.layout.tensor_index]
 
     def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
         """After an optimizer step: the average moves, and a report is made."""
@@ -418,7 +308,10 @@ class Stepper:
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:
             self.state.average.update(decay)
-        found, self._selection = self._selection, None  # or its masks would be there during the next backward pass
+        found, self.masking.selection = (
+            self.masking.selection,
+            None,
+        )  # or its masks would be there during the next backward pass
         report = self.last_report = report_of(
             self.optimizer.steps_taken(), self.engine.layout, self.config.granularity, found, grad_norm, skipped=skipped
         )

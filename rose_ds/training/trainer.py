@@ -321,7 +321,7 @@ class RoseTrainer(CheckedTrainer):
                 limit_waiting(self.args.ddp_timeout_delta)
             self._check_agreement(self.stepper.config)
             if self.record_masks is not None and self.stepper.policy is not None:
-                self.stepper.recorder = MaskRecorder(self.stepper, *self.record_masks)
+                self.stepper.masking.recorder = MaskRecorder(self.stepper, *self.record_masks)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
         return self.stepper

@@ -28,7 +28,7 @@ def on_ranks(rank: int, world: int, folder: str) -> None:
     for how in HOWS:
         for name, case in CASES.items():
             model, stepper = start(Job(case, how))
-            stepper.recorder = MaskRecorder(stepper, Path(folder) / how / name, every=2)
+            stepper.masking.recorder = MaskRecorder(stepper, Path(folder) / how / name, every=2)
             train(stepper, model, case, rank, world)
 
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(case: Case, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
     """The same on this process, and its reports."""
     model, stepper = build(case)
-    stepper.recorder = MaskRecorder(stepper, folder, every=2)
+    stepper.masking.recorder = MaskRecorder(stepper, folder, every=2)
     run = train(stepper, model, case)
     return *read_masks(folder / FILE), run
 
@@ -96,7 +96,7 @@ def test_over_ranks(how: str, name: str, folder: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_what_came_before(tmp_path: Path) -> None:
     case = CASES["ensemble"]
     model, stepper = build(case)
-    stepper.recorder = MaskRecorder(stepper, tmp_path, every=1)
+    stepper.masking.recorder = MaskRecorder(stepper, tmp_path, every=1)
     train(stepper, model, case)
     whole = (tmp_path / FILE).read_text()
     lines = whole.splitlines(keepends=True)

@@ -133,9 +133,9 @@ class Seen:
 @contextmanager
 def watching(stepper: Any) -> Iterator[list[Seen]]:
     """Selections, and the gradients of the updates that follow; everything but an arriving gradient is fp32."""
-    import rose_ds.training.stepper
+    import rose_ds.training.masking
 
-    original, steps = rose_ds.training.stepper.select, []
+    original, steps = rose_ds.training.masking.select, []
 
     def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         grads = [g.float() * inputs.scale for g in inputs.grads]
@@ -151,12 +151,12 @@ def watching(stepper: Any) -> Iterator[list[Seen]]:
             if piece.param in held and piece.param.grad is not None and steps:
                 steps[-1].updated_with[i] = piece.grad().clone()
 
-    rose_ds.training.stepper.select = recording
+    rose_ds.training.masking.select = recording
     hook = stepper.optimizer.register_step_pre_hook(before_update)
     try:
         yield steps
     finally:
-        rose_ds.training.stepper.select = original
+        rose_ds.training.masking.select = original
         hook.remove()
 
 

@@ -38,7 +38,7 @@ from zero_jobs import check_ranks_agree, runs_of
 
 import rose_ds
 from rose_ds.core.mask import keep_count
-from rose_ds.training import stepper as stepper_module
+from rose_ds.training import masking
 
 STRATEGIES = (
     *itertools.product(("first", "second", "ensemble"), ("element", "tensor"), (1, 2)),
@@ -263,7 +263,7 @@ def risks_of(rank: int, world: int, how: str) -> tuple[list[Any], list[dict[str,
     job = Job(Case(steps=3), how)
     model, stepper = start(job)
     mine = [i for i, piece in enumerate(stepper.engine.slices) if counts_here(how, piece.param, rank)]
-    select = stepper_module.select
+    select = masking.select
 
     def spy(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         ratios = [
@@ -273,11 +273,11 @@ def risks_of(rank: int, world: int, how: str) -> tuple[list[Any], list[dict[str,
         seen.append({"first": [inputs.risk_grads[i].abs() for i in mine], "second": [ratios[i] for i in mine]})
         return select(selectors, granularity, inputs, *kernels, **how)
 
-    stepper_module.select = spy
+    masking.select = spy
     try:
         reports = train(stepper, model, job.case, *((rank // 2, world // 2) if how == "tp" else (rank, world))).reports
     finally:
-        stepper_module.select = select
+        masking.select = select
     return reports, seen
 
 

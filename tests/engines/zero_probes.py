@@ -22,9 +22,9 @@ from zero_jobs import Job, start
 @contextlib.contextmanager
 def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
     """This rank's risks of each step, written out from what the engine hands to the selection."""
-    import rose_ds.training.stepper
+    import rose_ds.training.masking
 
-    original, steps = rose_ds.training.stepper.select, []
+    original, steps = rose_ds.training.masking.select, []
 
     def recording(selectors: Any, granularity: str, inputs: Any, *kernels: Any, **how: Any) -> Any:
         sizes = torch.tensor([g.numel() for g in inputs.grads], dtype=torch.long)
@@ -40,11 +40,11 @@ def recorded_risks() -> Iterator[list[dict[str, Tensor]]]:
         steps.append({name: value.clone() for name, value in seen.items()})
         return original(selectors, granularity, inputs, *kernels, **how)
 
-    rose_ds.training.stepper.select = recording
+    rose_ds.training.masking.select = recording
     try:
         yield steps
     finally:
-        rose_ds.training.stepper.select = original
+        rose_ds.training.masking.select = original
 
 
 def thresholds(rank: int, world: int, job: Job, method: str) -> tuple[Run, list[dict[str, Tensor]]]:

@@ -1,0 +1,151 @@
+"""What the masks of a step are: decided when its gradients are reduced and nothing is updated yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rose_ds.core.magnitudes import StepInputs
+from rose_ds.core.mask import FIRST
+from rose_ds.core.select import Selection, kept_by_tensor, select
+from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels
+from rose_ds.masks import MaskPolicy
+from rose_ds.optimizer import Plan
+from rose_ds.training.mask_record import MaskRecorder
+from rose_ds.training.method_state import MethodState
+
+
+class Masking:
+    """Ranks an engine's gradients and leaves a plan to its optimizer.
+
+    Args:
+        policy: None: no parameter is masked.
+        tell: warns of something once a run: what, and in which words.
+    """
+
+    def __init__(
+        self, engine: Engine, policy: MaskPolicy | None, state: MethodState, tell: Callable[[str, str], None]
+    ) -> None:
+        self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
+        self.policy, self.state, self._tell = policy, state, tell
+        self.recorder: MaskRecorder | None = None
+        """Sees each step's masks before they are used, where there is one."""
+        self.selection: Selection | None = None
+        """Of the step under way, once it is decided."""
+        self._had_risk = False
+        self.optimizer.kernels = agreed_kernels(engine) if policy is not None else None
+        self._accelerator = agreed_accelerator(engine) if policy is not None else None
+
+    @property
+    def needs_fisher_pass(self) -> bool:
+        """Whether a mask is still to be found before training."""
+        return self.policy is not None and self.policy.fisher and self.state.selection is None
+
+    def find_once(self, fisher: Sequence[Tensor]) -> None:
+        """The mask of the whole run, from the mean squared gradient of the task loss."""
+        assert self.policy is not None
+        inputs = self._inputs(fisher, fisher)
+        self.state.selection = select(self.policy.selectors, self.config.granularity, inputs, histograms=True)
+
+    def ranks_now(self) -> bool:
+        """Whether the step under way makes a new mask."""
+        return (
+            self.policy is not None
+            and self.state.selection is None
+            and self.optimizer.steps_taken() >= self.config.mask_warmup_steps
+        )
+
+    def finds_risk_now(self) -> bool:
+        """Whether the step under way looks for first-order risk, where a mask ranks it."""
+        return self.state.risk is None or self.state.risk.due(self.optimizer.steps_taken())
+
+    def decide(
+        self, grads: Sequence[Tensor], grad_norm: float | None, scale: Tensor | float = 1.0, clip: float = 1.0
+    ) -> None:
+        """Called by the engine once a step, when gradients are reduced and nothing is updated yet; see Decision."""
+        self.selection = None
+        risk_grads, share = self.engine.take_risk_grads(), self.engine.share
+        self.engine.share = 0.0
+        if grad_norm is not None and not torch.isfinite(torch.tensor(grad_norm)):
+            self.optimizer.plan = Plan(skip=True)
+            return
+        policy = self.policy
+        if policy is None or self.optimizer.steps_taken() < self.config.mask_warmup_steps:
+            self.optimizer.plan = Plan()
+            return
+        risk = self.state.risk
+        if policy.ranks_risk and risk_grads is None and self.finds_risk_now():
+            raise RuntimeError("the step has no gradient to rank: every micro-batch must go through Stepper.backward()")
+        if risk is not None:
+            risk_grads = risk.values if risk_grads is None else risk.with_new(risk_grads)
+        if self.needs_fisher_pass:
+            raise RuntimeError(
+                f"strategy={self.config.strategy!r} finds its mask before training: call stepper.fisher_pass(batches), "
+                "or load_state() of the run that is resumed (RoseTrainer and rose-ds train do)"
+            )
+        selection = self.state.selection
+        if selection is None:
+            inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
+            recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))
+            selection = select(
+                policy.selectors,
+                self.config.granularity,
+                inputs,
+                self.optimizer.kernels,
+                histograms=recorded,
+                device=self._accelerator,
+            )
+            if policy.refresh == "once":
+                self.state.selection = selection
+        self.selection = selection
+        self._check_zeros(selection)
+        if not selection.finite:
+            self.optimizer.plan = Plan(skip=True)
+            return
+        if risk is not None:
+            risk.values = risk_grads
+        scales = self._scales(selection) if policy.preserve_scale else None
+        self.optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule, scales=scales)
+        if self.recorder is not None:
+            self.recorder.see(self.optimizer.steps_taken() + 1, selection)
+
+    def _check_zeros(self, selection: Selection) -> None:
+        """A gradient that is zero everywhere ranks nothing: an error, unless there was one in an earlier step."""
+        risk, layout = selection.thresholds.get(FIRST), self.engine.layout
+        if self.policy is None or not self.policy.ranks_risk or risk is None or not selection.finite:
+            return
+        per_element = self.config.granularity == "element"
+        if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
+            self._had_risk = True
+        elif not self._had_risk:
+            raise RuntimeError(
+                "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "
+                "would keep all of them: the eligible parameters are hidden from the graph (computed under no_grad, "
+                "detached, in a custom or reentrant checkpoint), are not used by the logits, or the gradient is too "
+                "small for the precision"
+            )
+        else:
+            self._tell("zero", "the gradient of the divergence is zero everywhere: every parameter was kept")
+
+    def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
+        slices, beta1_of = self.engine.slices, self.engine.beta1_of()
+        return StepInputs(
+            self.engine.layout,
+            grads,
+            exp_avgs=[piece.view(self.optimizer.init_state(piece.param)["exp_avg"]) for piece in slices]
+            if self.policy is not None and self.policy.ranks_momentum
+            else [],
+            weights=[piece.view(piece.param) for piece in slices],
+            beta1s=[beta1_of[piece.param] for piece in slices],
+            risk_grads=risk_grads,
+            step=self.optimizer.steps_taken() + 1,
+            seed=self.config.mask_seed,
+            **multipliers,
+        )
+
+    def _scales(self, selection: Selection) -> list[float]:
+        kept, count = kept_by_tensor(self.engine.layout, selection.codes)  # type: ignore[arg-type]  # by element
+        return [float(count[i] / (kept[i] + 1)) for i in self.engine.layout.tensor_index]
