@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rose_ds.attack.searches import SEARCHES
 from rose_ds.cli.arguments import HelpFormatter, Parser, RunArguments
 from rose_ds.experiments.cells import Sweep
 from rose_ds.experiments.launchers import LAUNCHERS
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str]) -> None:
     sweep.check_names(known)
     cells = sweep.cells()
     from rose_ds.experiments.store import Status, Store
-    from rose_ds.experiments.sweep import Runner, counts
+    from rose_ds.experiments.sweep import AttackFlags, Runner, counts
 
     store = Store(options.store)
     if not options.status:
@@ -51,6 +52,7 @@ def run(arguments: Sequence[str]) -> None:
             launcher_args=shlex.split(options.launcher_args),
             retry_failed=options.retry_failed,
             keep_models=options.keep_models,
+            attack=AttackFlags(options.attack, options.attack_items) if options.attack else None,
         ).run()
     found, results = counts(store, cells), store.results()
     print(f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in found.items() if count))
@@ -89,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--launcher_args", default="", help='More words for the launcher, e.g. "--num_gpus 2" or "--gres=gpu:1".')
     add("--retry_failed", action="store_true", help="Try failed runs again.")
     add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")
+    add("--attack", choices=list(SEARCHES), help="Attack each trained model with this search; see rose-ds attack.")
+    add("--attack_items", type=int, default=200, help="So many of the dev set's first items are attacked.")
     add("--status", action="store_true", help="Only say how far it is.")
     return parser
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.cells import PLACES, Cell
 from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import Claim, Status, Store
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,18 @@ _WAIT_SECONDS = 2.0
 _BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]"
 #: A run that SIGTERM stopped at a checkpoint, by the shell's code and by Python's.
 _STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class AttackFlags:
+    """Of ``rose-ds attack``."""
+
+    search: str
+    items: int
+    """So many of the dev set's first."""
+
+    def words(self) -> list[str]:
+        return ["--search", self.search, "--max_eval_samples", str(self.items)]
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Runner:
     Args:
         launcher: a name in LAUNCHERS; ``launcher_args``: more words for it.
         retry_failed: try failed cells again.
+        attack: flags of ``rose-ds attack``, made on each trained model before it is deleted.
         keep_models: keep the trained models, 90 MB each for MiniLM.
     """
 
@@ -61,6 +75,7 @@ class Runner:
         launcher_args: Sequence[str] = (),
         retry_failed: bool = False,
         keep_models: bool = False,
+        attack: AttackFlags | None = None,
     ) -> None:
         if jobs < 1:
             raise ValueError(f"jobs={jobs} must be at least 1")
@@ -68,7 +83,7 @@ class Runner:
             raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
         self.store, self.cells = store, list(cells)
         self.jobs, self.launcher, self.launcher_args = jobs, LAUNCHERS[launcher], launcher_args
-        self.retry_failed, self.keep_models = retry_failed, keep_models
+        self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
         self._running: list[_Running] = []
         self._settled: set[str] = set()
         """Cells that this process has done with: done, failed, or stopped from outside."""
@@ -116,12 +131,13 @@ class Runner:
             if claim is None:
                 self._look_after(cell)
                 continue
-            if self.store.finished(cell):  # by a process that was killed before it could record it
+            if not self._left(cell):  # by a process that was killed before it could record it
                 self.store.record(cell, None, keep_models=self.keep_models)
                 claim.release()
                 self._settled.add(cell.key)
                 continue
-            self._running.append(self._launch(cell, claim))
+            slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
+            self._running.append(self._launch(cell, claim, slot))
             started += 1
         return started
 
@@ -130,9 +146,18 @@ class Runner:
         if self.store.status(cell, self.store.results()) in (Status.DONE, Status.FAILED):
             self._settled.add(cell.key)
 
-    def _launch(self, cell: Cell, claim: Claim) -> _Running:
-        slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
-        command = self.launcher(cell.flags(self.store.run_folder(cell)), self.launcher_args)
+    def _left(self, cell: Cell) -> list[str]:
+        """The command that the cell waits for: its training, then its attack; none: all is there."""
+        folder = self.store.run_folder(cell)
+        if not self.store.finished(cell):
+            return ["train", *cell.flags(folder)]
+        if self.attack is None or self.attack.search in Metrics.read(folder).under_attack:
+            return []
+        data = [word for name in PLACES if name in cell.settings for word in (f"--{name}", str(cell.settings[name]))]
+        return ["attack", "--model", str(folder), *data, *self.attack.words()]
+
+    def _launch(self, cell: Cell, claim: Claim, slot: int) -> _Running:
+        command = self.launcher(self._left(cell), self.launcher_args)
         log = self.store.log(cell).open("ab")
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         log.flush()
@@ -165,13 +190,20 @@ class Runner:
             run.log.close()
             code = run.process.returncode
             try:
-                if code == 0 and self.store.finished(run.cell):
+                if code == 0 and self.store.finished(run.cell) and self._left(run.cell):
+                    if not self._stop:
+                        again = self._launch(run.cell, run.claim, run.slot)
+                        again.started = run.started
+                        self._running.append(again)
+                        continue
+                elif code == 0 and self.store.finished(run.cell):
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
                 elif code not in _STOPPED:
                     self.store.fail(run.cell, code)
                     tqdm.write(f"failed: {run.cell.name} (exit code {code}); {self.store.log(run.cell)}")
             finally:
-                run.claim.release()
+                if all(r.claim is not run.claim for r in self._running):
+                    run.claim.release()
             self._settled.add(run.cell.key)
         return len(ended)
 

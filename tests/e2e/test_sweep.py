@@ -35,7 +35,7 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
     methods = "{rose-first: , rose-second: {settings: {include: [no_such_layer]}}}"  # the second cannot run
     definition.write_text(f"methods: {methods}\ntasks: [{snippets}]\nsettings: {{model: {minilm}}}\n")
     command = [sys.executable, "-m", "rose_ds", "sweep", "--store", str(store.root), "--config", str(definition)]
-    command += ["--jobs", "2", *FLAGS]
+    command += ["--jobs", "2", "--attack", "pruthi", "--attack_items", "8", *FLAGS]
     sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not list(store.root.glob("cells/*/run/checkpoint-4/rose_checkpoint.json")):
@@ -71,6 +71,7 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
 
     metrics = Metrics(**line["metrics"])
     assert metrics.version == VERSION
+    assert list(metrics.under_attack) == ["pruthi"] and (8 * metrics.under_attack["pruthi"]).is_integer()
     clean = answers["clean"]
     right = sum(p == y for p, y in zip(clean["prediction"], clean["label"], strict=True))
     assert metrics.glue_accuracy == pytest.approx(right / 32)

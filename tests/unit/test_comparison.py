@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from rose_ds.experiments.store import Store
 pytestmark = pytest.mark.fast
 
 
-def add(store: Store, cell: Cell, clean: str, hostile: str | None, way: Any = (), model: str = "m") -> None:
+def add(
+    store: Store, cell: Cell, clean: str, hostile: str | None, way: Any = (), model: str = "m", **more: Any
+) -> None:
     """A finished cell whose answers are given as 1 (right) and 0."""
     run = store.run_folder(cell)
     run.mkdir(parents=True)
@@ -43,6 +44,7 @@ def add(store: Store, cell: Cell, clean: str, hostile: str | None, way: Any = ()
         glue_accuracy=means["clean"],
         advglue_accuracy=means.get("adversarial"),
         perturbed_accuracy=0.5,
+        **more,
     ).write(run)
     records = [{"set": n, "idx": list(range(len(h))), "label": [1] * len(h), "prediction": h} for n, h in hits.items()]
     write_lines(run / PREDICTIONS, records)
@@ -244,11 +246,9 @@ def test_the_command_writes_every_file(store: Store, capsys: pytest.CaptureFixtu
     pytest.importorskip("matplotlib")
     way = [{"step": 1, "clean": 0.5, "adversarial": 0.25}, {"step": 2, "clean": 0.75, "adversarial": 0.5}]
     for seed in (0, 1):
-        add(store, Cell("sst2", "vanilla", seed, {}), "1110", "10", way)
+        under = {"under_attack": {"deepwordbug": 0.25, "pruthi": 0.125}}
+        add(store, Cell("sst2", "vanilla", seed, {}), "1110", "10", way, **under)
         add(store, Cell("sst2", "r-drop+rose-first", seed, {}), "1111", "11", way)
-    attack = store.root / "attacks" / Cell("sst2", "vanilla", 0, {}).key
-    attack.mkdir(parents=True)
-    (attack / "attack.json").write_text(json.dumps({"accuracy_under_attack": 0.125}))
     main(["report", "--store", str(store.root)])
     printed = capsys.readouterr().out
     assert "| r-drop+rose-first | 100.00 ± 0.00 | 100.00 ± 0.00 |" in printed
@@ -259,7 +259,7 @@ def test_the_command_writes_every_file(store: Store, capsys: pytest.CaptureFixtu
     assert page.tables == len(list(out.glob("*.csv"))) == (out / "report.md").read_text().count("\n## ") + 1
     assert [source[:15] for source in page.sources] == ["data:image/png;"]
     rows = list(csv.DictReader((out / "attacked.csv").open()))
-    assert [row["under attack"] for row in rows] == ["12.50", "-"]
+    assert [row["under attack"] for row in rows] == ["12.50 ± 0.00", "-"]
     gains = {(r["method"], r["set"]): r["gain (points)"] for r in csv.DictReader((out / "significance.csv").open())}
     assert gains == {("r-drop+rose-first", "clean"): "+25.00", ("r-drop+rose-first", "AdvGLUE"): "+50.00"}
 

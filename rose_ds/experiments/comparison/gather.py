@@ -28,8 +28,6 @@ class Run:
     varied: Mapping[str, Any]
     metrics: Metrics
     trajectory: Sequence[Mapping[str, Any]]
-    under_attack: float | None = None
-    """Accuracy under attack, a fraction; see ``rose-ds attack``."""
 
 
 #: Set -> its accuracy in a run.
@@ -37,7 +35,7 @@ ACCURACY: dict[str, Callable[[Run], float | None]] = {
     "clean": lambda run: run.metrics.glue_accuracy,
     "AdvGLUE": lambda run: run.metrics.advglue_accuracy,
     "perturbed": lambda run: run.metrics.perturbed_accuracy,
-    "under attack": lambda run: run.under_attack,
+    "under attack": lambda run: min(run.metrics.under_attack.values(), default=None),
 }
 #: The same sets in a run's answers and along its training.
 RECORDED = {"clean": "clean", "AdvGLUE": "adversarial", "perturbed": "perturbed"}
@@ -162,17 +160,10 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
 
 
 def _run(store: Store, line: Mapping[str, Any]) -> Run:
-    attack = store.root / "attacks" / line["cell"] / "attack.json"
-    under = None
-    if attack.is_file():
-        try:
-            under = float(json.loads(attack.read_text(encoding="utf-8"))["accuracy_under_attack"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{attack} is not what rose-ds attack writes: {error}") from error
     metrics = Metrics(**line["metrics"])
     trajectory = line.get("trajectory", [])
     where = line["task"], line["method"], line["seed"], line["varied"]
-    return Run(line["cell"], *where, metrics, trajectory, under)
+    return Run(line["cell"], *where, metrics, trajectory)
 
 
 def _candidates(runs: Sequence[Run], planned: Sequence[Mapping[str, Any]]) -> list[Candidate]:

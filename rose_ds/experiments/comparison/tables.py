@@ -105,8 +105,8 @@ def attacked(c: Comparison) -> Table:
         rows.append(tuple(row))
     note = (
         "Perturbed: the clean dev set with typos, homoglyphs and distractors. Under attack: a search of its own on "
-        "each model (rose-ds attack). ECE: expected calibration error in points. Step: median wall-clock seconds; runs "
-        "side by side on one machine slow each other down."
+        "each model (rose-ds sweep --attack), the strongest that was made. ECE: expected calibration error in points. "
+        "Step: median wall-clock seconds; runs side by side on one machine slow each other down."
     )
     return Table("attacked", "Table 2: other attacks, calibration and cost", note, header, rows)
 
