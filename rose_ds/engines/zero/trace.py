@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 _RELEASES = "_PartitionedParameterCoordinator__params_to_release"
+_ATTEMPTS = 8  # a model whose passes go through other modules each time has no trace that lasts
 
 
 class LongestTrace:
@@ -27,6 +28,7 @@ class LongestTrace:
         """Whether there was a trace when this stretch began."""
         self._longest: int | None = None
         """The stretch to record when it comes again."""
+        self._attempts = _ATTEMPTS
         module.register_forward_pre_hook(self._before_forward, prepend=True)  # DeepSpeed's own begins the stretch
 
     def begin(self) -> None:
@@ -43,8 +45,8 @@ class LongestTrace:
         self._look()
         self._stretch += 1
         trace = self._coordinator
-        if self._stretch == self._longest:
-            self._longest = None
+        if self._stretch == self._longest and self._attempts:
+            self._longest, self._attempts = None, self._attempts - 1
             if not trace.is_invalid_trace():
                 trace._invalidate_trace()  # a stretch that begins without one is recorded
             # What to release after a module is remembered by module and step, whatever the trace is by then: what a
