@@ -218,6 +218,7 @@ class PassBatch:
         with self.engine.probing():
             p = self.run(shift)
             assert p.outputs is not None and p.shift is not None
+            p.rearm()
             (gradient,) = torch.autograd.grad(value(p.outputs[0].float()) * scale, p.shift)
         return p.shift.detach(), gradient / scale
 

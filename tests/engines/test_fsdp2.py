@@ -41,6 +41,7 @@ from torch_jobs import (
 from zero_jobs import check_ranks_agree, runs_of
 
 import rose_ds
+from rose_ds.objectives import Smart
 
 #: rows that do not divide by columns sharding's ranks are refused by torch
 EVEN = [replace(case, hidden=20) for case in FEW]
@@ -51,6 +52,7 @@ JOBS = [
     *(Job(case, "fsdp2-columns") for case in EVEN),
 ]
 BF16 = [Job(case, "fsdp2-bf16") for case in FEW]
+AHEAD = [Case(accumulation=2, steps=1), Case("none", objective=Smart(), steps=1)]
 ALONE = [case for case in MATRIX if case.accumulation == 1]
 
 
@@ -164,10 +166,9 @@ REFUSALS = {
 }
 
 
-def gathered_ahead(rank: int, world: int) -> list[int]:
-    """How many of the model's parts each backward pass of a step gathered before they were needed."""
-    counts: list[int] = []
-    case = Case(accumulation=2, steps=1)
+def gathered_ahead(rank: int, world: int, case: Case) -> list[int]:
+    """How often each backward pass of a step, and the probes before it, asked for the model's parts ahead."""
+    counts: list[int] = [0]
     wrapped, stepper = start(Job(case, "fsdp2"))
     prefetch, backward = FSDPParamGroup._prefetch_unshard, stepper.engine._backward
 
@@ -176,15 +177,15 @@ def gathered_ahead(rank: int, world: int) -> list[int]:
         prefetch(*arguments)
 
     def begin(*arguments: Any, **options: Any) -> None:
-        counts.append(0)
         backward(*arguments, **options)
+        counts.append(0)
 
     FSDPParamGroup._prefetch_unshard, stepper.engine._backward = staticmethod(spy), begin
     try:
         train(stepper, wrapped, case, rank, world)
     finally:
         FSDPParamGroup._prefetch_unshard = staticmethod(prefetch)
-    return counts
+    return counts[:-1]
 
 
 def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def everything(rank: int, world: int, jobs: list[Job]) -> dict[str, Any]:
         results["adamw"] = adamw(rank, world)
         results["few"] = [few_eligible(rank, world, case) for case in ALONE]
         results["accelerate"] = as_accelerate(rank, world)
-        results["ahead"] = gathered_ahead(rank, world)
+        results["ahead"] = [gathered_ahead(rank, world, case) for case in AHEAD]
         results["refused"] = refused(rank, world)
     return results
 
@@ -259,8 +260,9 @@ def test_a_rank_without_eligible_elements(ranks: Any) -> None:
 
 
 def test_every_backward_pass_gathers_ahead(ranks: Any) -> None:
-    """Two blocks, in each of three backward passes of both micro-batches."""
-    assert all(result["ahead"] == [2] * 6 for result in ranks(2))
+    """Two blocks, in each of three backward passes of both micro-batches; and in a probe before SMART's."""
+    for result in ranks(2):
+        assert result["ahead"] == [[2] * 6, [4, 2]]
 
 
 def test_groups_filled_after_sharding(ranks: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ class Adapter(ABC):
     def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
 
-    def begin_micro_batch(self) -> None:  # noqa: B027
-        """Called before its first forward pass."""
+    def micro_batch(self) -> AbstractContextManager[object]:
+        """Around all passes of one."""
+        return nullcontext()
 
     def rearmed(self) -> Callable[[], None]:
         """Called after a forward pass; the result is called before the backward pass of it."""

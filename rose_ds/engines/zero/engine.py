@@ -46,8 +46,7 @@ class ZeroEngine(Engine):
     # --- passes ---
 
     def micro_batch(self) -> AbstractContextManager[object]:
-        self.adapter.begin_micro_batch()
-        return super().micro_batch()
+        return self.adapter.micro_batch()
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
         self.accumulating = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -34,8 +35,8 @@ class Stage3Adapter(ScaledAdapter):
             rose_optimizer.init_state(flat)
         self._trace = LongestTrace(ds.module, self.ds_optimizer.parameter_offload.get_param_coordinator())
 
-    def begin_micro_batch(self) -> None:
-        self._trace.begin()
+    def micro_batch(self) -> AbstractContextManager[object]:
+        return self._trace.micro_batch()
 
     def _remember_norm_groups(self) -> list[Any]:
         self._norm_groups = self._get_norm_groups()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-_RELEASES = "_PartitionedParameterCoordinator__params_to_release"
+_PREFIX = "_PartitionedParameterCoordinator__"
 _ATTEMPTS = 8  # a model whose passes go through other modules each time has no trace that lasts
+_OURS = "_rose_ds_hook"
 
 
 class LongestTrace:
@@ -21,35 +25,53 @@ class LongestTrace:
     """
 
     def __init__(self, module: nn.Module, coordinator: Any) -> None:
-        self._coordinator = coordinator
+        self._trace = coordinator
+        self._inside = False
+        """Whether a micro-batch is under way; evaluations are DeepSpeed's alone."""
         self._stretch = -1
         """Forward passes of this micro-batch so far, less one."""
         self._traced = False
         """Whether there was a trace when this stretch began."""
-        self._longest: int | None = None
-        """The stretch to record when it comes again."""
+        self._wanted: tuple[int, int] | None = None
+        """The stretch to record when it comes again, and how many modules it went through."""
         self._attempts = _ATTEMPTS
-        module.register_forward_pre_hook(self._before_forward, prepend=True)  # DeepSpeed's own begins the stretch
+        earlier = getattr(coordinator, _OURS, None)
+        if earlier is not None:  # of another prepare()
+            earlier.remove()
+        hook = module.register_forward_pre_hook(lambda *_: self._before_forward(), prepend=True)  # before DeepSpeed's
+        setattr(coordinator, _OURS, hook)
 
-    def begin(self) -> None:
-        """A micro-batch begins."""
-        self._look()
-        self._stretch = -1
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around its passes."""
+        self._inside, self._stretch, self._traced = True, -1, False
+        try:
+            yield
+        finally:
+            self._look()
+            self._inside = False
 
     def _look(self) -> None:
-        if self._traced and self._coordinator.is_invalid_trace():
-            self._longest = self._stretch
+        """What has become of the trace in a stretch that ends."""
+        length: int = getattr(self._trace, _PREFIX + "step_id")
+        if self._stretch >= 0 and self._traced and self._trace.is_invalid_trace():
+            self._wanted = self._stretch, length
+        elif self._wanted is not None and self._trace.is_record_trace() and length >= self._wanted[1]:
+            self._wanted = None  # DeepSpeed has just recorded one that will do
         self._traced = False
 
-    def _before_forward(self, *_: object) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self) -> None:
+        if not self._inside:
+            return
         self._look()
         self._stretch += 1
-        trace = self._coordinator
-        if self._stretch == self._longest and self._attempts:
-            self._longest, self._attempts = None, self._attempts - 1
-            if not trace.is_invalid_trace():
-                trace._invalidate_trace()  # a stretch that begins without one is recorded
+        if self._wanted is not None and self._stretch == self._wanted[0] and self._attempts:
+            self._wanted, self._attempts = None, self._attempts - 1
+            if not self._trace.is_invalid_trace():
+                self._trace._invalidate_trace()  # a stretch that begins without one is recorded
             # What to release after a module is remembered by module and step, whatever the trace is by then: what a
             # shorter one said would have parameters gathered anew.
-            inspect.getclosurevars(getattr(type(trace), _RELEASES)).nonlocals["func"].cache_clear()
-        self._traced = not trace.is_invalid_trace()
+            releases = getattr(type(self._trace), _PREFIX + "params_to_release")
+            inspect.getclosurevars(releases).nonlocals["func"].cache_clear()
+        self._traced = not self._trace.is_invalid_trace()
