@@ -24,7 +24,7 @@ Settings = Mapping[str, Any]
 #: What a cell sets itself.
 _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoint", "objective_name", "strategy")
 #: Where things lie on a machine: no part of what a cell is.
-PLACES = ("data",)
+_PLACES = ("data",)
 #: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
 _DEFAULTS = {
     "save_strategy": "steps",
@@ -52,7 +52,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits: the hash of all that the run's result depends on."""
-        what = {name: value for name, value in self.settings.items() if name not in PLACES}
+        what = {name: value for name, value in self.settings.items() if name not in _PLACES}
         text = json.dumps([self.task, self.method, self.seed, _whole(what)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rose_ds.experiments.cells import PLACES, Cell
+from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.launchers import LAUNCHERS
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import Claim, Status, Store
@@ -153,8 +153,8 @@ class Runner:
             return ["train", *cell.flags(folder)]
         if self.attack is None or self.attack.search in Metrics.read(folder).under_attack:
             return []
-        data = [word for name in PLACES if name in cell.settings for word in (f"--{name}", str(cell.settings[name]))]
-        return ["attack", "--model", str(folder), *data, *self.attack.words()]
+        # of the run's own task and data: one flag of those given, the others would be taken for left out
+        return ["attack", "--model", str(folder), *self.attack.words()]
 
     def _launch(self, cell: Cell, claim: Claim, slot: int) -> _Running:
         command = self.launcher(self._left(cell), self.launcher_args)

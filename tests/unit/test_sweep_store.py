@@ -18,7 +18,7 @@ from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import RESULTS, Status, Store
-from rose_ds.experiments.sweep import Runner, counts, remaining_seconds
+from rose_ds.experiments.sweep import AttackFlags, Runner, counts, remaining_seconds
 
 pytestmark = pytest.mark.fast
 
@@ -226,6 +226,17 @@ def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
     finish(store, CELL)
     assert Runner(store, [CELL]).run() == {CELL.key: Status.DONE}
     assert not (store.folder(CELL) / "starts").exists()
+
+
+def test_an_attack_is_of_the_runs_own_data(store: Store) -> None:
+    """``rose-ds attack --data`` alone would be of its default task."""
+    runner = Runner(store, [CELL], attack=AttackFlags("pruthi", 8))
+    cell = Cell("sst2", "vanilla", 0, {**CELL.settings, "data": "glue"})
+    assert runner._left(cell)[:3] == ["train", "--task", "sst2"]
+    store.folder(cell).mkdir()
+    finish(store, cell)
+    run = str(store.run_folder(cell))
+    assert runner._left(cell) == ["attack", "--model", run, "--search", "pruthi", "--max_eval_samples", "8"]
 
 
 def test_the_estimate_is_of_the_same_task_and_method() -> None:
