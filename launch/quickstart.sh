@@ -8,25 +8,26 @@ source "$root/launch/venv.sh" demo
 cd "$root"
 
 out=runs/quickstart
+# CUDA devices, and a config with bf16 where the hardware has it
+hardware=$(python - <<'EOF'
+import torch
+
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cpu = getattr(torch.cpu, "get_capabilities", dict)()
+bf16 = torch.cuda.is_bf16_supported() if gpus else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+print(gpus, "zero2_bf16.json" if bf16 else "zero2.json")
+EOF
+)
+read -r gpus config <<<"$hardware"
 ranks=2
-if python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-    ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
+if [ "$gpus" -gt 0 ]; then
+    ranks=$((gpus < 2 ? gpus : 2))
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 # DeepSpeed compiles a small extension on first use; a folder of our own is not blocked by a lock that a killed job left.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
 export TOKENIZERS_PARALLELISM=false
-
-# bf16 where the hardware has it
-config=$(python - <<'EOF'
-import torch
-
-cpu = getattr(torch.cpu, "get_capabilities", dict)()
-bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-print("zero2_bf16.json" if bf16 else "zero2.json")
-EOF
-)
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 

@@ -32,25 +32,23 @@ COMMANDS = {
 
 def program(argv: Sequence[str] | None = None) -> None:
     """``main`` as a process of its own, which ends with it."""
-    arguments = _arguments(argv)
-    gc.disable()  # what imports make stays: looking for garbage in it is a fifth of their time
-    if arguments[:1] and arguments[0] in COMMANDS:
-        _function_of(arguments[0])
-    gc.enable()
     with ending_process_group():
-        main(arguments)
+        main(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``rose-ds``; exits with 2 and one line on bad input."""
-    arguments = _arguments(argv)
-    logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
     if not arguments or arguments[0] not in COMMANDS:
         _overview(arguments)
         return
     command, rest = arguments[0], arguments[1:]
+    run = _function_of(command)
+    logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
     try:
-        _function_of(command)(rest)
+        run(rest)
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):
@@ -65,16 +63,16 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _arguments(argv: Sequence[str] | None) -> list[str]:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0].startswith("--local_rank="):
-        del arguments[0]  # deepspeed --module puts it before all else; the environment says it too
-    return arguments
-
-
 def _function_of(command: str) -> Callable[[Sequence[str]], None]:
-    """Imported when it is wanted: transformers takes seconds."""
-    function: Callable[[Sequence[str]], None] = importlib.import_module(f"rose_ds.cli.{command.rpartition('-')[2]}").run
+    """Imported when it is wanted: transformers takes seconds, a fifth of them for garbage in what imports leave."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        function: Callable[[Sequence[str]], None]
+        function = importlib.import_module(f"rose_ds.cli.{command.rpartition('-')[2]}").run
+    finally:
+        if collects:
+            gc.enable()
     return function
 
 

@@ -52,9 +52,13 @@ class Cell:
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits: the hash of all that the run's result depends on."""
-        what = {name: value for name, value in self.settings.items() if name not in _PLACES}
-        text = json.dumps([self.task, self.method, self.seed, _whole(what)], sort_keys=True)
+        text = json.dumps([self.task, self.method, self.seed, _whole(self.portable)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def portable(self) -> dict[str, Any]:
+        """Its settings without where things lie on one machine."""
+        return {name: value for name, value in self.settings.items() if name not in _PLACES}
 
     @property
     def name(self) -> str:

@@ -246,7 +246,7 @@ class Store:
 
 def _portable(cell: Cell) -> dict[str, Any]:
     """A cell without where its data lay on one machine."""
-    return {**asdict(cell), "settings": {k: v for k, v in cell.settings.items() if k != "data"}}
+    return {**asdict(cell), "settings": cell.portable}
 
 
 def _whole_lines(path: Path) -> list[str]:

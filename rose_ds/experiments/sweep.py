@@ -131,13 +131,14 @@ class Runner:
             if claim is None:
                 self._look_after(cell)
                 continue
-            if not self._left(cell):  # by a process that was killed before it could record it
+            left = self._left(cell)
+            if not left:  # by a process that was killed before it could record it
                 self.store.record(cell, None, keep_models=self.keep_models)
                 claim.release()
                 self._settled.add(cell.key)
                 continue
             slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
-            self._running.append(self._launch(cell, claim, slot))
+            self._running.append(_Running(cell, claim, slot, *self._launch(left, cell, claim, slot)))
             started += 1
         return started
 
@@ -156,8 +157,9 @@ class Runner:
         # of the run's own task and data: one flag of those given, the others would be taken for left out
         return ["attack", "--model", str(folder), *self.attack.words()]
 
-    def _launch(self, cell: Cell, claim: Claim, slot: int) -> _Running:
-        command = self.launcher(self._left(cell), self.launcher_args)
+    def _launch(self, words: Sequence[str], cell: Cell, claim: Claim, slot: int) -> tuple[subprocess.Popen[bytes], Any]:
+        """Start a ``rose-ds`` command; its process, and its log."""
+        command = self.launcher(words, self.launcher_args)
         log = self.store.log(cell).open("ab")
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         log.flush()
@@ -173,7 +175,7 @@ class Runner:
             )
         except OSError as error:
             raise ValueError(f"cannot start {command[0]}: {error.strerror}") from error
-        return _Running(cell, claim, slot, process, log)
+        return process, log
 
     def _device(self, slot: int) -> dict[str, str]:
         """A CUDA device for each place, where there are several, nobody has chosen, and a run is one process."""
@@ -186,24 +188,22 @@ class Runner:
         """Record the runs that have ended; how many."""
         ended = [r for r in self._running if r.process.poll() is not None]
         for run in ended:
-            self._running.remove(run)
             run.log.close()
             code = run.process.returncode
+            trained = code == 0 and self.store.finished(run.cell)
+            left = self._left(run.cell) if trained else []
+            if left and not self._stop:
+                run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
+                continue
+            self._running.remove(run)
             try:
-                if code == 0 and self.store.finished(run.cell) and self._left(run.cell):
-                    if not self._stop:
-                        again = self._launch(run.cell, run.claim, run.slot)
-                        again.started = run.started
-                        self._running.append(again)
-                        continue
-                elif code == 0 and self.store.finished(run.cell):
+                if trained and not left:
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
-                elif code not in _STOPPED:
+                elif not trained and code not in _STOPPED:
                     self.store.fail(run.cell, code)
                     tqdm.write(f"failed: {run.cell.name} (exit code {code}); {self.store.log(run.cell)}")
             finally:
-                if all(r.claim is not run.claim for r in self._running):
-                    run.claim.release()
+                run.claim.release()
             self._settled.add(run.cell.key)
         return len(ended)
 

@@ -142,6 +142,16 @@ def assert_same(one: Path, two: Path, engine: str, ranks: int = 2) -> None:
     assert (metrics["engine"], metrics["world_size"], metrics["steps"]) == (engine, ranks, 4)
 
 
+def assert_goes_on(one: Path, two: Path) -> None:
+    """Of a run resumed with fewer ranks after its second step: the same rows with other dropout masks."""
+    expected, found = history(one), history(two)
+    assert found[:2] == expected[:2]
+    # the same rows with other dropout masks
+    for one, two in zip(expected[2:], found[2:], strict=True):
+        assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) < 0.1 * one["loss"]
+        assert 0.5 < two["rose/tau_second"] / one["rose/tau_second"] < 2
+
+
 # --- faults ---
 
 FAULTY = {"RANKS_PER_NODE": "1", "RENDEZVOUS": "node1:29400", "PROGRAM": "tests/e2e/scripts/faulty.py"}

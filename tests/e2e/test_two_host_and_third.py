@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from cluster import ZERO2, Cluster, Interrupted, assert_same, flags, history, one_host, resume, script
+from cluster import ZERO2, Cluster, Interrupted, assert_goes_on, assert_same, flags, one_host, resume, script
 
 pytestmark = pytest.mark.timeout(900)  # four launches of three ranks
 
@@ -26,7 +26,7 @@ def test_two_host_and_third(three: Cluster) -> None:
 
 def test_two_host_without_third(three: Cluster) -> None:
     """A host is gone for good: its shards of the optimizer's states are read by those that are left."""
-    expected = history(one_host(three, "zero2", 3, ROWS))
+    whole = one_host(three, "zero2", 3, ROWS)
     with Interrupted(three, "fewer", [*ZERO2, *ROWS, "--ddp_timeout", "20"]) as job:
         three.hosts[2].cable("down")
         three.hosts[2].kill()
@@ -35,9 +35,4 @@ def test_two_host_without_third(three: Cluster) -> None:
         assert "another rank did not take part" in job.text()
     text = resume(three, "fewer", [*ZERO2, *ROWS], nodes=2)
     assert "resuming on 2 ranks from a checkpoint of 3" in text
-    found = history(three.output("fewer"))
-    assert found[:2] == expected[:2]
-    # the same rows with other dropout masks
-    for one, two in zip(expected[2:], found[2:], strict=True):
-        assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) < 0.1 * one["loss"]
-        assert 0.5 < two["rose/tau_second"] / one["rose/tau_second"] < 2
+    assert_goes_on(whole, three.output("fewer"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, Interrupted, assert_same, history, one_host, resume, script
+from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, Interrupted, assert_goes_on, assert_same, one_host, resume, script
 from hosts import SlowLink, joined_hosts
 
 from rose_ds.experiments.models import load_tokenizer
@@ -131,9 +131,4 @@ def test_two_host_elastic_host(cluster: Cluster, tmp_path: Path) -> None:
         assert "resuming on 1 ranks from a checkpoint of 2" in job.text()
     metrics = json.loads((cluster.output(name) / "metrics.json").read_text())
     assert (metrics["world_size"], metrics["steps"]) == (1, 4)
-    expected, found = history(one_host(cluster, "ddp")), history(cluster.output(name))
-    assert found[:2] == expected[:2]
-    # the same rows with other dropout masks
-    for one, two in zip(expected[2:], found[2:], strict=True):
-        assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) < 0.1 * one["loss"]
-        assert 0.5 < two["rose/tau_second"] / one["rose/tau_second"] < 2
+    assert_goes_on(one_host(cluster, "ddp"), cluster.output(name))

@@ -115,8 +115,8 @@ def test_fsdp2(counted: Any, depth: int) -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_zero3(counted: Any, depth: int) -> None:
     """An exact risk takes three forward and three backward passes, but gathers the model hardly more than twice: all
-    go along one trace, which says what is used again soon. Ranks compare traces by
-    broadcasts where one was thrown away."""
+    go along one trace, which says what is used again soon. Ranks compare traces by broadcasts
+    where one was thrown away."""
     found = {name: counted("zero3")[name, depth] for name in CASES}
     assert all(c["broadcast"] == 0 for c in found.values())
     plain, ensemble = found["none"], found["ensemble"]

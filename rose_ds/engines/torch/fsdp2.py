@@ -49,7 +49,7 @@ class Fsdp2Engine(ShardedEngine):
     def _take_orders(self) -> list[tuple[Any, list[Any]]]:
         """Of each root's parameter groups, as forward passes went through them; forgotten there."""
         orders = []
-        for context in {id(state._comm_ctx): state._comm_ctx for state in _states(self.module)}.values():
+        for context in dict.fromkeys(state._comm_ctx for state in _states(self.module)):
             order = list(getattr(context, "post_forward_order", ()))  # there from the first forward pass on
             if order:
                 context.post_forward_order.clear()

@@ -26,10 +26,8 @@ class LongestTrace:
 
     def __init__(self, module: nn.Module, coordinator: Any) -> None:
         self._trace = coordinator
-        self._inside = False
-        """Whether a micro-batch is under way; evaluations are DeepSpeed's alone."""
-        self._stretch = -1
-        """Forward passes of this micro-batch so far, less one."""
+        self._stretch: int | None = None
+        """The number of the micro-batch's last forward pass, from 0; None outside, for evaluations are DeepSpeed's."""
         self._traced = False
         """Whether there was a trace when this stretch began."""
         self._wanted: tuple[int, int] | None = None
@@ -44,17 +42,17 @@ class LongestTrace:
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Around its passes."""
-        self._inside, self._stretch, self._traced = True, -1, False
+        self._stretch = -1
         try:
             yield
         finally:
             self._look()
-            self._inside = False
+            self._stretch = None
 
     def _look(self) -> None:
         """What has become of the trace in a stretch that ends."""
         length: int = getattr(self._trace, _PREFIX + "step_id")
-        if self._stretch >= 0 and self._traced and self._trace.is_invalid_trace():
+        if self._stretch is not None and self._traced and self._trace.is_invalid_trace():
             self._wanted = self._stretch, length
         elif self._wanted is not None and self._trace.is_record_trace() and length >= self._wanted[1]:
             self._wanted = None  # DeepSpeed has just recorded one that will do
@@ -62,7 +60,7 @@ class LongestTrace:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self) -> None:
-        if not self._inside:
+        if self._stretch is None:
             return
         self._look()
         self._stretch += 1

@@ -126,7 +126,7 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
     """
     plan, results = store.plan(), store.results()
     cells = {cell.key: cell for cell in plan}
-    runs = [_run(store, line) for line in results.values()]
+    runs = [_run(line) for line in results.values()]
     if not cells and not runs:
         raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
@@ -159,7 +159,7 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
     )
 
 
-def _run(store: Store, line: Mapping[str, Any]) -> Run:
+def _run(line: Mapping[str, Any]) -> Run:
     metrics = Metrics(**line["metrics"])
     trajectory = line.get("trajectory", [])
     where = line["task"], line["method"], line["seed"], line["varied"]
