@@ -24,7 +24,10 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint",
+    "torch._dynamo",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",  # what initialize() imports
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 _GRACE = 10.0  # seconds that the other ranks get to end after one has failed
 
