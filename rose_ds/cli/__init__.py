@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import importlib
 import logging
@@ -85,6 +86,7 @@ def _no_garbage_in_imports(alone: bool) -> Iterator[None]:
     gc.disable()
     yield
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or the interpreter cannot take modules apart, and nanobind's report leaks
     gc.enable()
 
 

@@ -12,6 +12,7 @@ from launching import ROOT, accelerate, deepspeed, rows_file, run, torchrun
 
 from rose_ds.data import load_task
 from rose_ds.experiments.models import resolve
+from rose_ds.run import main
 
 SCRIPTS = "tests/e2e/scripts"
 PLAIN = [sys.executable]
@@ -149,7 +150,7 @@ def test_an_unchanged_script_with_a_json_block(minilm: str, reviews: Path, tmp_p
     assert "rose/tau_first" not in done.stdout
 
 
-def test_a_script_without_trainer_is_not_passed_off_as_rose(tmp_path: Path) -> None:
+def test_a_script_without_trainer_is_not_passed_off_as_rose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "own_loop.py"
     script.write_text("print('no trainer here')\n")
     done = run([*PLAIN, "-m", "rose_ds.run", str(script)])
@@ -161,6 +162,7 @@ def test_a_script_without_trainer_is_not_passed_off_as_rose(tmp_path: Path) -> N
         (["nowhere.py"], "nowhere.py does not exist"),
         (["--rose", "gamma=0.5"], "no script given"),
     ):
-        done = run([*PLAIN, "-m", "rose_ds.run", *arguments])
-        assert done.returncode == 2
-        assert message in done.stderr.splitlines()[-1]
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
