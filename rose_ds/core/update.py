@@ -151,7 +151,7 @@ class UpdateBatch:
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
         kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``: the bits of
-            ``masked_adamw_``, also where the mask is 1 everywhere.
+            ``masked_adamw_``, also where the mask is 1 everywhere, unless the group says foreach or fused.
     """
 
     def __init__(
@@ -181,11 +181,13 @@ class UpdateBatch:
         """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
         for the mask's values.
         """
-        if self.kernels is not None and scale == 1.0 and all(self.fits(v, half=i == 1) for i, v in enumerate(views)):
+        whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
+        theirs = whole and any(self.kernel.values())
+        fits = self.kernels is not None and scale == 1.0 and all(self.fits(v, half=i == 1) for i, v in enumerate(views))
+        if fits and not theirs:
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
             self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
             return
-        whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
         if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
             return

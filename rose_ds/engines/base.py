@@ -243,16 +243,16 @@ def unwrapped_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED_AS)
 
 
-def agreed_kernels(engine: Engine) -> Any | None:
-    """Compiled kernels for the engine's optimizer, on all ranks or on none: they and torch round parameters that are
-    never masked otherwise, and replicas must not drift apart. A collective.
+def agreed_kernels(engine: Engine, *, masks: bool = True) -> Any | None:
+    """Compiled kernels for the engine's optimizer, which has ``masks`` or none, on all ranks or on none: they and torch
+    round parameters that are never masked otherwise, and replicas must not drift apart. A collective.
 
     Raises:
         ValueError/RuntimeError: ROSE_DS_KERNELS asks for what cannot be.
     """
     found, problem = None, None
     try:
-        found = kernels_for(engine.layout.element_count, _held(engine))
+        found = kernels_for(engine.layout.element_count, _held(engine), masks=masks)
     except (ValueError, RuntimeError) as error:
         problem = error
     everywhere = engine.agree(found is not None)

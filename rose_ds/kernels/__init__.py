@@ -19,13 +19,15 @@ _CHOICES = ("auto", "torch", "cpp", "triton")
 LARGE = 1 << 23
 
 
-def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
+def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) -> Any | None:
     """The C++ kernels or, on a CUDA device, Triton's, where they are wanted and can be used; None: core's torch
     operations.
 
     Args:
         elements: eligible elements over all ranks.
         slices: the parameters that the optimizer holds.
+        masks: whether there are any: AdamW without them has torch's fused kernel on accelerators, and none on CPUs that
+            rounds alike on any number of ranks.
 
     Raises:
         ValueError: ROSE_DS_KERNELS is no choice.
@@ -38,6 +40,8 @@ def kernels_for(elements: int, slices: Sequence[Tensor]) -> Any | None:
         return None
     devices = {p.device for p in slices}
     cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    if not masks and (choice == "triton" or cuda):
+        return None
     if choice == "triton" or (choice == "auto" and cuda):
         return _triton(devices, slices, must=choice == "triton")
     if choice == "auto" and elements < LARGE:

@@ -36,7 +36,7 @@ class Masking:
         self.selection: Selection | None = None
         """Of the step under way, once it is decided."""
         self._had_risk = False
-        self.optimizer.kernels = agreed_kernels(engine) if policy is not None else None
+        self.optimizer.kernels = agreed_kernels(engine, masks=policy is not None)
         self._accelerator = agreed_accelerator(engine) if policy is not None else None
 
     @property

@@ -21,6 +21,7 @@ from rose_ds.kernels import build
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 CASES = [
+    case_of("task", "none"),
     case_of("task", "ensemble"),
     case_of("task", "second", 1),
     case_of("r-drop", "ensemble"),

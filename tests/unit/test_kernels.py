@@ -142,6 +142,21 @@ def test_a_mask_of_ones_is_torchs_fused_adamw(compiled: Any) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("theirs", ["foreach", "fused"])
+def test_a_kernel_that_was_asked_for(theirs: str, compiled: Any) -> None:
+    """Of torch's, for what no mask touches."""
+    held = tensors("normal", [300, 300], torch.float32)
+    batch = UpdateBatch({**GROUP, theirs: True}, 7, (0.0, 1.0, 1.0, 1.0), kernels=compiled)
+    for i, code in enumerate((3, 1)):
+        batch.add(code, tuple(column[i] for column in held))
+    batch.add(2, tuple(column[0][:0] for column in held), scale=1.0)
+    assert (len(batch.free), len(batch.compiled)) == (3, 0)
+    batch = UpdateBatch({**GROUP, theirs: True}, 7, (0.0, 0.5, 0.5, 1.0), kernels=compiled)
+    batch.add(1, tuple(column[0] for column in held))
+    assert (len(batch.free), len(batch.compiled)) == (0, 1)
+
+
+@needs_compiler
 def test_places_and_threads_change_nothing(compiled: Any) -> None:
     """Every element is computed alike wherever it lies, and whoever computes it."""
     whole = tensors("normal", [100_003], torch.float32)
@@ -203,6 +218,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         monkeypatch.setenv(kernels.VARIABLE, choice)
         assert kernels.kernels_for(elements, weights) == wanted
+        assert kernels.kernels_for(elements, weights, masks=False) == wanted
     with pytest.raises(RuntimeError, match="fp32 weights on CPUs alone"):
         kernels.kernels_for(3, [torch.zeros(3, dtype=torch.bfloat16)])
     monkeypatch.setattr(build, "extension", lambda: None)

@@ -391,8 +391,8 @@ inline float lerp(float a, float b, float w) {
   return std::fma(near_a ? w : w - 1.0f, b - a, near_a ? a : b);
 }
 
-// rose_ds.core.update.masked_adamw_, operation by operation.
-template <class G>
+// rose_ds.core.update.masked_adamw_, operation by operation. kWhole: the mask is 1 for all, and no code is read.
+template <bool kWhole, class G>
 void masked_adamw(const Scalars& s, const float* values, int64_t n, float* __restrict p, const G* __restrict grad,
                   float* __restrict m, float* __restrict v, const uint8_t* __restrict code) {
   const float v0 = values[0], v1 = values[1], v2 = values[2], v3 = values[3];
@@ -400,8 +400,12 @@ void masked_adamw(const Scalars& s, const float* values, int64_t n, float* __res
   const float minus_step = s.minus_step, less = s.less;
   const bool decays = s.decays;
   for (int64_t i = 0; i < n; ++i) {
-    const int which = code[i];
-    const float low = which & 1 ? v1 : v0, high = which & 1 ? v3 : v2, mask = which & 2 ? high : low;
+    float mask = 1.0f;
+    if constexpr (!kWhole) {
+      const int which = code[i];
+      const float low = which & 1 ? v1 : v0, high = which & 1 ? v3 : v2;
+      mask = which & 2 ? high : low;
+    }
     const bool frozen = mask == 0.0f, whole = mask == 1.0f;
     const float p0 = p[i], g = load(grad, i), m0 = m[i], v0_ = v[i];
     const float mixed = lerp(m0, g, mask);
@@ -455,11 +459,15 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
   for_chunks(chunks.size(), at::get_num_threads(), [&](int, size_t c) {
     const Piece& x = pieces[chunks[c].piece];
     const int64_t b = chunks[c].begin, n = chunks[c].size;
-    // one code for all is written out for a chunk: a mask that is a constant to the compiler is not vectorised
+    // one code for all is written out for a chunk: a mask that is constant along a loop is not vectorised
     thread_local std::vector<uint8_t> same(kChunk);
-    if (!x.codes) std::fill(same.begin(), same.end(), uint8_t(x.code));
+    const bool all = !x.codes && table[x.code] == 1.0f;
+    if (!x.codes && !all) std::fill(same.begin(), same.end(), uint8_t(x.code));
     const uint8_t* code = x.codes ? x.codes + b : same.data();
-    const auto run = [&](auto* g) { masked_adamw(s, table, n, x.p + b, g + b, x.m + b, x.v + b, code); };
+    const auto run = [&](auto* g) {
+      if (all) masked_adamw<true>(s, table, n, x.p + b, g + b, x.m + b, x.v + b, code);
+      else masked_adamw<false>(s, table, n, x.p + b, g + b, x.m + b, x.v + b, code);
+    };
     if (x.half) run(static_cast<const uint16_t*>(x.g));
     else run(static_cast<const float*>(x.g));
   });
