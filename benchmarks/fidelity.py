@@ -7,6 +7,9 @@ several ways, each with dropout masks of its own, and the lowest are kept. The t
 (tensors) on which two masks agree. Two draws of dropout give two exact masks: their agreement is the noise floor, which
 an estimate has to reach, less 0.01. Beside it, each way's agreement with the mask of the risk averaged over many exact
 draws, which is nearer to what Eq. 2 means; and the agreement of two averages over steps (risk_ema).
+
+"Spread over N ranks" is a risk that needs no second pass: the standard deviation of the task gradients that N ranks
+find for their own rows of the batch, each with its dropout. It is tried here alone; rose_ds has no such setting.
 """
 
 from __future__ import annotations
@@ -72,6 +75,23 @@ class Study:
         self.model.zero_grad(set_to_none=True)
         return [g.abs() for g in grads]
 
+    def spread(self, batch: dict[str, Tensor], ranks: int) -> list[Tensor]:
+        """Standard deviation of the ranks' task gradients, of each eligible tensor."""
+        from rose_ds.config import RoseConfig
+        from rose_ds.eligible import eligible_names
+
+        named = dict(self.model.named_parameters())
+        names = eligible_names(RoseConfig(), {name: p.shape for name, p in named.items()})
+        parameters = [named[name] for name in names]
+        sums, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        rows = len(batch["labels"]) // ranks
+        for rank in range(ranks):
+            forward, loss = closures(self.model, {k: v[rank * rows : (rank + 1) * rows] for k, v in batch.items()})
+            for g, s, q in zip(torch.autograd.grad(loss(forward()), parameters), sums, squares, strict=True):
+                s.add_(g), q.addcmul_(g, g)
+        moments = zip(sums, squares, strict=True)
+        return [(q / ranks - (s / ranks).square()).clamp_(min=0).sqrt().flatten() for s, q in moments]
+
     def mask(self, risks: list[Tensor], granularity: str) -> Tensor:
         """Where the lowest are kept, 1-D bool."""
         from rose_ds.core.mask import keep_count
@@ -92,6 +112,8 @@ class Study:
             averaged = [torch.stack(same).mean(0) for same in zip(*draws[2:], strict=True)]
             halves = [[torch.stack(s).mean(0) for s in zip(*draws[i::2], strict=True)] for i in (0, 1)]
             tried = {name: self.risks(batch, **settings) for name, settings in ways.items()}
+            sizes = [n for n in (2, 4, 16) if n <= len(batch["labels"])]
+            tried |= {f"spread over {n} ranks": self.spread(batch, n) for n in sizes}
             for granularity, into in found.items():
                 exact, other, mean = (self.mask(r, granularity) for r in (draws[0], draws[1], averaged))
                 pairs = {"exact ~ exact": (exact, other), "exact ~ averaged": (exact, mean)}

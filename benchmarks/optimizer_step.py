@@ -23,7 +23,7 @@ import torch
 from memory import command_line, write
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
-STRATEGIES = ("first", "second", "ensemble")
+STRATEGIES = ("none", "first", "second", "ensemble")
 FUSED = "torch AdamW, fused"
 BYTES = 28
 """An element: AdamW reads four numbers of four bytes and writes three."""
@@ -69,10 +69,12 @@ class Case:
             param.grad_dtype = None  # of any type
 
         def step() -> None:
-            assert policy is not None
             grads = next(turns)
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
+            if policy is None:
+                optimizer.step()
+                return
             moments = [optimizer.init_state(p)["exp_avg"] for p in params]
             inputs = StepInputs(layout, grads, moments, params, [0.9] * count, risk_grads=self.risks)
             selection = select(policy.selectors, "element", inputs, kernels)

@@ -24,6 +24,7 @@ if [ "$gpus" -gt 0 ]; then
     ranks=$((gpus < 2 ? gpus : 2))
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # tensors in huge pages
 fi
 # DeepSpeed compiles a small extension on first use; a folder of our own is not blocked by a lock that a killed job left.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
