@@ -12,7 +12,7 @@ import yaml
 from cluster import TIMEOUT, ZERO2, Cluster, assert_same, flags, fsdp_variables, one_host, script
 from hosts import BIN, ROOT, Host
 
-pytestmark = pytest.mark.timeout(1500)  # eleven launches
+pytestmark = pytest.mark.timeout(1500)  # ten launches
 
 
 def test_two_host_doctor(cluster: Cluster) -> None:
@@ -31,13 +31,6 @@ def test_two_host_torchrun(cluster: Cluster) -> None:
     command = [*script("torchrun_node.sh"), *flags(cluster, "torchrun")]
     cluster.run("torchrun", (command, common), (command, common))
     assert_same(one_host(cluster, "ddp"), cluster.output("torchrun"), "ddp")
-
-
-def test_two_host_accelerate(cluster: Cluster) -> None:
-    common = {"NODES": "2", "RANKS": "2", "MASTER_ADDR": "node1", **fsdp_variables(cluster)}
-    command = [*script("accelerate_node.sh"), *flags(cluster, "accelerate")]
-    cluster.run("accelerate", *((command, {**common, "NODE_RANK": str(i)}) for i in range(2)))
-    assert_same(one_host(cluster, "fsdp2"), cluster.output("accelerate"), "fsdp2")
 
 
 def test_two_host_deepspeed_no_ssh(cluster: Cluster) -> None:
@@ -69,6 +62,7 @@ def slurm(cluster: Cluster, name: str) -> dict[str, str]:
 
 
 def test_two_host_slurm_fsdp(cluster: Cluster) -> None:
+    """Its one task of a node is launch/cluster/accelerate_node.sh."""
     command = ["sbatch", "--gpus-per-node=1", "launch/slurm/fsdp.sbatch", *flags(cluster, "slurm-fsdp2")]
     cluster.run("slurm-fsdp2", (command, {**slurm(cluster, "fsdp2"), **fsdp_variables(cluster)}))
     assert_same(one_host(cluster, "fsdp2"), cluster.output("slurm-fsdp2"), "fsdp2")
