@@ -108,9 +108,15 @@ class Study:
         }
         found: dict[str, dict[str, list[float]]] = {"element": {}, "tensor": {}}
         for batch in self.batches[:3]:
-            draws = [self.risks(batch) for _ in range(DRAWS + 2)]
-            averaged = [torch.stack(same).mean(0) for same in zip(*draws[2:], strict=True)]
-            halves = [[torch.stack(s).mean(0) for s in zip(*draws[i::2], strict=True)] for i in (0, 1)]
+            # sums of many draws: a mask is that of their mean
+            draws, averaged, halves = [], list[Tensor](), [list[Tensor](), list[Tensor]()]
+            for i in range(DRAWS + 2):
+                risks = self.risks(batch)
+                halves[i % 2] = added(halves[i % 2], risks)
+                if i < 2:
+                    draws.append(risks)
+                else:
+                    averaged = added(averaged, risks)
             tried = {name: self.risks(batch, **settings) for name, settings in ways.items()}
             sizes = [n for n in (2, 4, 16) if n <= len(batch["labels"])]
             tried |= {f"spread over {n} ranks": self.spread(batch, n) for n in sizes}
@@ -121,10 +127,15 @@ class Study:
                     pairs[f"{name} ~ exact"] = (self.mask(risks, granularity), exact)
                     pairs[f"{name} ~ averaged"] = (self.mask(risks, granularity), mean)
                 a, b = (self.mask(half, granularity) for half in halves)
-                pairs[f"averages of {len(draws) // 2} draws, with each other"] = (a, b)
+                pairs[f"averages of {DRAWS // 2 + 1} draws, with each other"] = (a, b)
                 for name, (one, two) in pairs.items():
                     into.setdefault(name, []).append(float((one == two).float().mean()))
         return {g: {name: statistics.mean(values) for name, values in into.items()} for g, into in found.items()}
+
+
+def added(sums: list[Tensor], risks: list[Tensor]) -> list[Tensor]:
+    """Sums with one draw more."""
+    return [s + r for s, r in zip(sums, risks, strict=True)] if sums else risks
 
 
 def model_of(options: argparse.Namespace, spec: Any) -> Any:
@@ -184,21 +195,21 @@ def main() -> None:
     from rose_ds.experiments import provenance
 
     logging.set_verbosity_error()
-    study, done, stages = Study(options), 0, {}
-    for stage in tqdm(sorted(options.stages), desc="stages"):
-        study.train(stage - done, options.lr)
-        done = stage
-        stages[str(stage)] = study.agreements()
     settings = {name: getattr(options, name) for name in ("model", "batch", "keep", "lr")}
     flags = " ".join(f"--{name} {value}" for name, value in settings.items())
-    results = {
-        "command": f"python benchmarks/fidelity.py {flags} --stages {' '.join(stages)}",
+    study, done = Study(options), 0
+    results: dict[str, Any] = {
+        "command": f"python benchmarks/fidelity.py {flags} --stages {' '.join(map(str, options.stages))}",
         "commit": provenance.commit(),
         "packages": provenance.packages(),
         "parameters": study.model.num_parameters(),
-        "stages": stages,
+        "stages": {},
     }
-    write(options.output, results)
+    for stage in tqdm(sorted(options.stages), desc="stages"):
+        study.train(stage - done, options.lr)
+        done = stage
+        results["stages"][str(stage)] = study.agreements()
+        write(options.output, results)  # after each: a large model takes hours
     print(table(results))
 
 
