@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import command_line, write
+from memory import command_line, origin, write
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
@@ -192,16 +192,12 @@ def main() -> None:
     from tqdm import tqdm
     from transformers import logging
 
-    from rose_ds.experiments import provenance
-
     logging.set_verbosity_error()
     settings = {name: getattr(options, name) for name in ("model", "batch", "keep", "lr")}
     flags = " ".join(f"--{name} {value}" for name, value in settings.items())
     study, done = Study(options), 0
     results: dict[str, Any] = {
-        "command": f"python benchmarks/fidelity.py {flags} --stages {' '.join(map(str, options.stages))}",
-        "commit": provenance.commit(),
-        "packages": provenance.packages(),
+        **origin(f"python benchmarks/fidelity.py {flags} --stages {' '.join(map(str, options.stages))}"),
         "parameters": study.model.num_parameters(),
         "stages": {},
     }

@@ -21,10 +21,12 @@ import json
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,19 @@ def write(path: Path, results: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(path)
+
+
+def origin(command: str) -> dict[str, Any]:
+    """What a results file says of where it comes from."""
+    from rose_ds.experiments import provenance
+
+    return {"command": command, "commit": provenance.commit(), "packages": provenance.packages()}
+
+
+def compared(took: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """A way's seconds by round beside those of another in the same rounds: medians, and the quartiles of the ratio."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(took, base, strict=True)], n=4)
+    return {"seconds": statistics.median(took), "ratio": middle, "ratio_quartiles": [low, high]}
 
 
 def read(path: Path) -> dict[str, Any]:

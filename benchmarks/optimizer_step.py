@@ -13,14 +13,13 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import command_line, write
+from memory import command_line, compared, origin, write
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
 STRATEGIES = ("none", "first", "second", "ensemble")
@@ -156,12 +155,7 @@ def measured(rows: dict[str, Callable[[], Any]], rounds: int, warmup: int, secon
             for name, value in took.items():
                 found[name].append(value)
                 base[name].append(took[FUSED])
-    results = {}
-    for name, values in found.items():
-        ratios = [a / b for a, b in zip(values, base[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results[name] = {"seconds": statistics.median(values), "ratio": middle, "ratio_quartiles": [low, high]}
-    return results
+    return {name: compared(took, base[name]) for name, took in found.items()}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -186,7 +180,6 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="that do not (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
     options = parser.parse_args()
-    from rose_ds.experiments import provenance
     from rose_ds.kernels import build
 
     torch.set_num_threads(options.threads)
@@ -205,14 +198,11 @@ def main() -> None:
             rows_of(case, kernels, everything=name == next(iter(cases))), options.rounds, options.warmup, 1.0
         )
         found[name] = {"rows": rows, "bandwidth": BYTES * options.elements / rows[FUSED]["seconds"]}
-    results = {
-        "command": f"python benchmarks/optimizer_step.py --elements {options.elements} --threads {options.threads} "
-        f"--rounds {options.rounds}",
-        "commit": provenance.commit(),
-        "packages": provenance.packages(),
-        "cores": os.cpu_count(),
-        "cases": found,
-    }
+    command = (
+        f"python benchmarks/optimizer_step.py --elements {options.elements} --threads {options.threads} "
+        f"--rounds {options.rounds}"
+    )
+    results = {**origin(command), "cores": os.cpu_count(), "cases": found}
     write(options.output, results)
     print(table(results))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from memory import command_line, write
+from memory import command_line, compared, origin, write
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "threshold.json"
@@ -30,18 +29,18 @@ KEEP = 0.6
 
 
 class Wire:
-    """What a rank receives: bytes, and in how many collectives."""
+    """rose_ds's exchange, with what a rank receives: bytes, and in how many collectives."""
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks, self.bytes, self.collectives = ranks, 0, 0
+    def __init__(self) -> None:
+        from rose_ds.exchange import GroupExchange
+
+        self.exchange = GroupExchange(None, torch.device("cpu"), "all_gather")
+        self.bytes = self.collectives = 0
 
     def __call__(self, local: Tensor) -> Tensor:
-        """An exchange as ``rose_ds.core.threshold`` wants it."""
-        rows = [torch.empty_like(local) for _ in range(self.ranks)]
-        dist.all_gather(rows, local)
-        self.bytes += local.nbytes * (self.ranks - 1)
+        self.bytes += local.nbytes * (self.exchange.world_size - 1)
         self.collectives += 1
-        return torch.stack(rows)
+        return self.exchange(local)
 
 
 def ways_of(mine: Tensor, count: int, kernels: Any | None, wire: Wire) -> dict[str, Callable[[], Tensor | float]]:
@@ -73,7 +72,7 @@ def run(rank: int, ranks: int, elements: int, rounds: int, folder: str) -> None:
     dist.init_process_group("gloo", meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    mine, wire = torch.randn(elements // ranks).abs(), Wire(ranks)
+    mine, wire = torch.randn(elements // ranks).abs(), Wire()
     ways = ways_of(mine, elements // ranks * ranks, build.extension(), wire)
     found: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -93,9 +92,7 @@ def run(rank: int, ranks: int, elements: int, rounds: int, folder: str) -> None:
     if rank == 0:
         base = seconds[OURS] if OURS in ways else seconds["histograms, torch"]
         for name, took in seconds.items():
-            ratios = [a / b for a, b in zip(took, base, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            found[name] |= {"seconds": statistics.median(took), "ratio": middle, "ratio_quartiles": [low, high]}
+            found[name] |= compared(took, base)
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -134,21 +131,17 @@ def main() -> None:
     options = parser.parse_args()
     from tqdm import tqdm
 
-    from rose_ds.experiments import provenance
     from rose_ds.kernels import build
 
     build.extension()  # once, before several ranks want it
     found = {
         str(n): measured(n, options.elements, options.rounds) for n in tqdm(options.ranks, desc="numbers of ranks")
     }
-    results = {
-        "command": f"python benchmarks/threshold.py --elements {options.elements} "
-        f"--ranks {' '.join(map(str, options.ranks))} --rounds {options.rounds}",
-        "commit": provenance.commit(),
-        "packages": provenance.packages(),
-        "cores": os.cpu_count(),
-        "ranks": found,
-    }
+    command = (
+        f"python benchmarks/threshold.py --elements {options.elements} --ranks {' '.join(map(str, options.ranks))} "
+        f"--rounds {options.rounds}"
+    )
+    results = {**origin(command), "cores": os.cpu_count(), "ranks": found}
     write(options.output, results)
     print(table(results))
 

@@ -168,6 +168,7 @@ class UpdateBatch:
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
         )
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
+        self.torchs = any(self.kernel.values())
         self.values, self.rule = values, rule
         self.kernels = kernels if rule == "robust" else None
         self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say
@@ -182,9 +183,8 @@ class UpdateBatch:
         for the mask's values.
         """
         whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
-        theirs = whole and any(self.kernel.values())
-        fits = self.kernels is not None and scale == 1.0 and all(self.fits(v, half=i == 1) for i, v in enumerate(views))
-        if fits and not theirs:
+        ours = self.kernels is not None and scale == 1.0 and not (whole and self.torchs)
+        if ours and all(self.fits(v, half=i == 1) for i, v in enumerate(views)):
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
             self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
             return

@@ -146,10 +146,9 @@ def assert_goes_on(one: Path, two: Path) -> None:
     """Of a run resumed with fewer ranks after its second step: the same rows with other dropout masks."""
     expected, found = history(one), history(two)
     assert found[:2] == expected[:2]
-    # the same rows with other dropout masks
-    for one, two in zip(expected[2:], found[2:], strict=True):
-        assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) < 0.1 * one["loss"]
-        assert 0.5 < two["rose/tau_second"] / one["rose/tau_second"] < 2
+    for want, got in zip(expected[2:], found[2:], strict=True):
+        assert got["step"] == want["step"] and abs(got["loss"] - want["loss"]) < 0.1 * want["loss"]
+        assert 0.5 < got["rose/tau_second"] / want["rose/tau_second"] < 2
 
 
 # --- faults ---
