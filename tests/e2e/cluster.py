@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import yaml
 from hosts import BIN, ROOT, Host
+from launching import NURSERY
 from safetensors.torch import load_file
 
-FLAGS = ["--task", "snippets", "--model", "minilm", "--max_steps", "4", "--save_steps", "4", "--logging_steps", "1"]
+FLAGS = ["--task", "snippets", "--max_steps", "4", "--save_steps", "4", "--logging_steps", "1"]
 FLAGS += ["--max_train_samples", "64", "--max_eval_samples", "8", "--max_length", "32", "--learning_rate", "1e-4"]
 FLAGS += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--report_to", "none"]
 ZERO2 = ["--deepspeed", "ds_configs/zero2.json"]
@@ -25,7 +26,7 @@ TIMEOUT = 240
 #: What a rank needs to know on a host; ssh carries nothing over.
 VARIABLES = {
     "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin"]),
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join([str(NURSERY), str(ROOT)]),
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -41,6 +42,7 @@ class Cluster:
 
     hosts: tuple[Host, ...]
     folder: Path
+    model: str
     env: dict[str, str]
     runs: dict[str, Path] = field(default_factory=dict)
     """output_dir by name, of runs that several tests compare with."""
@@ -87,7 +89,7 @@ def accelerate_config(folder: Path) -> Path:
 
 
 def flags(cluster: Cluster, name: str) -> list[str]:
-    return [*FLAGS, "--output_dir", str(cluster.output(name))]
+    return [*FLAGS, "--model", cluster.model, "--output_dir", str(cluster.output(name))]
 
 
 def fsdp_variables(cluster: Cluster) -> dict[str, str]:

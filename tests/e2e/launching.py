@@ -15,6 +15,7 @@ from spawn import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+NURSERY = Path(__file__).parent / "warm"
 
 
 def torchrun(ranks: int = 2) -> list[str]:

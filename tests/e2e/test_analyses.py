@@ -20,26 +20,20 @@ from rose_ds.cli import main
 METHODS = ("vanilla", "rose-first")
 
 
+def trained(model: str, method: str, out: Path, *flags: str) -> str:
+    """The folder of a classifier of a few steps."""
+    flags = ("--task", "snippets", "--model", model, "--method", method, "--output_dir", str(out / method), *flags)
+    flags += ("--per_device_train_batch_size", "8", "--max_length", "32", "--learning_rate", "2e-4")
+    flags += ("--max_eval_samples", "32", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no")
+    main(["train", *flags])
+    return str(out / method)
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, minilm: str, snippets: str) -> dict[str, str]:
+def models(tmp_path_factory: pytest.TempPathFactory, two_layers: str, snippets: str) -> dict[str, str]:
     out = tmp_path_factory.mktemp("analysed")
-    for method in METHODS:
-        flags = ["train", "--task", snippets, "--model", minilm, "--method", method, "--max_steps", "6"]
-        flags += ["--per_device_train_batch_size", "8", "--max_length", "32", "--learning_rate", "2e-4"]
-        flags += ["--max_eval_samples", "32", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
-        flags += [
-            "--logging_steps",
-            "3",
-            "--disagreement_steps",
-            "2",
-            "6",
-            "--record_masks",
-            "2",
-            "--output_dir",
-            str(out / method),
-        ]
-        main(flags)
-    return {method: str(out / method) for method in METHODS}
+    flags = ["--max_steps", "6", "--logging_steps", "3", "--disagreement_steps", "2", "6", "--record_masks", "2"]
+    return {method: trained(two_layers, method, out, *flags) for method in METHODS}
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
@@ -166,9 +160,9 @@ def test_disagreement_along_training(models: dict[str, str], undecided: str, sni
 
 
 def test_disagreement_is_logged_and_measured_over_ranks(
-    minilm: str, snippets: str, tmp_path: Path, extensions: Path
+    two_layers: str, snippets: str, tmp_path: Path, extensions: Path
 ) -> None:
-    flags = ["train", "--task", snippets, "--model", minilm, "--method", "rose-first", "--max_steps", "3"]
+    flags = ["train", "--task", snippets, "--model", two_layers, "--method", "rose-first", "--max_steps", "3"]
     flags += ["--per_device_train_batch_size", "4", "--max_length", "32", "--max_eval_samples", "31"]
     flags += ["--disable_tqdm", "true", "--report_to", "none", "--save_steps", "3", "--logging_steps", "1"]
     flags += ["--disagreement_steps", "2", "--output_dir", str(tmp_path)]
@@ -203,9 +197,18 @@ def test_a_browser_draws_every_figure(models: dict[str, str], tmp_path: Path) ->
     assert dom.count('class="main-svg"') >= 5  # heat maps, risks, thresholds, stability
 
 
-def test_probe(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe(minilm: str, snippets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two layers would learn nothing of 32 items."""
     flags = ["--seeds", "0", "1", "--train_items", "32", "--test_items", "16", "--epochs", "1"]
-    command = ["probe", models["vanilla"], *flags, "--surface", "lexical", "--output_dir", str(tmp_path)]
+    command = [
+        "probe",
+        trained(minilm, "vanilla", tmp_path, "--max_steps", "2"),
+        *flags,
+        "--surface",
+        "lexical",
+        "--output_dir",
+        str(tmp_path),
+    ]
     main(command)
     runs = result(tmp_path, "probing")["runs"]
     assert [(r["model"], r["surface"], r["seed"]) for r in runs] == [("vanilla", "lexical", s) for s in (0, 1)]

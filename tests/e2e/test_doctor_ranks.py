@@ -24,6 +24,7 @@ def checks(output: str) -> dict[str, dict[str, Any]]:
     return {check["check"]: check for check in found["checks"]}
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_ranks_agree(launcher: str, tmp_path: Path, extensions: Path) -> None:
     start = (

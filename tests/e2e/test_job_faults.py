@@ -121,7 +121,7 @@ class Life:
 @pytest.fixture(scope="module", params=["fsdp2", "zero2"])
 def life(
     request: pytest.FixtureRequest,
-    minilm: str,
+    two_layers: str,
     snippets: str,
     extensions: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -130,7 +130,7 @@ def life(
     life = Life(request.param, folder / "whole", folder / "hard", {}, {})
 
     def live(name: str, output_dir: Path, faults: dict[str, Any], *flags: str, ranks: int = 2) -> None:
-        job = life.jobs[name] = launch(life.engine, output_dir, faults, *flags, ranks=ranks)
+        job = life.jobs[name] = launch(life.engine, output_dir, faults, "--model", two_layers, *flags, ranks=ranks)
         life.found[name] = checkpoints.newest(output_dir)[0]
         print(f"{life.engine} {name}: exit code {job.code} after {job.seconds:.1f} s, whole: {life.found[name]}")
 
@@ -236,12 +236,13 @@ def test_on_another_number_of_ranks_everything_is_carried_over(life: Life) -> No
     assert f"resuming with another setting: world_size 2 -> {ranks}" in job.output
 
 
-def test_fsdp1_resumed_is_the_uninterrupted_run(minilm: str, snippets: str, tmp_path: Path) -> None:
+def test_fsdp1_resumed_is_the_uninterrupted_run(two_layers: str, snippets: str, tmp_path: Path) -> None:
     """accelerate alone loads no optimizer state into an FSDP1 optimizer that has none yet."""
     whole, half = tmp_path / "whole", tmp_path / "half"
-    assert launch("fsdp1", whole, {}).code == 0
+    model = ["--model", two_layers]
+    assert launch("fsdp1", whole, {}, *model).code == 0
     shutil.copytree(whole / "checkpoint-3", half / "checkpoint-3")
-    job = launch("fsdp1", half, {}, "--resume", "auto")
+    job = launch("fsdp1", half, {}, *model, "--resume", "auto")
     assert job.code == 0, job.output[-4000:]
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, half))
     assert all(torch.equal(one[name], other[name]) for name in one)

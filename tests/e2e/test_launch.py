@@ -73,10 +73,10 @@ def train_under_each(rank: int, world: int, folder: str, flags: list[str]) -> di
 
 @pytest.fixture(scope="module")
 def trained(
-    minilm: str, snippets: str, tmp_path_factory: pytest.TempPathFactory, extensions: Path
+    two_layers: str, snippets: str, tmp_path_factory: pytest.TempPathFactory, extensions: Path
 ) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("trained")
-    flags = ["--task", snippets, "--model", minilm, "--max_steps", "3", "--max_eval_samples", "32"]
+    flags = ["--task", snippets, "--model", two_layers, "--max_steps", "3", "--max_eval_samples", "32"]
     failures: dict[str, str] = {}
     for found in run_ranks(train_under_each, 2, str(folder), flags, timeout=560, process_group=False):
         failures.update(found)
@@ -93,7 +93,7 @@ def test_every_stage_trains_saves_and_reloads(trained: tuple[Path, dict[str, str
     assert found == [config[:5], 2, config[6:] or "fp32", 3, 0]
     assert 0.59 < metrics["kept_fraction"] < 0.76
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert sum(p.numel() for p in model.parameters()) > 22_000_000
+    assert sum(p.numel() for p in model.parameters()) > 15_000_000
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -111,6 +111,7 @@ def test_a_config_that_would_train_or_save_wrongly_is_refused(
 # --- under the launcher ---
 
 
+@pytest.mark.usefixtures("cold")
 def test_zero3_learns_sst2_and_is_measured_on_advglue(minilm: str, glue: str, tmp_path: Path, extensions: Path) -> None:
     flags = ["--task", "sst2", "--data", glue, "--model", minilm, "--method", "rose-ensemble", "--max_steps", "30"]
     flags += ["--max_train_samples", "2000", "--max_eval_samples", "150"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cluster import FLAGS, TIMEOUT, ZERO2, Cluster, Interrupted, assert_goes_on, assert_same, one_host, resume, script
+from cluster import TIMEOUT, ZERO2, Cluster, Interrupted, assert_goes_on, assert_same, flags, one_host, resume, script
 from hosts import SlowLink, joined_hosts
 
 from rose_ds.experiments.models import load_tokenizer
@@ -38,13 +38,12 @@ def tiny(cluster: Cluster, minilm: str) -> Path:
 @pytest.mark.skipif(SlowLink.why_not() is not None, reason=f"no slow link can be made here: {SlowLink.why_not()}")
 def test_two_host_slow_link(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
     """20 ms each way, 1% of frames lost, 100 Mbit/s: the same losses, thresholds and weights, later."""
-    command = [*script("torchrun_node.sh"), *FLAGS, "--model", str(tiny)]
     common = {"RENDEZVOUS": "node1:29400", "JOB": "slow"}
     seconds = {}
     with joined_hosts(tmp_path, link=SlowLink(delay_ms=20, loss=0.01, rate_mbit=100)) as hosts:
-        far = Cluster(hosts, cluster.folder, cluster.env)
+        far = Cluster(hosts, cluster.folder, str(tiny), cluster.env)
         for name, nodes in (("near", 1), ("far", 2)):
-            told = [*command, "--output_dir", str(cluster.output(name))]
+            told = [*script("torchrun_node.sh"), *flags(far, name)]
             env = {**common, "NODES": str(nodes), "RANKS_PER_NODE": str(2 // nodes)}
             far.run(name, *[(told, env)] * nodes)
             seconds[name] = json.loads((cluster.output(name) / "metrics.json").read_text())["train_seconds"]
@@ -119,7 +118,7 @@ def test_two_host_elastic_host(cluster: Cluster, tmp_path: Path) -> None:
     """A host is gone for good: the launcher that is left goes on with one rank, and as many rows to a step."""
     name = "elastic-host"
     with joined_hosts(tmp_path) as hosts:
-        fragile = Cluster(hosts, cluster.folder, cluster.env, cluster.runs)
+        fragile = Cluster(hosts, cluster.folder, cluster.model, cluster.env, cluster.runs)
         told = ["--resume", "auto", "--ddp_timeout", "20", "--global_batch_size", "8"]
         with Interrupted(fragile, name, told, ELASTIC) as job:
             hosts[1].kill()

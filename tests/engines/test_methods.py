@@ -61,8 +61,8 @@ MASKED = ("strategy", "granularity", "keep_largest")
 
 #: The sum of a divergence over a rank's rows depends on the number of ranks, by definition: compared on one alone.
 SHARED = [name for name in OBJECTIVES if name != "r-drop-sum"]
-#: Every objective with every mask, and a second micro-batch, where most mistakes show.
-TABLE = [case_of(o, m) for o, m in itertools.product(SHARED, MASKS)]
+#: Every objective with every mask, and a second micro-batch, where most mistakes show. The second step has momentum.
+TABLE = [case_of(o, m, steps=2, depth=1) for o, m in itertools.product(SHARED, MASKS)]
 #: Each objective and each mask once more: where slices or passes differ from the table's engines in one thing.
 FEW = [
     *(case_of(o, m, 1) for o, m in zip(SHARED, ("ensemble", "ensemble", "first", "second", "ensemble"), strict=True)),
