@@ -21,11 +21,16 @@ from rose_ds.data import DataError, load_task
 from rose_ds.experiments.models import load_tokenizer, resolve
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _before_a_process_is_started(request: pytest.FixtureRequest) -> None:
-    if any(item.get_closest_marker("fast") is None for item in request.session.items):
-        request.getfixturevalue("kernels")
-        request.getfixturevalue("nursery")
+@pytest.fixture(scope="module", autouse=True)
+def _before_a_process_is_started(request: pytest.FixtureRequest) -> Iterator[None]:
+    if all(item.get_closest_marker("fast") is not None for item in request.session.items):
+        yield
+        return
+    request.getfixturevalue("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROSE_DS_TEST_NURSERY", str(request.getfixturevalue("nursery")))
+        patch.setenv("PYTHONPATH", str(NURSERY), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -36,17 +41,15 @@ def kernels(extensions: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def nursery(extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ranks that tests start are forked from one process that has imported what they need."""
+def nursery(extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a nursery: ranks that tests start are forked from one process that has imported what they need."""
     path = tmp_path_factory.mktemp("nursery") / "socket"
     process = subprocess.Popen([sys.executable, str(NURSERY / "nursery.py"), str(path)], stdin=subprocess.PIPE)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NURSERY), os.environ.get("PYTHONPATH")]))
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, "the nursery did not start"
         time.sleep(0.05)
-    os.environ["ROSE_DS_TEST_NURSERY"] = str(path)
-    yield
+    yield path
     process.communicate()  # the end of its input is its end
 
 

@@ -51,10 +51,27 @@ def engines(rank: int, world: int, engine: str, cases: list[Case]) -> list[Run]:
     if engine == "plain":
         return [plain(case) for case in cases]
     if engine.startswith("zero"):
-        zero = {"overlap_comm": "overlap" in engine}
-        return [zero_jobs.run(zero_jobs.Job(case, int(engine[4]), zero), rank, world) for case in cases]
+        zero: dict[str, Any] = {"overlap_comm": "overlap" in engine}
+        if "offload" in engine:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        from rose_ds.engines.zero.stage3 import Stage3Adapter
+
+        with mock.patch.object(Stage3Adapter, "risk_sums", pinned_like_the_gradients(Stage3Adapter.risk_sums)):
+            return [zero_jobs.run(zero_jobs.Job(case, int(engine[4]), zero), rank, world) for case in cases]
     dist.init_process_group("nccl" if tiny.DEVICE.type == "cuda" else "gloo")
     return [torch_jobs.run(torch_jobs.Job(case, engine), rank, world) for case in cases]
+
+
+def pinned_like_the_gradients(risk_sums: Any) -> Any:
+    """The sums of stage 3's KL gradients, of which an offloaded one comes as DeepSpeed's task gradients do."""
+
+    def checked(adapter: Any) -> list[Tensor]:
+        sums: list[Tensor] = risk_sums(adapter)
+        offloaded = bool(adapter.ds_optimizer.offload_optimizer)
+        assert all(total.is_pinned() == (offloaded and tiny.DEVICE.type == "cuda") for total in sums)
+        return sums
+
+    return checked
 
 
 def plain(case: Case) -> Run:

@@ -93,7 +93,7 @@ def test_updates_are_the_cpus(kind: str, dtype: torch.dtype, way: str, device: t
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "zero2", "zero2-overlap", "zero3"])
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "zero2", "zero2-overlap", "zero3", "zero3-offload"])
 def test_parity(
     engine: str, world: int, way: str, device: torch.device, figure: Figure, request: pytest.FixtureRequest
 ) -> None:

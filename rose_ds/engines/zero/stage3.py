@@ -66,11 +66,15 @@ class Stage3Adapter(ScaledAdapter):
         }
 
     def risk_sums(self) -> list[Tensor]:
-        # as long as DeepSpeed's buffers, padding included: the backward pass adds to these themselves
-        buffers = self._buffers
+        # As long as DeepSpeed's buffers, padding included: the backward pass adds to these themselves. Pinned if those
+        # are, or it would wait for every gradient's copy; torch keeps freed pinned memory for the next step.
+        buffers = [self._buffers[p.ds_id] for p in self.params]  # type: ignore[attr-defined]
+        pinned = bool(buffers) and buffers[0].is_pinned()  # all are parts of one
         return [
-            torch.zeros_like(buffers[p.ds_id], dtype=torch.float32).narrow(0, 0, piece.numel)  # type: ignore[attr-defined]
-            for piece, p in zip(self.slices, self.params, strict=True)
+            torch.zeros(buffer.shape, dtype=torch.float32, device=buffer.device, pin_memory=pinned).narrow(
+                0, 0, piece.numel
+            )
+            for piece, buffer in zip(self.slices, buffers, strict=True)
         ]
 
     def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
