@@ -1,6 +1,7 @@
 """What an optimizer step costs beside AdamW's: thresholds, masks and update, on tensors of random numbers.
 
     python benchmarks/optimizer_step.py --elements 22000000 --threads 2
+    python benchmarks/optimizer_step.py --elements 124000000 --fast_alone --output FILE
 
 All rows take turns in every round and in a new order, so that a busy moment of the machine meets all alike: a round's
 seconds are divided by those of torch.optim.AdamW(fused=True) in it, and the table has the median of these ratios and
@@ -36,7 +37,8 @@ class Case:
         self.params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
         self.grads = [torch.randn(n) * 1e-3 for n in sizes]
         self.risks = [torch.randn(n) * 1e-4 for n in sizes]
-        self.dtype = dtype
+        # in turns: of one gradient again and again, every second-order risk would be the same
+        self.turns = [[g.roll(i).to(dtype) for g in self.grads] for i in range(3)]
 
     def rose(self, strategy: str, kernels: Any | None) -> Callable[[], None]:
         """A step of RoseAdamW as a stepper takes it: masks from the gradients, then the update."""
@@ -62,8 +64,7 @@ class Case:
             [n for n, _ in named], blocks,
         )  # fmt: skip
         policy = policy_of(optimizer.config)
-        # in turns: of one gradient again and again, every second-order risk would be the same
-        turns = itertools.cycle([[g.roll(i).to(self.dtype) for g in self.grads] for i in range(3)])
+        turns = itertools.cycle(self.turns)
         for param in params:
             param.grad_dtype = None  # of any type
 
@@ -119,13 +120,13 @@ class Case:
         }
 
 
-def rows_of(case: Case, kernels: Any | None, everything: bool) -> dict[str, Callable[[], Any]]:
-    """What is measured, by its name."""
+def rows_of(case: Case, kernels: Any | None, others: bool, everything: bool) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its name: the ``others`` too, and ``everything`` that is slow."""
     rows: dict[str, Callable[[], Any]] = {FUSED: case.adamw(fused=True)}
+    if others and (offloaded := case.deepspeed()) is not None:
+        rows["DeepSpeedCPUAdam"] = offloaded
     if everything:
         rows |= {"torch AdamW": case.adamw(foreach=False), "torch AdamW, foreach": case.adamw(foreach=True)}
-        offloaded = case.deepspeed()
-        rows |= {"DeepSpeedCPUAdam": offloaded} if offloaded is not None else {}
     for strategy in STRATEGIES:
         rows |= {f"{strategy}, kernels": case.rose(strategy, kernels)} if kernels else {}
         rows |= {f"{strategy}, torch": case.rose(strategy, None)} if everything else {}
@@ -178,6 +179,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="that count (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="that do not (default: %(default)s)")
+    parser.add_argument(
+        "--fast_alone",
+        action="store_true",
+        help="without torch's loops and foreach: every row has parameters and moments of its own, 12 bytes an element",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
     options = parser.parse_args()
     from rose_ds.kernels import build
@@ -193,14 +199,14 @@ def main() -> None:
     found = {}
     for name, (slices, dtype) in cases.items():
         print(name)
-        case = Case(options.elements, slices, dtype)
-        rows = measured(
-            rows_of(case, kernels, everything=name == next(iter(cases))), options.rounds, options.warmup, 1.0
-        )
+        case, first = Case(options.elements, slices, dtype), name == next(iter(cases))
+        rows_here = rows_of(case, kernels, others=first, everything=first and not options.fast_alone)
+        rows = measured(rows_here, options.rounds, options.warmup, 1.0)
+        del case, rows_here  # before the next one's are there
         found[name] = {"rows": rows, "bandwidth": BYTES * options.elements / rows[FUSED]["seconds"]}
     command = (
         f"python benchmarks/optimizer_step.py --elements {options.elements} --threads {options.threads} "
-        f"--rounds {options.rounds}"
+        f"--rounds {options.rounds}" + " --fast_alone" * options.fast_alone
     )
     results = {**origin(command), "cores": os.cpu_count(), "cases": found}
     write(options.output, results)
