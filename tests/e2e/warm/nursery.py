@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from messenger import SIGNALS, end_as
+
 IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 IMPORTED += ["torch.distributed.tensor.parallel", "torch.utils.tensorboard", "datasets", "scipy.stats"]
 IMPORTED += ["accelerate", "transformers.trainer", "transformers.models.bert.modeling_bert"]
@@ -152,7 +154,7 @@ class Nursery:
             with suppress(KeyError):
                 self.selector.unregister(watched)
         with suppress(BrokenPipeError):
-            child.messenger.sendall(bytes([max(-code, 0), max(code, 0)]))
+            child.messenger.sendall(code.to_bytes(4, "big", signed=True))
         child.messenger.close()
         os.close(child.ends)
         self.children.remove(child)
@@ -172,13 +174,9 @@ def join(pid: int) -> None:
         if "pid" in names:
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
+    for number in SIGNALS:
         signal.signal(number, lambda got, _: os.kill(inside, got))
-    code = os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1])
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+    end_as(os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1]))
 
 
 def become(order: Order, files: list[int]) -> None:
