@@ -68,6 +68,20 @@ def named(store: Store, key: str, **options: Any) -> Table:
     return next(table for table in tables(gather(store, **options)) if table.key == key)
 
 
+def test_a_collapsed_run_is_named(store: Store) -> None:
+    """It is right on half of the items, and gives all of them one answer."""
+    for seed in (0, 1):
+        add(store, Cell("sst2", "vanilla", seed, {}), "1" * 30 + "0" * 20, "1000")
+    lines = [
+        {"set": "clean", "idx": list(range(50)), "label": [0, 1] * 25, "prediction": prediction}
+        for prediction in ([1] * 49 + [0], [0, 1] * 24 + [0, 0])
+    ]
+    for run, line in zip(gather(store).entries["sst2", "vanilla"].runs, lines, strict=True):
+        write_lines(store.root / "predictions" / f"{run.key}.jsonl", [line])
+    table = named(store, "collapsed")
+    assert table.rows == [("sst2", "vanilla", "defaults", "0", "98.0", "60.00", "25.00", "50.00")]
+
+
 def test_means_deviations_average_and_delta(store: Store) -> None:
     """Avg is the mean of all cells of a row and Delta a difference of means, as in the paper's Table 1."""
     for seed, (clean, hostile) in enumerate((("1111", "10"), ("1110", "00"))):

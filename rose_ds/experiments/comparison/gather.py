@@ -110,6 +110,13 @@ class Comparison:
         left, right = zip(*answers, strict=True)
         return compare(np.stack(left), np.stack(right))
 
+    def commonest_answer(self, run: Run) -> float | None:
+        """The share of the clean items that get a run's most frequent answer; None where they have but one label."""
+        record = self.store.predictions(run.key).get(RECORDED["clean"])
+        if record is None or len(set(record["label"])) < 2:
+            return None
+        return float(np.unique(record["prediction"], return_counts=True)[1].max() / len(record["label"]))
+
     def _hits(self, run: Run, name: str) -> _Array | None:
         record = self.store.predictions(run.key).get(RECORDED[name])
         return None if record is None else np.equal(record["prediction"], record["label"])

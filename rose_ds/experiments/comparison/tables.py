@@ -13,6 +13,9 @@ from rose_ds.experiments.comparison.statistics import mean_sd
 #: ROSE's Table 1, by model and method: means over its four tasks of GLUE and AdvGLUE accuracy, in percent.
 PAPER = {("roberta-base", "vanilla"): (89.19, 24.78)}
 
+#: From this share of one answer on, a run counts as collapsed.
+ONE_ANSWER = 0.98
+
 
 @dataclass(frozen=True)
 class Table:
@@ -32,6 +35,7 @@ def tables(comparison: Comparison) -> list[Table]:
         accuracy(comparison),
         attacked(comparison),
         significance(comparison),
+        collapsed(comparison),
         matched_accuracy(comparison),
         choices(comparison),
         oracle(comparison),
@@ -130,6 +134,25 @@ def significance(c: Comparison) -> Table:
         "corrected for the number of rows. The t-test sees no error of having few items, and AdvGLUE has 78 to 148."
     )
     return Table("significance", "Table 3: differences from the baseline", note, header, rows)
+
+
+def collapsed(c: Comparison) -> Table:
+    """Runs that have learned nothing, which a mean over seeds hides."""
+    header = ("task", "method", "setting", "seed", "one answer (%)", "clean", "AdvGLUE", "perturbed")
+    rows = []
+    for (task, method), entry in c.entries.items():
+        for candidate in entry.candidates:
+            for run in candidate.runs:
+                share = c.commonest_answer(run)
+                if share is not None and share >= ONE_ANSWER:
+                    cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
+                    rows.append((task, method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
+    note = (
+        f"They give one answer to {100 * ONE_ANSWER:.0f}% of the clean items or more, and are in the tables above all "
+        "the same. AdvGLUE's items are those that fooled trained models: a run that guesses can be right on more of "
+        "them than one that has learned, so a gain there that comes from such runs is none."
+    )
+    return Table("collapsed", "Collapsed runs", note, header, rows)
 
 
 def matched_accuracy(c: Comparison) -> Table:
