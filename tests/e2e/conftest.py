@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,16 +42,17 @@ def kernels(extensions: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def nursery(extensions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def nursery(extensions: Path) -> Iterator[Path]:
     """The socket of a nursery: ranks that tests start are forked from one process that has imported what they need."""
-    path = tmp_path_factory.mktemp("nursery") / "socket"
-    process = subprocess.Popen([sys.executable, str(NURSERY / "nursery.py"), str(path)], stdin=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the nursery did not start"
-        time.sleep(0.05)
-    yield path
-    process.communicate()  # the end of its input is its end
+    with tempfile.TemporaryDirectory(prefix="rose-", dir="/tmp") as folder:  # a socket's path has 107 characters
+        path = Path(folder) / "nursery"
+        process = subprocess.Popen([sys.executable, str(NURSERY / "nursery.py"), str(path)], stdin=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < deadline, "the nursery did not start"
+            time.sleep(0.05)
+        yield path
+        process.communicate()  # the end of its input is its end
 
 
 @pytest.fixture
