@@ -16,21 +16,24 @@ import pytest
 from cluster import VARIABLES, Cluster
 from hosts import joined_hosts, why_not
 from launching import NURSERY, ROOT
+from spawn import PRELOADED
 from transformers import AutoModel
 
 from rose_ds.data import DataError, load_task
 from rose_ds.experiments.models import load_tokenizer, resolve
 
+#: What rose-ds imports beside what an engine's ranks do.
+ALSO_PRELOADED = ["torch.utils.tensorboard", "torch.utils.cpp_extension", "datasets", "scipy.stats", "accelerate"]
+ALSO_PRELOADED += ["transformers.trainer", "transformers.models.bert.modeling_bert"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _before_a_process_is_started(request: pytest.FixtureRequest) -> Iterator[None]:
-    if all(item.get_closest_marker("fast") is not None for item in request.session.items):
-        yield
-        return
-    request.getfixturevalue("kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROSE_DS_TEST_NURSERY", str(request.getfixturevalue("nursery")))
-        patch.setenv("PYTHONPATH", str(NURSERY), prepend=os.pathsep)
+        if any(item.get_closest_marker("fast") is None for item in request.session.items):
+            request.getfixturevalue("kernels")
+            patch.setenv("ROSE_DS_TEST_NURSERY", str(request.getfixturevalue("nursery")))
+            patch.setenv("PYTHONPATH", str(NURSERY), prepend=os.pathsep)
         yield
 
 
@@ -46,7 +49,8 @@ def nursery(extensions: Path) -> Iterator[Path]:
     """The socket of a nursery: ranks that tests start are forked from one process that has imported what they need."""
     with tempfile.TemporaryDirectory(prefix="rose-", dir="/tmp") as folder:  # a socket's path has 107 characters
         path = Path(folder) / "nursery"
-        process = subprocess.Popen([sys.executable, str(NURSERY / "nursery.py"), str(path)], stdin=subprocess.PIPE)
+        command = [sys.executable, str(NURSERY / "nursery.py"), str(path), *PRELOADED, *ALSO_PRELOADED]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not path.exists():
             assert process.poll() is None and time.monotonic() < deadline, "the nursery did not start"

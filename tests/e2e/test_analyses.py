@@ -159,6 +159,7 @@ def test_disagreement_along_training(models: dict[str, str], undecided: str, sni
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.usefixtures("cold")
 def test_disagreement_is_logged_and_measured_over_ranks(
     two_layers: str, snippets: str, tmp_path: Path, extensions: Path
 ) -> None:

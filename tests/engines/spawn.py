@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 #: Imported once, in a process without threads from which the ranks are forked: for most of them half of their life.
-_PRELOADED = [
+PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint",
@@ -72,7 +72,7 @@ def run_ranks(
     """
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     if not fresh:
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
     variables = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

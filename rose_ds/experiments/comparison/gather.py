@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ class Comparison:
             return None
         left, right = zip(*answers, strict=True)
         return compare(np.stack(left), np.stack(right))
+
+    def every_run(self) -> Iterator[tuple[Candidate, Run]]:
+        """All finished runs, also of settings that were not chosen."""
+        for entry in self.entries.values():
+            for candidate in entry.candidates:
+                yield from ((candidate, run) for run in candidate.runs)
 
     def commonest_answer(self, run: Run) -> float | None:
         """The share of the clean items that get a run's most frequent answer; None where they have but one label."""

@@ -140,13 +140,11 @@ def collapsed(c: Comparison) -> Table:
     """Runs that have learned nothing, which a mean over seeds hides."""
     header = ("task", "method", "setting", "seed", "one answer (%)", "clean", "AdvGLUE", "perturbed")
     rows = []
-    for (task, method), entry in c.entries.items():
-        for candidate in entry.candidates:
-            for run in candidate.runs:
-                share = c.commonest_answer(run)
-                if share is not None and share >= ONE_ANSWER:
-                    cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
-                    rows.append((task, method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
+    for candidate, run in c.every_run():
+        share = c.commonest_answer(run)
+        if share is not None and share >= ONE_ANSWER:
+            cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
+            rows.append((run.task, run.method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
     note = (
         f"They give one answer to {100 * ONE_ANSWER:.0f}% of the clean items or more, and are in the tables above all "
         "the same. AdvGLUE's items are those that fooled trained models: a run that guesses can be right on more of "
@@ -235,11 +233,9 @@ def every_seed(c: Comparison) -> Table:
     """No seed is left out."""
     header = ("task", "method", "setting", "seed", "clean", "AdvGLUE", "perturbed", "under attack", "steps", "cell")
     rows = []
-    for (task, method), entry in c.entries.items():
-        for candidate in entry.candidates:
-            for run in candidate.runs:
-                cells = [percent([value(run)]) for value in ACCURACY.values()]
-                rows.append((task, method, candidate.label, str(run.seed), *cells, str(run.metrics.steps), run.key))
+    for candidate, run in c.every_run():
+        cells = [percent([value(run)]) for value in ACCURACY.values()]
+        rows.append((run.task, run.method, candidate.label, str(run.seed), *cells, str(run.metrics.steps), run.key))
     return Table("seeds", "Every run", "Accuracy in percent.", header, rows)
 
 

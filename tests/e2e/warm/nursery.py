@@ -1,6 +1,6 @@
 """A process that has imported torch, transformers and DeepSpeed, and forks ranks for sitecustomize.py.
 
-    python tests/e2e/warm/nursery.py SOCKET
+    python tests/e2e/warm/nursery.py SOCKET MODULE ...
 
 It ends, and all that it forked with it, when its standard input does. What is forked starts in a tenth of a second
 instead of six; nothing of rose_ds is imported before. What it does not show is what an import does to a process of its
@@ -30,12 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from messenger import SIGNALS, end_as
-
-IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-IMPORTED += ["torch.distributed.tensor.parallel", "torch.utils.tensorboard", "datasets", "scipy.stats"]
-IMPORTED += ["accelerate", "transformers.trainer", "transformers.models.bert.modeling_bert"]
-IMPORTED += ["deepspeed", "deepspeed.module_inject.auto_ep_layer"]
-IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.cpp_extension"]
 
 #: Variables that imports read: who wants others than the nursery's has to import by himself.
 READ = (
@@ -86,11 +80,11 @@ class Order:
 
 
 class Nursery:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, modules: list[str]) -> None:
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.children: list[Child] = []
-        for name in IMPORTED:
+        for name in modules:
             importlib.import_module(name)
         gc.collect()
         gc.freeze()
@@ -170,9 +164,11 @@ def join(pid: int) -> None:
         if libc.setns(entry, 0) != 0:
             raise OSError(ctypes.get_errno(), f"setns {name}")
         os.close(entry)
-    if "pid" not in names or (inside := os.fork()) == 0:
-        if "pid" in names:
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if "pid" not in names:  # which holds for a process's children alone
+        return
+    inside = os.fork()
+    if inside == 0:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         return
     for number in SIGNALS:
         signal.signal(number, lambda got, _: os.kill(inside, got))
@@ -210,4 +206,4 @@ def become(order: Order, files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    Nursery(sys.argv[1]).serve()
+    Nursery(sys.argv[1], sys.argv[2:]).serve()
