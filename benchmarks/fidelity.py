@@ -9,7 +9,8 @@ an estimate has to reach, less 0.01. Beside it, each way's agreement with the ma
 draws, which is nearer to what Eq. 2 means; and the agreement of two averages over steps (risk_ema).
 
 "Spread over N ranks" is a risk that needs no second pass: the standard deviation of the task gradients that N ranks
-find for their own rows of the batch, each with its dropout. It is tried here alone; rose_ds has no such setting.
+find for their own rows of the batch, each with its dropout. Over two it is what first_order="halves" ranks, which finds
+it from the two halves of a step's micro-batches; over more it is tried here alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Strategy = Literal[
     "none", "first", "second", "ensemble", "child-tuning", "random", "gradient-mask", "gallop", "cautious"
 ]
 Granularity = Literal["element", "tensor"]
-FirstOrder = Literal["exact", "fast"]
+FirstOrder = Literal["exact", "fast", "halves"]
 #: How a fraction to keep is chosen in each step.
 Criterion = Literal["auto", "otsu", "knee"]
 Keep = float | Criterion
@@ -89,8 +89,10 @@ class RoseConfig:
     first_order: FirstOrder = _setting(
         "exact",
         "How the gradient behind first-order risk is found: exact (through both passes, over all rows: a step costs "
-        "2.7 of AdamW's) or fast (through the second pass alone, over risk_rows of the rows: 1.25 of AdamW's). An "
-        "element-wise mask of a fast risk agrees with an exact one as well as two exact ones do with each other.",
+        "2.7 of AdamW's), fast (through the second pass alone, over risk_rows of the rows: 1.25 of AdamW's) or halves "
+        "(no second pass: the difference between the task gradients of a step's two halves of micro-batches, which "
+        "needs gradient accumulation: 1.0 of AdamW's). An element-wise mask of a fast risk, or of halves, agrees with "
+        "an exact one as well as two exact ones do with each other.",
     )
     risk_rows: float = _setting(0.25, "Fraction of a micro-batch's rows that a fast risk is found from, in (0, 1].")
     risk_ema: float = _setting(
@@ -150,8 +152,10 @@ class RoseConfig:
         given = [f.name for f in fields(self) if f.name in _RISK and getattr(self, f.name) != f.default]
         if given and not self.uses_first and self.strategy != "none":
             raise ValueError(f"{given[0]} is of first-order risk, which strategy={self.strategy!r} does not rank")
-        if self.risk_rows != type(self).risk_rows and self.first_order == "exact":
-            raise ValueError(f'risk_rows={self.risk_rows} is of first_order="fast"; an exact risk takes all rows')
+        if self.risk_rows != type(self).risk_rows and self.first_order != "fast":
+            raise ValueError(
+                f'risk_rows={self.risk_rows} is of first_order="fast"; first_order={self.first_order!r} takes all rows'
+            )
 
     @property
     def keeps_risk(self) -> bool:
@@ -160,8 +164,13 @@ class RoseConfig:
 
     @property
     def uses_first(self) -> bool:
-        """Whether a step needs the KL gradient."""
+        """Whether a step ranks first-order risk."""
         return self.strategy in ("first", "ensemble")
+
+    @property
+    def compares_passes(self) -> bool:
+        """Whether first-order risk is the gradient of a divergence between two dropout passes."""
+        return self.uses_first and self.first_order != "halves"
 
     @property
     def uses_second(self) -> bool:

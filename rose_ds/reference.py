@@ -83,16 +83,21 @@ class Reference:
         masking = strategy != "none" and self.t > self.config.mask_warmup_steps
         first = masking and strategy in ("first", "ensemble")
         first = first and (self.t - self.config.mask_warmup_steps - 1) % self.config.risk_every == 0
-        g = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        halves, half = first and self.config.first_order == "halves", len(micro_batches) // 2
+        g, g_half = {name: torch.zeros_like(p) for name, p in self.named.items()}, {}
         g_risk, share, losses, divergences = {n: torch.zeros_like(self.named[n]) for n in self.eligible}, 0.0, [], []
         for i, (forward, loss) in enumerate(micro_batches):
             self.some = some[i] if some else None
-            value, divergence, share = METHODS[self.objective.name](self, forward, loss, first)
+            value, divergence, share = METHODS[self.objective.name](self, forward, loss, first and not halves)
             losses.append(value.item())
             if divergence is not None:
                 self._add(g_risk, divergence / len(micro_batches), retain_graph=True)
                 divergences.append(divergence.item())
             self._add(g, value / len(micro_batches))
+            if i + 1 == half:
+                g_half = dict(g)
+        if halves:  # in the place of Eq. 2's gradient: of the mean gradients of both halves, the difference
+            g_risk = {n: len(micro_batches) / half * g_half[n] - g[n] for n in self.eligible}
         norm = torch.stack([x.norm() for x in g.values()]).norm().item()
         clip = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
         g = {name: x * clip for name, x in g.items()}

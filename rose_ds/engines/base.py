@@ -63,6 +63,8 @@ class Engine(ABC):
     """Whether training can go on after a backward pass that failed, and with other trainable parameters."""
     replicated = False
     """Whether every rank holds every slice."""
+    tells_gradient_so_far = True
+    """Whether ``keep_gradient_so_far`` can be called between two micro-batches of a step."""
     loss_scale = 1.0
     """What gradients are multiplied with until the step; 1 but for fp16."""
 
@@ -231,6 +233,11 @@ class Engine(ABC):
             # not in place: autograd may hand out one tensor as the gradient of two parameters
             for i, grad in enumerate(grads):
                 self._risk_grads[i] = self._risk_grads[i] + grad
+
+    def keep_gradient_so_far(self) -> None:
+        """Between two micro-batches: copy the gradient of those so far to where the one kept apart is."""
+        self._risk_grads = None
+        self.add_risk_grads(grad.to(torch.float32, copy=True) for grad in self.slice_grads())
 
     def take_risk_grads(self) -> list[Tensor] | None:
         """The gradient kept apart, summed over the accumulated micro-batches; forgets it."""

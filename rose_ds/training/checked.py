@@ -41,6 +41,12 @@ class CheckedTrainer(ResumableTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
                 "deepspeed, torchrun or accelerate launch"
             )
+        if self.rose.uses_first and self.rose.first_order == "halves" and self.args.gradient_accumulation_steps == 1:
+            raise RefusedConfiguration(
+                'first_order="halves" compares the two halves of a step\'s micro-batches: set '
+                "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
+                'first_order="fast"'
+            )
         block = self._deepspeed_optimizer_block()
         if block is not None and block.get("type") != "RoseAdamW":
             raise RefusedConfiguration(
@@ -74,7 +80,7 @@ class CheckedTrainer(ResumableTrainer):
         return block
 
     def _refuse_without_dropout(self) -> None:
-        if not self.rose.uses_first or self.args.neftune_noise_alpha or find_dropout(self.model):
+        if not self.rose.compares_passes or self.args.neftune_noise_alpha or find_dropout(self.model):
             return
         if not all(type(m).__module__.startswith(_KNOWN) for m in self.model.modules()):
             return  # somebody's own layers may be random; the first step finds out

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     dtype: torch.dtype
 
 
-def describe(engine: Engine, config: RoseConfig, objective: str, *, first_order: bool) -> str:
+def describe(engine: Engine, config: RoseConfig, objective: str) -> str:
     """In words: engine, batch, what is masked and how much of the model it is, dropout, and memory."""
     eligible, layout, steps = set(engine.eligible), engine.layout, engine.accumulation_steps
     rows = [
@@ -39,8 +39,8 @@ def describe(engine: Engine, config: RoseConfig, objective: str, *, first_order:
             f"{layout.element_count:,} elements eligible; the rest is always updated",
             f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
             *describe_parameters(rows),
-            describe_dropout(engine.module),
-            describe_memory(held, here, risks=1 + config.keeps_risk if first_order else 0),
+            describe_dropout(engine.module, needed=config.compares_passes),
+            describe_memory(held, here, risks=config.uses_first + config.keeps_risk),
         ]
     )
 
@@ -76,11 +76,11 @@ def describe_memory(held: int, eligible: int, *, risks: int) -> str:
     return f"  on this rank, beside weights, gradients and activations: {', '.join(parts)}"
 
 
-def describe_dropout(model: nn.Module) -> str:
-    """What makes two passes differ."""
+def describe_dropout(model: nn.Module, *, needed: bool = True) -> str:
+    """What makes two passes differ; ``needed``: first-order risk is found by comparing two."""
     found = find_dropout(model)
     listed = ", ".join(f"{kind} {p:g}" for kind, p in found.items())
-    return f"  dropout: {listed or 'none found, so there is no first-order risk'}"
+    return f"  dropout: {listed or 'none found' + ', so there is no first-order risk' * needed}"
 
 
 def find_dropout(model: nn.Module) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels
 from rose_ds.masks import MaskPolicy
 from rose_ds.optimizer import Plan
+from rose_ds.training.halves import Halves
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 
@@ -24,13 +25,19 @@ class Masking:
     Args:
         policy: None: no parameter is masked.
         tell: warns of something once a run: what, and in which words.
+        halves: what first-order risk is found from instead of a second pass, where it is.
     """
 
     def __init__(
-        self, engine: Engine, policy: MaskPolicy | None, state: MethodState, tell: Callable[[str, str], None]
+        self,
+        engine: Engine,
+        policy: MaskPolicy | None,
+        state: MethodState,
+        tell: Callable[[str, str], None],
+        halves: Halves | None = None,
     ) -> None:
         self.engine, self.optimizer, self.config = engine, engine.optimizer, engine.optimizer.config
-        self.policy, self.state, self._tell = policy, state, tell
+        self.policy, self.state, self._tell, self.halves = policy, state, tell, halves
         self.recorder: MaskRecorder | None = None
         """Sees each step's masks before they are used, where there is one."""
         self.selection: Selection | None = None
@@ -77,8 +84,19 @@ class Masking:
             self.optimizer.plan = Plan()
             return
         risk = self.state.risk
-        if policy.ranks_risk and risk_grads is None and self.finds_risk_now():
-            raise RuntimeError("the step has no gradient to rank: every micro-batch must go through Stepper.backward()")
+        if policy.ranks_risk and self.finds_risk_now():
+            if self.halves is not None:
+                self.halves.check_there(there=risk_grads is not None)
+                if risk_grads is not None:
+                    self.halves.difference(risk_grads, grads, float(scale) / clip)
+                elif risk is None or risk.values is None:
+                    self._tell("alone", "a step of one micro-batch has no halves to compare: it updated everything")
+                    self.optimizer.plan = Plan()
+                    return
+            elif risk_grads is None:
+                raise RuntimeError(
+                    "the step has no gradient to rank: every micro-batch must go through Stepper.backward()"
+                )
         if risk is not None:
             risk_grads = risk.values if risk_grads is None else risk.with_new(risk_grads)
         if self.needs_fisher_pass:
@@ -120,6 +138,11 @@ class Masking:
         per_element = self.config.granularity == "element"
         if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
             self._had_risk = True
+        elif not self._had_risk and self.halves is not None:
+            raise RuntimeError(
+                "the gradients of the two halves of a step are equal everywhere, so the mask would keep everything: "
+                "are they the same rows, without dropout, or are the eligible parameters not used by the loss?"
+            )
         elif not self._had_risk:
             raise RuntimeError(
                 "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "

@@ -42,8 +42,8 @@ def refuse_together(config: RoseConfig, objective: Objective) -> None:
     Raises:
         RefusedConfiguration: the objective trains on the very divergence that is ranked.
     """
-    if objective.trains_on_risk and config.uses_first and (config.first_order == "fast" or config.keeps_risk):
-        what = 'first_order="fast"' if config.first_order == "fast" else "risk_ema or risk_every"
+    if objective.trains_on_risk and config.uses_first and (config.first_order != "exact" or config.keeps_risk):
+        what = f'first_order="{config.first_order}"' if config.first_order != "exact" else "risk_ema or risk_every"
         raise RefusedConfiguration(
             f"objective {objective.name!r} trains on the divergence whose gradient is first-order risk, so each step "
             f"has both passes and the whole of this gradient already: leave {what} out"

@@ -23,6 +23,7 @@ from rose_ds.objectives.divergence import Comparison
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
+from rose_ds.training.halves import halves_of
 from rose_ds.training.masking import Masking
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
@@ -87,7 +88,7 @@ class Stepper:
         self._unstepped = 0
         """Last micro-batches since the optimizer stepped."""
         self._told: set[str] = set()
-        if (self.policy is not None and self.policy.ranks_risk) or not isinstance(self.objective, Task):
+        if self.config.compares_passes or not isinstance(self.objective, Task):
             refuse_checkpointing(engine.module)
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
@@ -100,7 +101,8 @@ class Stepper:
         """What the method keeps over the run, which a checkpoint must hold."""
         if hasattr(engine, "checkpoints"):
             engine.checkpoints.state = self.state
-        self.masking = Masking(engine, self.policy, self.state, self._tell)
+        self.halves = halves_of(self.config, engine)
+        self.masking = Masking(engine, self.policy, self.state, self._tell, self.halves)
 
     @property
     def eligible(self) -> list[str]:
@@ -109,13 +111,12 @@ class Stepper:
 
     def describe(self) -> str:
         """In words: engine, batch, what is masked and how much of the model it is, dropout, and memory."""
-        first = self.policy is not None and self.policy.ranks_risk
-        return describe(self.engine, self.config, self.objective.name, first_order=first)
+        return describe(self.engine, self.config, self.objective.name)
 
     @property
     def compares(self) -> bool:
         """Whether forward() must return logits: a mask or the objective compares predictions."""
-        return self.objective.compares or (self.policy is not None and self.policy.ranks_risk)
+        return self.objective.compares or self.config.compares_passes
 
     @property
     def samples_now(self) -> bool:
@@ -167,6 +168,9 @@ class Stepper:
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self.masking.ranks_now() else None
+        finds_risk = ranking is not None and ranking.ranks_risk and self.masking.finds_risk_now()
+        if self.halves is not None:
+            self.halves.count(finds_risk=finds_risk)
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)
         with explaining_lost_ranks(self._next_step), self.engine.micro_batch():
@@ -177,7 +181,7 @@ class Stepper:
                 shifter=self._shifter,
                 average=self.state.average,
                 compare=Comparison(lambda: distribution_of(self.engine.module), positions, count),
-                ranks_risk=ranking is not None and ranking.ranks_risk and self.masking.finds_risk_now(),
+                ranks_risk=finds_risk and self.halves is None,
                 ranks_task=ranking is not None and ranking.ranks_task,
                 one_sided=self.config.first_order == "fast",
                 sample=sample,
@@ -186,6 +190,8 @@ class Stepper:
                 value = self.objective(batch)
             except BaseException as error:
                 self.engine.abandon(error)
+                if self.halves is not None:
+                    self.halves.forget()
                 raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
@@ -305,6 +311,8 @@ class Stepper:
     def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
         """After an optimizer step: the average moves, and a report is made."""
         self.engine.take_risk_grads()
+        if self.halves is not None:
+            self.halves.forget()
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:
             self.state.average.update(decay)

@@ -1,4 +1,5 @@
-"""first_order="fast", risk_ema and risk_every as people use them: through RoseTrainer, and through checkpoints."""
+"""first_order="fast" and "halves", risk_ema and risk_every as people use them: through RoseTrainer, and through
+checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from habits import FIRST, bert, rows, train, trainer
+from habits import DRY, FIRST, bert, rows, train, trainer
 
 import rose_ds
 from rose_ds import RefusedConfiguration, RoseConfig, Stepper
@@ -55,6 +56,36 @@ def test_trainer_runs_all_rows(samples: list[Any], tmp_path: Path) -> None:
     samples.clear()
     train(trainer(tmp_path, more={"max_steps": 4}, rose={**FAST, "risk_every": 2, "mask_warmup_steps": 1}))
     assert [sample is not None for sample in samples] == [False, True, False, True]
+
+
+HALVES: dict[str, Any] = {**FAST, "first_order": "halves"}
+
+
+def test_trainer_with_halves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a model without dropout, whose epochs end with steps of two micro-batches and of one; and resumed there."""
+    more = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    for count, left in ((40, 2), (36, 1)):  # ten and nine micro-batches of four rows, four to a step
+        settings = {**more, "gradient_accumulation_steps": 4}
+        folder = tmp_path / str(count)
+        made = trainer(folder, bert(**DRY), rows(count), more=settings, rose=HALVES)
+        made.train()
+        entries = [entry for entry in made.state.log_history if "loss" in entry]
+        kept = [entry.get("rose/kept_first") for entry in entries]
+        assert len(kept) == 6
+        for step, fraction in enumerate(kept):
+            assert fraction is None if left == 1 and step in (2, 5) else 0.5 <= fraction < 0.51, (step, fraction)
+        assert all("rose/disagreement" not in entry for entry in entries)
+        assert ("no halves to compare" in caplog.text) == (left == 1)
+        for stop in (2, 3):
+            resumed = trainer(folder, bert(**DRY), rows(count), more=settings, rose=HALVES)
+            resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+            for (name, a), b in zip(made.model.named_parameters(), resumed.model.parameters(), strict=True):
+                assert torch.equal(a, b), (count, stop, name)
+
+
+def test_halves_need_accumulation(tmp_path: Path) -> None:
+    with pytest.raises(RefusedConfiguration, match="set gradient_accumulation_steps to 2 or more"):
+        trainer(tmp_path, rose=HALVES)
 
 
 def test_tokens(samples: list[Any], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ CASES = {
     "ensemble": Case("ensemble"),
     "accumulated": Case("ensemble", accumulation=2),
     "fast": Case("first", first_order="fast"),
+    "halves": Case("ensemble", first_order="halves", accumulation=2),
 }
 DEPTHS = (2, 4)
 WARM = 4
@@ -84,6 +85,7 @@ def test_thresholds(counted: Any, engine: str, depth: int) -> None:
         "fast": 3,
         "ensemble": 6,
         "accumulated": 6,
+        "halves": 6,
     }
 
 
@@ -91,7 +93,7 @@ def test_thresholds(counted: Any, engine: str, depth: int) -> None:
 def test_fsdp2(counted: Any, depth: int) -> None:
     """A model of d blocks and a root, which stays gathered from a forward pass to its backward pass: d + 1 are gathered
     in the one and d in the other, and d + 1 are reduced. An exact risk takes two forward and three backward passes, a
-    fast one two of both."""
+    fast one two of both, and one of halves no more than the micro-batches have."""
     found = {name: counted("fsdp2")[name, depth] for name in CASES}
     units = depth + 1
     assert {name: c["allgather_base"] for name, c in found.items()} == {
@@ -101,6 +103,7 @@ def test_fsdp2(counted: Any, depth: int) -> None:
         "ensemble": 5 * units - 2,
         "accumulated": 2 * (5 * units - 2),
         "fast": 4 * units - 2,
+        "halves": 2 * (2 * units - 1),
     }
     assert {name: c["reduce_scatter_base"] for name, c in found.items()} == {
         "none": units,
@@ -109,6 +112,7 @@ def test_fsdp2(counted: Any, depth: int) -> None:
         "ensemble": 3 * units,
         "accumulated": 6 * units,
         "fast": 2 * units,
+        "halves": 2 * units,
     }
 
 
@@ -124,4 +128,5 @@ def test_zero3(counted: Any, depth: int) -> None:
     assert found["first"]["allgather_base"] == ensemble["allgather_base"] < 2.5 * plain["allgather_base"]
     assert found["accumulated"]["allgather_base"] < 2 * ensemble["allgather_base"]
     scattered = {name: c["reduce_scatter_base"] / plain["reduce_scatter_base"] for name, c in found.items()}
-    assert scattered == {"none": 1, "second": 1, "first": 3, "ensemble": 3, "accumulated": 6, "fast": 2}
+    assert scattered == {"none": 1, "second": 1, "first": 3, "ensemble": 3, "accumulated": 6, "fast": 2, "halves": 2}
+    assert found["halves"]["allgather_base"] <= 2 * plain["allgather_base"]

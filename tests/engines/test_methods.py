@@ -85,23 +85,39 @@ RISKS = [
     case_of("task", "ensemble-tensor", 1, keep_first="knee", keep_second="auto"),
     case_of("task", "inverted", 1, keep_first="auto"),
 ]
+#: Risk from the two halves of a step, of one micro-batch or more each; where gradients are reduced in between.
+HALVES = [
+    case_of("task", "ensemble", first_order="halves"),
+    case_of("task", "first-tensor", 3, first_order="halves", batch=18),
+    case_of("freelb", "ensemble", 4, first_order="halves", batch=24, risk_ema=0.7, two_groups=True),
+    case_of("smart-proximal", "first", first_order="halves", steps=5, risk_every=2),
+]
+HALVES_NO_GROUPS = [replace(case, two_groups=False) for case in HALVES]
 RISKS_NO_GROUPS = [replace(case, two_groups=False) for case in RISKS]
 #: engine -> (number of ranks, cases)
 RUNS: dict[str, list[tuple[int, list[Case]]]] = {
-    "ddp": [(2, TABLE + FEW + LAYERS + RISKS), (3, FEW + RISKS[:4])],
+    "ddp": [(2, TABLE + FEW + LAYERS + RISKS + HALVES), (3, FEW + RISKS[:4] + HALVES[:2])],
     "ddp-find-unused": [(2, FEW[:5])],
-    "fsdp1-FULL_SHARD-orig": [(2, TABLE + FEW + LAYERS + RISKS_NO_GROUPS), (3, FEW)],
-    "fsdp1-FULL_SHARD-flat": [(2, FEW)],
-    "fsdp2": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4])],
+    "fsdp1-FULL_SHARD-orig": [(2, TABLE + FEW + LAYERS + RISKS_NO_GROUPS + HALVES_NO_GROUPS), (3, FEW)],
+    "fsdp1-FULL_SHARD-flat": [(2, FEW + HALVES[:2])],
+    "fsdp2": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS + HALVES), (3, FEW + RISKS[:4] + HALVES[:2])],
     "fsdp2-kept": [(2, FEW[:5])],
     "fsdp2-columns": [(2, [replace(case, hidden=20) for case in FEW])],
-    "hsdp": [(4, FEW)],
+    "hsdp": [(4, FEW + [replace(HALVES[0], batch=16)])],
     "zero0": [(2, TABLE + FEW + RISKS), (1, FEW[:5])],
     "zero1": [(2, TABLE + FEW + RISKS), (3, FEW)],
-    "zero2": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4]), (1, FEW[:5])],
-    "zero3": [(2, TABLE + FEW + LAYERS + GROUPS + RISKS), (3, FEW + RISKS[:4]), (1, FEW[:5])],
-    "zero2-offload": [(2, FEW + RISKS[1:2])],
-    "zero3-offload": [(2, FEW + RISKS[1:2])],
+    "zero2": [
+        (2, TABLE + FEW + LAYERS + GROUPS + RISKS + HALVES),
+        (3, FEW + RISKS[:4] + HALVES[:2]),
+        (1, FEW[:5] + HALVES[:1]),
+    ],
+    "zero3": [
+        (2, TABLE + FEW + LAYERS + GROUPS + RISKS + HALVES),
+        (3, FEW + RISKS[:4] + HALVES[:2]),
+        (1, FEW[:5] + HALVES[:1]),
+    ],
+    "zero2-offload": [(2, FEW + RISKS[1:2] + HALVES)],
+    "zero3-offload": [(2, FEW + RISKS[1:2] + HALVES)],
     "zero3-persistent": [(2, FEW[:5])],
 }
 ZERO: dict[str, dict[str, Any]] = {
@@ -110,6 +126,7 @@ ZERO: dict[str, dict[str, Any]] = {
 }
 #: Passes in 16 bits, weights in fp32: near the fp32 run, and the same on every rank.
 HALF = [case_of(o, m) for o, m in itertools.product(SHARED, ("none", "first-tensor"))]
+HALF_REDUCED = [case_of("task", "first-tensor", first_order="halves")]
 HALF += [case_of("r-drop", "second-tensor")]  # the task gradient is the aggregate less a share of the KL's
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 HALF_ENGINES = {"bf16": ("fsdp2-bf16", "fsdp1-bf16-orig", *STAGES), "fp16": STAGES}
@@ -135,6 +152,13 @@ class Entry(tuple[str, int, Case, str]):
 
 ENTRIES = [Entry((e, w, case, "fp32")) for e, runs in RUNS.items() for w, cases in runs for case in cases]
 ENTRIES += [Entry((e, 2, case, precision)) for precision, es in HALF_ENGINES.items() for e in es for case in HALF]
+ENTRIES += [
+    Entry((e, 2, case, precision))
+    for precision, es in HALF_ENGINES.items()
+    for e in es
+    if e not in ("zero0", "zero1")
+    for case in HALF_REDUCED
+]
 
 
 def run_engine(rank: int, world: int, jobs: list[Any]) -> Any:
@@ -183,7 +207,7 @@ def test_table(entry: Entry, results: Any, parity_log: list[str]) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "case",
-    [case_of(o, m, ga) for o, m, ga in itertools.product(OBJECTIVES, MASKS, (1, 2))] + LAYERS + GROUPS + RISKS,
+    [case_of(o, m, ga) for o, m, ga in itertools.product(OBJECTIVES, MASKS, (1, 2))] + LAYERS + GROUPS + RISKS + HALVES,
     ids=str,
 )
 def test_plain(case: Case, parity_log: list[str]) -> None:

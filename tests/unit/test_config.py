@@ -186,7 +186,7 @@ def test_a_strategys_own_defaults() -> None:
         ({"strategy": "child-tuning", "granularity": "tensor"}, 'use granularity="element"'),
         ({"strategy": "cautious", "granularity": "tensor"}, 'use granularity="element"'),
         ({"strategy": "random", "mask_seed": -1}, "mask_seed=-1 must be an integer >= 0"),
-        ({"first_order": "slow"}, "first_order='slow' is not one of ['exact', 'fast']"),
+        ({"first_order": "slow"}, "first_order='slow' is not one of ['exact', 'fast', 'halves']"),
         ({"first_order": "fast", "risk_rows": 0}, "risk_rows=0 must be in (0, 1]"),
         ({"risk_rows": 0.5}, 'risk_rows=0.5 is of first_order="fast"'),
         ({"risk_ema": 1.0}, "risk_ema=1 would never take in a risk"),

@@ -38,7 +38,7 @@ FITTING: dict[str, SearchStrategy[Any]] = {
     "include": PATTERNS | st.lists(PATTERNS, max_size=3),
     "exclude": PATTERNS | st.lists(PATTERNS, max_size=3),
     "mask_warmup_steps": st.integers(0),
-    "first_order": st.sampled_from(["exact", "fast"]),
+    "first_order": st.sampled_from(["exact", "fast", "halves"]),
     "risk_rows": st.floats(0, 1) | st.integers(0, 1),
     "risk_ema": st.floats(0, 1) | st.integers(0, 1),
     "risk_every": st.integers(1),

@@ -21,6 +21,8 @@ class Adapter(ABC):
 
     #: Whether two backward passes may share the first pass's graph; otherwise it is run again.
     shares_graph = True
+    #: Whether this rank's slices of the gradient are reduced after each micro-batch, and not at a step's end alone.
+    reduces_each_micro_batch = False
 
     def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
         self.ds, self.ds_optimizer, self.rose_optimizer = ds, ds.optimizer, rose_optimizer
@@ -53,6 +55,10 @@ class Adapter(ABC):
     @abstractmethod
     def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         """Run a backward pass whose gradients end up nowhere but in ``sums``, still multiplied by the loss scale."""
+
+    def so_far(self, i: int) -> Tensor:
+        """Between two micro-batches, where ``reduces_each_micro_batch``: a slice's task gradient, still scaled; 1-D."""
+        raise NotImplementedError
 
     def micro_batch(self) -> AbstractContextManager[object]:
         """Around all passes of one."""

@@ -37,6 +37,7 @@ class ZeroEngine(Engine):
         self._beta1_of = self.adapter.beta1_of()
         self.retains_graphs = self.adapter.shares_graph
         self.replicated = isinstance(self.adapter, ReplicatedAdapter)
+        self.tells_gradient_so_far = self.adapter.reduces_each_micro_batch
         self._locate()
         self.adapter.attach(self.adapter.find_slices(self.eligible))
         self.accumulating = False
@@ -106,6 +107,13 @@ class ZeroEngine(Engine):
     def loss_scale(self) -> float:  # type: ignore[override]
         """DeepSpeed's, which changes from step to step."""
         return self.adapter.loss_scale
+
+    def keep_gradient_so_far(self) -> None:
+        self._risk_grads, self._risk_scale = None, self.adapter.loss_scale
+        self._risk_grads = [
+            self.adapter.so_far(i).to(piece.param.device, torch.float32, copy=True)
+            for i, piece in enumerate(self.slices)
+        ]
 
     def take_risk_grads(self) -> list[Tensor] | None:
         grads = super().take_risk_grads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rose_ds.engines.zero.adapter import ScaledAdapter, stash_grads
@@ -17,6 +18,7 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
 
     def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
         super().__init__(ds, rose_optimizer, ds.optimizer.single_partition_of_fp32_groups)
+        self.reduces_each_micro_batch = bool(ds.optimizer.partition_gradients)
         self._norm: Any = None
         self._global_norm = self.ds_optimizer.scaled_global_norm
         self.ds_optimizer.scaled_global_norm = self._remember_norm
@@ -53,6 +55,25 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
                 z._offload_accumulated_param_ids, z.local_overflow = offloaded
                 for flat in z.single_partition_of_fp32_groups:
                     flat.grad.zero_()
+
+    def so_far(self, i: int) -> Tensor:
+        z, piece, param = self.ds_optimizer, self.slices[i], self.params[i]
+        mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
+        group, start = mapping.param_group_index, mapping.lp_fragment_address.start
+        if z._use_compact_grad_partition_buffer(group):  # 16 bits, added up in fp32
+            flat: Tensor = z.averaged_gradients[group].flat_partition
+            return flat.narrow(0, piece.offset, piece.numel)
+        # as long as the whole parameter, and reduced where this rank's part of it is
+        if z.cpu_offload:
+            z._wait_for_offload_copies()
+            whole = z.accumulated_grads_in_cpu.get(z.get_param_id(param))
+        else:
+            j = next(j for j, p in enumerate(z.params_in_partition[group]) if p is param)
+            whole = z.all_grad_tensors[group][j]
+        if whole is None:  # no micro-batch has used the parameter
+            return torch.zeros(piece.numel, device=piece.param.device)
+        found: Tensor = whole.detach().view(-1).narrow(0, start, piece.numel)
+        return found
 
     def _waiting(self, i: int) -> Tensor:
         if self.ds_optimizer.cpu_offload:

@@ -24,6 +24,7 @@ _BUFFERS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 class Stage3Adapter(ScaledAdapter):
     """DeepSpeedZeroOptimizer_Stage3, with and without CPU offload."""
 
+    reduces_each_micro_batch = True
     shares_graph = False  # a backward pass releases the gathered parameters that other graphs still refer to
 
     def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
@@ -128,10 +129,11 @@ class Stage3Adapter(ScaledAdapter):
         buffers: dict[int, Tensor] = getattr(self.ds_optimizer, _BUFFERS)
         return buffers
 
-    def _waiting(self, i: int) -> Tensor:
-        if self.ds_optimizer.offload_optimizer:
-            return self.slices[i].grad()
+    def so_far(self, i: int) -> Tensor:
         return self._buffers[self.params[i].ds_id].narrow(0, 0, self.slices[i].numel)  # type: ignore[attr-defined]
+
+    def _waiting(self, i: int) -> Tensor:
+        return self.slices[i].grad() if self.ds_optimizer.offload_optimizer else self.so_far(i)
 
     def _scaled_norm(self) -> Any:
         return combine_grad_norm_groups(self._norm_groups)
