@@ -39,8 +39,25 @@ def test_bench(two_layers: str, snippets: str, tmp_path: Path, capsys: pytest.Ca
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(methods)
 
 
+@pytest.mark.parametrize("told", [["zero2"], ["fsdp2", "--bf16"]], ids=" ".join)
+def test_on_ranks(told: list[str], two_layers: str, snippets: str, tmp_path: Path) -> None:
+    """Two processes each, and a risk that takes no pass of its own."""
+    output, method = tmp_path / "cost.json", "rose-ensemble, halves"
+    told = ["--engine", *told, "--ranks", "2", "--gradient_accumulation_steps", "2", "--methods", method]
+    more = ["--batch_size", "8", "--rounds", "2", "--warmup", "1", "--threads", "1", "--output", str(output)]
+    main(["bench", "--task", snippets, "--model", two_layers, *told, *more])
+    found = json.loads(output.read_text())
+    assert 15e6 < found["parameters"] < 16e6
+    for one in found["methods"].values():
+        assert one["passes"] == {"forward": 1, "backward": 1, "probe": 0}
+        assert one["ratio"] > 0 and one["peak_bytes"] > 8 * found["parameters"] / 2, "a rank's half of the states"
+
+
 def test_a_method_that_ends_is_named(snippets: str) -> None:
-    job = {"run": {"task": snippets, "model": "/no/such/model"}, "batch_size": 4, "threads": 1}
+    job = {
+        **{"run": {"task": snippets, "model": "/no/such/model"}, "engine": "plain", "ranks": 1, "bf16": False},
+        **{"batch_size": 4, "accumulation": 1, "threads": 1},
+    }
     with pytest.raises(RuntimeError, match="vanilla: its process ended with 1"):
         measure(["rose-second"], job, rounds=2, warmup=0)
 
@@ -52,6 +69,13 @@ def test_a_method_that_ends_is_named(snippets: str) -> None:
         (["--rounds", "1"], "rounds=1 must be at least 2"),
         (["--methods", "rose-third"], "rose-third"),
         (["--methods", "r-drop, fast"], "only methods that rank by first-order risk have a fast mode"),
+        (["--methods", "rose-first, halves"], "'rose-first, halves' compares micro-batches: add --gradient_acc"),
+        (
+            ["--batch_size", "9", "--gradient_accumulation_steps", "2"],
+            "batch_size=9 is not a multiple of 2 micro-batch",
+        ),
+        (["--engine", "fsdp1"], "engine='fsdp1' cannot be measured"),
+        (["--engine", "plain", "--ranks", "2"], "engine='plain' is one process"),
         (["--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["--batch_size", "1000000"], "batch_size=1000000: the training set has"),
     ],

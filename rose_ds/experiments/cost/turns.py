@@ -1,8 +1,8 @@
 """Training steps of several methods, in turns: what each takes beside AdamW's.
 
-Each method is a process of its own. For time, all of them are alive at once and take turns, a step each in every round
-and in a new order, so that a busy moment of the machine meets all alike: a round's seconds are divided by those that
-AdamW (vanilla) took in it. Memory is measured first, one method at a time.
+Each method is a process of its own, or one for each rank. For time, all of them are alive at once and take turns, a
+step each in every round and in a new order, so that a busy moment of the machine meets all alike: a round's seconds are
+divided by those that AdamW (vanilla) took in it. Memory is measured first, one method at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,45 +27,70 @@ _MEMORY_STEPS = 3
 
 
 class Worker:
-    """A method's process; ``lean``: it gives memory back at once, which shows in the high-water mark and takes time."""
+    """A method's processes, one a rank; ``lean``: they give memory back at once, which shows in the high-water mark and
+    takes time.
+    """
 
     def __init__(self, job: Mapping[str, Any], *, lean: bool = False) -> None:
         threads = {"OMP_NUM_THREADS": str(job["threads"])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rose_ds.experiments.cost.worker", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(MALLOC if lean else {}), **threads, "TOKENIZERS_PARALLELISM": "false"},
-        )
+        common = {**os.environ, **(MALLOC if lean else {}), **threads, "TOKENIZERS_PARALLELISM": "false"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "rose_ds.experiments.cost.worker", json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**common, **place},
+            )
+            for place in _places(job["engine"], job["ranks"])
+        ]
         self.method = job["method"]
         self.steps: list[dict[str, Any]] = []
         try:
-            self.said = self._read()
+            self.said = self._read()[0]
         except BaseException:
             self.close()
             raise
 
     def step(self) -> None:
-        """One training step."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: reading says how
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        self.steps.append(self._read())
+        """One training step: as long as the slowest rank, and as large as the largest."""
+        for process in self.processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has ended: reading says how
+                process.stdin.write("\n")
+                process.stdin.flush()
+        found = self._read()
+        peaks = [one["peak"] for one in found]
+        seconds = max(one["seconds"] for one in found)
+        self.steps.append({**found[0], "seconds": seconds, "peak": None if None in peaks else max(peaks)})
 
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def _read(self) -> list[dict[str, Any]]:
+        return [self._read_from(process) for process in self.processes]
+
+    def _read_from(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        for line in process.stdout:
             if line.startswith("{"):
                 return cast("dict[str, Any]", json.loads(line))
-        code = self.process.wait()
+        code = process.wait()
         raise RuntimeError(f"{self.method}: its process ended with {code}; what it said is above")
 
     def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def _places(engine: str, ranks: int) -> list[dict[str, str]]:
+    """Each rank's part of the environment; none for an engine that knows no ranks."""
+    if engine == "plain":
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def measure(
@@ -78,8 +104,8 @@ def measure(
     """Peaks of memory, then rounds of steps.
 
     Args:
-        methods: names of methods and combinations, ``", fast"`` behind those that are to have first_order="fast";
-            ``vanilla`` is added where it is missing.
+        methods: names of methods and combinations, ``", fast"`` or ``", halves"`` behind those that are to have this
+            first_order; ``vanilla`` is added where it is missing.
         settings: of a worker's job, beside the method.
         rounds: steps of each method that count.
         warmup: steps before them that do not.

@@ -1,4 +1,4 @@
-"""One method's model and training step, in a process of its own: a step for every line that arrives."""
+"""One method's model and training step, in a process (one for each rank) of its own: a step for every line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import logging, set_seed
 
-from rose_ds import RoseAdamW, Sample, Stepper, prepare, sample_rows
+from rose_ds import Sample, Stepper, sample_rows
 from rose_ds.data import padding_collator, tokenize
+from rose_ds.experiments.cost.engines import Placement, join
 from rose_ds.experiments.cost.memory import meter_for
 from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.methods import method_named
@@ -52,59 +53,74 @@ def passes_counted(stepper: Stepper, model: Any, batch: int) -> dict[str, float]
 def serve(job: dict[str, Any]) -> None:
     """Build the method's model, then take a step for every line of stdin and print what it took, one JSON object each.
 
+    One rank of as many as the environment says (RANK, WORLD_SIZE, ...), each of which is given the same lines.
+
     Args:
-        job: ``method`` (with ", fast" behind it for first_order="fast"), ``run`` (fields of RunSettings),
-            ``batch_size``, ``threads``.
+        job: ``method`` (with ", fast" or ", halves" behind it: first_order), ``run`` (fields of RunSettings),
+            ``engine``, ``batch_size`` (rows of a rank's step), ``accumulation``, ``bf16``, ``threads``.
     """
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(job["threads"])
     set_seed(0)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    name, _, fast = job["method"].partition(", ")
-    run, method, size = RunSettings(**job["run"]), method_named(name), job["batch_size"]
+    rank, ranks = join(device)
+    name, _, first_order = job["method"].partition(", ")
+    run, method, accumulation = RunSettings(**job["run"]), method_named(name), job["accumulation"]
+    size = job["batch_size"] // accumulation
     tokenizer, data = load_tokenizer(run.model), load_data(run, splits=("train",))
     assert data.train is not None
-    wanted = data.train.select(range(min(size * _BATCHES, len(data.train) // size * size)))
+    wanted = data.train.select(range(min(size * ranks * _BATCHES, len(data.train) // (size * ranks) * size * ranks)))
     rows = tokenize(wanted, data.spec, tokenizer, run.max_length)
     collate = padding_collator(tokenizer)
-    batches = [collate([rows[j] for j in range(i, i + size)]) for i in range(0, len(rows), size)]
+    mine = range(rank * size, len(rows), ranks * size)
+    batches = [collate([rows[j] for j in range(i, i + size)]) for i in mine]
     meter = meter_for(device)
-    model = load_model(run.model, data.spec).to(device).train()
-    rose = {**method.rose, **({"first_order": "fast"} if fast else {})}
-    optimizer = RoseAdamW(model.named_parameters(), lr=2e-5, **rose)
-    stepper = prepare(model, optimizer, objective=method.objective, max_grad_norm=1.0)
-    counts = passes_counted(stepper, model, size)
+    where = Placement(job["engine"], size, accumulation, job["bf16"], device)
+    inner = load_model(run.model, data.spec).train()
+    parameters = inner.num_parameters()
+    rose = {**method.rose, **({"first_order": first_order} if first_order else {})}
+    model, stepper = where.place(inner, rose, method.objective)
+    counts = passes_counted(stepper, inner, job["batch_size"])
     endless = iter(chain.from_iterable(repeat(batches)))
 
     def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize()
 
+    def forward_of(inputs: Any) -> Any:
+        with where.autocast():
+            return model(**inputs).logits
+
     def micro_batch() -> tuple[Any, Any, Any]:
         batch = {key: value.to(device) for key, value in next(endless).items()}
         labels = batch.pop("labels")
         sample = None
-        if fast:
+        if first_order == "fast":
             some, picked = sample_rows(batch)
-            sample = Sample(lambda: model(**some).logits, picked)
-        return (lambda: model(**batch).logits), (lambda z: torch.nn.functional.cross_entropy(z, labels)), sample
+            sample = Sample(lambda: forward_of(some), picked)
+        return (
+            lambda: forward_of(batch),
+            lambda z: torch.nn.functional.cross_entropy(z.float(), labels),
+            sample,
+        )
 
     fisher = 0.0
     if stepper.needs_fisher_pass:
         started = time.perf_counter()
         stepper.fisher_pass([micro_batch()[:2] for _ in range(4)], max_grad_norm=1.0)
         wait()
-        fisher = (time.perf_counter() - started) / 4
-    print(json.dumps({"parameters": model.num_parameters(), "fisher_seconds": fisher}), flush=True)
+        fisher = (time.perf_counter() - started) / 4 * accumulation
+    print(json.dumps({"parameters": parameters, "fisher_seconds": fisher}), flush=True)
     for _ in sys.stdin:
         before = dict(counts)
         meter.reset()
         wait()
         started = time.perf_counter()
-        forward, loss, sample = micro_batch()
-        stepper.backward(forward, loss, sample=sample)
-        report = stepper.step()
+        for _ in range(accumulation):
+            forward, loss, sample = micro_batch()
+            stepper.backward(forward, loss, sample=sample)
+            report = stepper.step()
         wait()
         seconds = time.perf_counter() - started
         if report is None or report.skipped:
