@@ -14,7 +14,7 @@ from torch import nn
 
 from rose_ds import RoseAdamW, Stepper, prepare
 
-_SETTINGS: dict[str, float] = {"lr": 2e-5}
+_SETTINGS: dict[str, Any] = {"lr": 2e-5}
 _CLIP = 1.0
 
 
