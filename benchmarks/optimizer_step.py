@@ -113,7 +113,7 @@ class Case:
         k = int(0.6 * count)
         return {
             "threshold, kernels": lambda: kth_smallest(
-                [(kernels.Risks(self.risks, [], [], 1.0, [], 0, False), local_only)], k, count=count
+                [(kernels.Risks(self.risks, [], [], 1.0, [], 0.0, [], 0, False), local_only)], k, count=count
             ),
             "threshold, torch": lambda: kth_smallest([([every], local_only)], k, count=count),
             "torch.kthvalue": lambda: every.kthvalue(k).values,

@@ -59,7 +59,7 @@ def ways_of(mine: Tensor, count: int, kernels: Any | None, wire: Wire) -> dict[s
     }
     if kernels is not None:
         ways[OURS] = lambda: (
-            kth_smallest([(kernels.Risks([mine], [], [], 1.0, [], 0, False), wire)], k, count=count).value
+            kth_smallest([(kernels.Risks([mine], [], [], 1.0, [], 0.0, [], 0, False), wire)], k, count=count).value
         )
     return ways
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rose_ds.config import RoseConfig
 from rose_ds.core.layout import Block
+from rose_ds.core.mask import BitMask
 from rose_ds.core.select import Rule
 from rose_ds.core.update import UpdateBatch
 from rose_ds.objectives import Objective, resolve
@@ -61,7 +62,7 @@ class Slice(NamedTuple):
 class Plan:
     """What the next step does: ``codes`` are masks aligned with the attached slices (None: no mask)."""
 
-    codes: list[Tensor] | list[int] | None = None
+    codes: list[Tensor] | list[BitMask] | list[int] | None = None
     skip: bool = False
     values: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     """Of the mask, for codes 0 to 3."""
@@ -236,7 +237,7 @@ class RoseAdamW(torch.optim.Optimizer):
 
     def _segments(
         self, param: Tensor, state: dict[str, Any], plan: Plan
-    ) -> Iterator[tuple[Tensor | int, tuple[Tensor, ...], float]]:
+    ) -> Iterator[tuple[Tensor | BitMask | int, tuple[Tensor, ...], float]]:
         """Cut a parameter into (mask code, views of it, its gradient and moments, factor); code 3 is a mask of ones."""
         assert param.grad is not None
         whole = tuple(local(t) for t in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rose_ds.core.device import OnDevice
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs
-from rose_ds.core.mask import add_mask_
+from rose_ds.core.mask import BitMask, add_mask_
 from rose_ds.core.threshold import Chunks, bits_of
 from rose_ds.kernels import fits
 
@@ -77,15 +77,20 @@ class Compiled:
     """Risks that kernels compute, count and mark, with no tensor of them anywhere."""
 
     def __init__(
-        self, kernels: Any, selector: Selector, inputs: StepInputs, codes: Sequence[Tensor], indices: Sequence[int]
+        self, kernels: Any, selector: Selector, inputs: StepInputs, masks: Sequence[BitMask], indices: Sequence[int]
     ) -> None:
+        mine = [masks[i] for i in indices]
+        plane = mine[0].bits.index(selector.bit) if mine else 0
         if selector.kernel == "first":
             assert inputs.risk_grads is not None
-            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0)
+            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0, [], 0.0)
         else:
             grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
-            numbers = (grads, exp_avgs, [1 - inputs.beta1s[i] for i in indices], float(inputs.scale))
-        self.risks = kernels.Risks(*numbers, [codes[i] for i in indices], selector.bit, selector.largest)
+            share = inputs.share * inputs.clip if inputs.risk_grads is not None else 0.0
+            others = [inputs.risk_grads[i] for i in indices] if share and inputs.risk_grads is not None else []
+            alphas = [1 - inputs.beta1s[i] for i in indices]
+            numbers = (grads, exp_avgs, alphas, float(inputs.scale), others, share)
+        self.risks = kernels.Risks(*numbers, [mask.words for mask in mine], plane, selector.largest)
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         counts: Tensor = self.risks.histogram(prefix, shift, width)
@@ -93,6 +98,10 @@ class Compiled:
 
     def sample(self, stride: int) -> Tensor:
         counts: Tensor = self.risks.sample(stride)
+        return counts
+
+    def zoom(self, low: int, high: int) -> Tensor:
+        counts: Tensor = self.risks.zoom(low, high)
         return counts
 
     def scan(self, low: int, high: int) -> Tensor:
@@ -110,7 +119,8 @@ def can_compile(kernels: Any, selector: Selector, inputs: StepInputs) -> bool:
     if selector.kernel == "first":
         return all(fits(g) for g in inputs.risk_grads or [])
     if selector.kernel == "second":
-        return not inputs.share and all(fits(g, half=True) for g in inputs.grads) and all(map(fits, inputs.exp_avgs))
+        others = inputs.risk_grads or [] if inputs.share else []
+        return all(fits(g, half=True) for g in inputs.grads) and all(map(fits, (*inputs.exp_avgs, *others)))
     return False
 
 

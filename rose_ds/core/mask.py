@@ -1,17 +1,44 @@
 """From risks to masks (Eq. 3 and Eq. 5).
 
 A mask is kept as one byte for each parameter, a *code* with one bit for each ranking (for ROSE, bit 0 is the
-first-order and bit 1 the second-order mask); a mask policy says which value of the mask belongs to codes 0 to 3.
+first-order and bit 1 the second-order mask); a mask policy says which value of the mask belongs to codes 0 to 3. Where
+kernels for CPUs make it, it is kept as these bits alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FIRST, SECOND = 1, 2
+
+
+@dataclass(frozen=True)
+class BitMask:
+    """Codes of a slice, one bit for each element and ranking."""
+
+    words: Tensor
+    """int64, (ceil(numel / 64), rankings): element i is bit i % 64 of word i // 64."""
+    numel: int
+    bits: tuple[int, ...]
+    """Of the code, one for each ranking."""
+
+    @classmethod
+    def empty(cls, numel: int, bits: Sequence[int]) -> BitMask:
+        """Not yet set."""
+        return cls(torch.empty(-(-numel // 64), len(bits), dtype=torch.int64), numel, tuple(bits))
+
+    def codes(self) -> Tensor:
+        """One byte for each element: uint8, (numel,)."""
+        places = torch.arange(64)
+        found = torch.zeros(len(self.words), 64, dtype=torch.uint8)
+        for plane, bit in enumerate(self.bits):
+            found |= (self.words[:, plane, None] >> places & 1).to(torch.uint8) * bit
+        return found.view(-1)[: self.numel]
 
 
 def keep_count(fraction: float, n: int) -> int:

@@ -14,7 +14,7 @@ from rose_ds.core.counting import Compiled, Lazy, LazyOnDevice, can_compile, com
 from rose_ds.core.device import OnDevice, Wanted, kth_smallest_on_device
 from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import StepInputs, TensorMagnitudes
-from rose_ds.core.mask import FIRST, add_mask_, keep_count
+from rose_ds.core.mask import FIRST, BitMask, add_mask_, keep_count
 from rose_ds.core.threshold import Spread, Threshold, kth_smallest, local_only
 
 #: From magnitudes to what is ranked: non-negative, fp32.
@@ -44,9 +44,9 @@ class Selector:
 
 @dataclass
 class Selection:
-    """Masks of one step. ``codes`` holds, for each slice, a uint8 tensor (element) or an int (tensor)."""
+    """Masks of one step. ``codes`` holds, for each slice, a uint8 tensor or its bits (element), or an int (tensor)."""
 
-    codes: list[Tensor] | list[int] = field(default_factory=list)
+    codes: list[Tensor] | list[BitMask] | list[int] = field(default_factory=list)
     thresholds: dict[int, Threshold] = field(default_factory=dict)
     """By the bit of the code."""
     finite: bool = True
@@ -61,6 +61,7 @@ def select(
     *,
     histograms: bool = False,
     device: torch.device | None = None,
+    used: Sequence[Any] = (),
 ) -> Selection:
     """Masks for this rank's slices and the global thresholds behind them (Eq. 2 to 5).
 
@@ -68,12 +69,16 @@ def select(
     may differ in having them. ``histograms``: every threshold brings its histogram, which takes one more look at the
     scores where they are many. ``device``: where all slices of every rank lie on accelerators, this rank's; elements
     are then ranked there, and the host reads from it once, whatever the number of slices. The outcome is the same.
+    ``used``: codes of an earlier step whose memory may be taken.
 
     Raises:
         FloatingPointError: a score is NaN, other than of a gradient that is only ranked.
         ValueError: a score is negative, or fewer are counted than the layout says; on every rank alike.
     """
-    codes = _empty_codes(granularity, inputs)
+    if granularity == "element" and device is None and all(can_compile(kernels, s, inputs) for s in selectors):
+        codes: list[Any] = _bit_masks([selector.bit for selector in selectors], inputs, used)
+    else:
+        codes = _empty_codes(granularity, inputs)
     if granularity == "element" and device is not None:
         return _outcome(codes, _rank_on_device(selectors, inputs, codes, kernels, device))
     return _outcome(codes, _rank(selectors, granularity, inputs, codes, kernels, histograms))
@@ -138,12 +143,20 @@ def _empty_codes(granularity: str, inputs: StepInputs) -> list[Any]:
     return [torch.zeros(g.numel(), dtype=torch.uint8, device=g.device) for g in inputs.grads]
 
 
+def _bit_masks(bits: Sequence[int], inputs: StepInputs, used: Sequence[Any]) -> list[BitMask]:
+    """Of an earlier step, where they fit: fresh pages cost as much as a scan."""
+    sizes = [g.numel() for g in inputs.grads]
+    if [(getattr(x, "numel", None), getattr(x, "bits", None)) for x in used] == [(n, tuple(bits)) for n in sizes]:
+        return list(used)
+    return [BitMask.empty(n, bits) for n in sizes]
+
+
 def _rank_elements(
     selector: Selector, inputs: StepInputs, codes: Sequence[Any], kernels: Any | None, histograms: bool
 ) -> tuple[Threshold, Callable[[], None]]:
     layout = inputs.layout
     values: list[Lazy | Compiled]
-    if can_compile(kernels, selector, inputs):
+    if all(isinstance(code, BitMask) for code in codes) and can_compile(kernels, selector, inputs):
         values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
         score = score_of(selector, inputs)

@@ -2,7 +2,7 @@
 
 Non-negative IEEE floats sort like their bit patterns. Three rounds of histograms over the bits (12 + 10 + 10) pin down
 the k-th smallest pattern; each round exchanges one small integer histogram, whatever the number of values. Where these
-are many, a sample says first where the pattern will lie: then one scan counts what is below, and looks closer at the
+are many, a sample says first where the pattern will lie: then one scan counts what is below, and looks closely at the
 few around it alone. Integer sums do not depend on their order: every rank computes the same bits at every world size.
 """
 
@@ -33,9 +33,14 @@ class Counted(Protocol):
         last with all that lies beyond.
         """
 
+    def zoom(self, low: int, high: int) -> Tensor:
+        """Counts of those values of the last sample whose top 15 bits are in [low, high) by their top 21 bits: shape
+        ((high - low) * 64,).
+        """
+
     def scan(self, low: int, high: int) -> Tensor:
         """One look at every value: how many there are, lie below, are infinite, NaN, negative, zero (``_FACTS``), then
-        counts of those whose top 15 bits are in [low, high) by their top 22 bits: shape (6 + (high - low) * 128,).
+        counts of those whose top 21 bits are in [low, high) by their top 22 bits: shape (6 + (high - low) * 2,).
         """
 
 
@@ -47,10 +52,12 @@ INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on ne
 _MINUS_INFINITY = -8  # its top 12 bits, read with their sign
 _CHUNK = 1 << 20  # values at a time: bounds the scratch memory of a round
 _FACTS = 6  # numbers in a scan's row before its counts
-_SAMPLE = 1 << 14  # values, over all ranks
+_SAMPLE = 1 << 16  # values of the sample, over all ranks; but no more than one of so many:
+_EVERY = 1 << 6
 _SAMPLE_SHIFT = 17  # bits that a sample leaves away
+_SCAN_SHIFT = 11  # bits that it leaves away where it is looked at closely, and that the ends of a scan's window lack
 _LOWEST = (127 - 48) << 6  # the top 15 bits of 2**-48
-_WINDOW = 64  # bins of a sample that are looked at closely: an octave
+_WINDOW = 64  # bins of a sample that are looked at closely, at most: an octave
 #: Values over all ranks from which a sample is worth a round of its own.
 MANY = 1 << 20
 
@@ -153,12 +160,10 @@ class Search:
 
     def by_sample(self, k: int, count: int) -> bool:
         """The first two rounds in one scan; False where the sample does not say where to look, or misses."""
-        # odd: rows of matrices have even lengths, and all their columns should have a chance
-        stride = count // _SAMPLE | 1
-        found = _window(self.ask(methodcaller("sample", stride)), k / count)
-        if found is None:
+        window = self.window(k / count, max(count // _SAMPLE, _EVERY))
+        if window is None:
             return False
-        low, high = found
+        low, high = window
         row = self.ask(methodcaller("scan", low, high))
         total, below, infinite, nan, negative, zeros = row[:_FACTS].tolist()
         self._check(total, infinite, nan, negative, zeros)
@@ -171,8 +176,29 @@ class Search:
         self.rank_totals, self.rank_below, self.below = self.rows[:, 0], self.rows[:, 1], below
         self.rows = self.rows[:, _FACTS:]
         self.prefix = low
-        self.narrow(inside, k, 7)  # a digit of more than seven bits, where the window is more than one bin
+        self.narrow(inside, k, 1)  # a digit of more than one bit, where the window is more than one bin
         return True
+
+    def window(self, quantile: float, stride: int) -> tuple[int, int] | None:
+        """The top 21 bits [low, high) between which a quantile lies, by five standard deviations of a sample; None:
+        beyond the sample's bins, or with too many of the values in between.
+        """
+        # odd: rows of matrices have even lengths, and all their columns should have a chance
+        sample = self.ask(methodcaller("sample", stride | 1))
+        drawn = int(sample.sum())
+        at, spread = quantile * drawn, 5 * math.sqrt(quantile * (1 - quantile) * drawn) + 1
+        first, last = at - spread, at + spread
+        low, high = _between(sample, first, last)
+        if low == 0 or high >= len(sample) or high - low > _WINDOW:
+            return None
+        # second-order risks may all lie in a few of these bins
+        closer = self.ask(methodcaller("zoom", _LOWEST + low, _LOWEST + high))
+        below = int(sample[:low].sum())
+        start, end = _between(closer, first - below, last - below)
+        if int(closer[start:end].sum()) * 3 > drawn:  # a heavy tie, say: then a scan that collects them is no gain
+            return None
+        origin = _LOWEST + low << _SAMPLE_SHIFT - _SCAN_SHIFT
+        return origin + start, origin + end
 
     def narrow(self, counts: Tensor, k: int, width: int, digit: int | None = None) -> None:
         """Append the digit that the k-th smallest has, or this one."""
@@ -207,17 +233,11 @@ class Search:
             raise ValueError(f"k={k} must be in [1, {self.total}], the number of values over all ranks")
 
 
-def _window(sample: Tensor, quantile: float) -> tuple[int, int] | None:
-    """The top 15 bits [low, high) between which a quantile lies, by five standard deviations; None: too many values."""
-    drawn = int(sample.sum())
-    at, spread = quantile * drawn, 5 * math.sqrt(quantile * (1 - quantile) * drawn) + 1
-    ends = torch.tensor([at - spread, at + spread], device=sample.device)
-    low, high = torch.searchsorted(sample.cumsum(0), ends).tolist()
-    high += 1
-    # beyond the bins' ends; or most values in there, such as a heavy tie: then a scan that collects them is no gain
-    if low == 0 or high >= len(sample) or high - low > _WINDOW or int(sample[low:high].sum()) * 3 > drawn:
-        return None
-    return _LOWEST + low, _LOWEST + high
+def _between(counts: Tensor, first: float, last: float) -> tuple[int, int]:
+    """The bins [low, high) that hold what ranks from ``first`` to ``last``."""
+    ends = torch.tensor([first, last], device=counts.device)
+    low, high = torch.searchsorted(counts.cumsum(0), ends).tolist()
+    return low, min(high + 1, len(counts))
 
 
 class Chunks:
@@ -228,6 +248,8 @@ class Chunks:
         self.window = (0, 0)
         self.inside: list[Tensor] = []
         """Bits of the values in the window, from the scan."""
+        self.drawn: list[Tensor] = []
+        """Bits of the last sample's values."""
 
     def chunks(self) -> Iterable[Tensor]:
         """All values."""
@@ -242,8 +264,8 @@ class Chunks:
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         found = None
-        known = self.window[0] <= prefix << (shift + width) >> _SAMPLE_SHIFT < self.window[1]
-        source = self.inside if known and shift + width <= _SAMPLE_SHIFT else self._bits()
+        known = self.window[0] <= prefix << (shift + width) >> _SCAN_SHIFT < self.window[1]
+        source = self.inside if known and shift + width <= _SCAN_SHIFT else self._bits()
         for bits in source:
             if shift + width < 32:
                 bits = bits[(bits >> (shift + width)) == prefix]
@@ -254,26 +276,35 @@ class Chunks:
 
     def sample(self, stride: int) -> Tensor:
         found = torch.zeros(1 << 12, dtype=torch.int64)
-        for part in self.every(stride):
-            bins = (bits_of(part) >> _SAMPLE_SHIFT).sub_(_LOWEST).clamp_(0, 0xFFF)
-            found = found.to(part.device) + torch.bincount(bins, minlength=1 << 12)
+        self.drawn = [bits_of(part) for part in self.every(stride)]
+        for bits in self.drawn:
+            bins = (bits >> _SAMPLE_SHIFT).sub_(_LOWEST).clamp_(0, 0xFFF)
+            found = found.to(bits.device) + torch.bincount(bins, minlength=1 << 12)
+        return found
+
+    def zoom(self, low: int, high: int) -> Tensor:
+        found = torch.zeros(high - low << 6, dtype=torch.int64)
+        for bits in self.drawn:
+            top = bits >> _SAMPLE_SHIFT
+            bins = (bits[(top >= low) & (top < high)] >> _SCAN_SHIFT) - (low << 6)
+            found = found.to(bits.device) + torch.bincount(bins, minlength=high - low << 6)
         return found
 
     def scan(self, low: int, high: int) -> Tensor:
         self.window, self.inside = (low, high), []
         found = None
         for bits in self._bits():
-            inside = bits[(bits >= low << _SAMPLE_SHIFT) & (bits < high << _SAMPLE_SHIFT)]
+            inside = bits[(bits >= low << _SCAN_SHIFT) & (bits < high << _SCAN_SHIFT)]
             self.inside.append(inside)
-            counts = torch.bincount((inside >> 10) - (low << 7), minlength=(high - low) << 7)
+            counts = torch.bincount((inside >> 10) - (low << 1), minlength=high - low << 1)
             top = bits >> 20
             nan = (top > INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
-            facts = [(top >= 0) & (bits < low << _SAMPLE_SHIFT), top == INFINITY, nan, top < 0, top == 0]
+            facts = [(top >= 0) & (bits < low << _SCAN_SHIFT), top == INFINITY, nan, top < 0, top == 0]
             sums = torch.stack([fact.sum() for fact in facts])
             sums[3] -= (nan & (top < 0)).sum()
             row = torch.cat([torch.full_like(sums[:1], bits.numel()), sums, counts])
             found = row if found is None else found.add_(row)
-        return torch.zeros(_FACTS + ((high - low) << 7), dtype=torch.int64) if found is None else found
+        return torch.zeros(_FACTS + (high - low << 1), dtype=torch.int64) if found is None else found
 
     def _bits(self) -> Iterator[Tensor]:
         for chunk in self.chunks():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from rose_ds.core.device import numbers
+from rose_ds.core.mask import BitMask
 from rose_ds.kernels import fits
 
 _BATCH = 1 << 20  # masked elements updated at a time: bounds the scratch memory
@@ -178,20 +179,24 @@ class UpdateBatch:
         self.tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.pending = 0
 
-    def add(self, code: Tensor | int, views: tuple[Tensor, ...], scale: float = 1.0) -> None:
+    def add(self, code: Tensor | BitMask | int, views: tuple[Tensor, ...], scale: float = 1.0) -> None:
         """Take a mask code, what it masks (views of a parameter, its gradient, exp_avg and exp_avg_sq), and a factor
         for the mask's values.
         """
-        whole = not isinstance(code, Tensor) and self.values[code] * scale == 1.0
+        whole = isinstance(code, int) and self.values[code] * scale == 1.0
         ours = self.kernels is not None and scale == 1.0 and not (whole and self.torchs)
         if ours and all(self.fits(v, half=i == 1) for i, v in enumerate(views)):
-            mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, int(code))
+            mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, code)
+            if isinstance(code, BitMask):
+                mask = (code.words, int.from_bytes(code.bits, "little"))
             self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
             return
         if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
             return
-        if not isinstance(code, Tensor):
+        if isinstance(code, BitMask):
+            code = code.codes()
+        elif not isinstance(code, Tensor):
             code = torch.full((1,), code, dtype=torch.uint8, device=views[0].device)
         # a part at a time: its mask and what is computed on the way, and a gradient of lower precision in full
         flat = [v.view(-1) for v in views] if views[0].numel() > _BATCH or whole else views

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rose_ds.core.mask import FIRST, SECOND
+from rose_ds.core.mask import FIRST, SECOND, BitMask
 from rose_ds.core.select import Selection
 from rose_ds.training.records import append_line, may_be_lost
 
@@ -85,6 +85,8 @@ class MaskRecorder:
                 append_line(self.path, json.dumps(line))
 
     def _code(self, i: int, code: Any) -> Tensor:
+        if isinstance(code, BitMask):
+            return code.codes()
         if isinstance(code, Tensor):
             return code
         return torch.full((self.layout.blocks[i].numel,), code, dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rose_ds.core.magnitudes import StepInputs
-from rose_ds.core.mask import FIRST
+from rose_ds.core.mask import FIRST, BitMask
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels
 from rose_ds.masks import MaskPolicy
@@ -43,6 +43,8 @@ class Masking:
         self.selection: Selection | None = None
         """Of the step under way, once it is decided."""
         self._had_risk = False
+        self._used: list[Any] = []
+        """Masks of the last step whose memory the next one takes: bits alone, which are few."""
         self.optimizer.kernels = agreed_kernels(engine, masks=policy is not None)
         self._accelerator = agreed_accelerator(engine) if policy is not None else None
 
@@ -115,7 +117,9 @@ class Masking:
                 self.optimizer.kernels,
                 histograms=recorded,
                 device=self._accelerator,
+                used=self._used,
             )
+            self._used = [code for code in selection.codes if isinstance(code, BitMask)]
             if policy.refresh == "once":
                 self.state.selection = selection
         self.selection = selection

@@ -11,6 +11,7 @@ from torch import Tensor
 from rose_ds.config import RoseConfig
 from rose_ds.core.layout import Block, Layout
 from rose_ds.core.magnitudes import StepInputs
+from rose_ds.core.mask import BitMask
 from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import local_only
 from rose_ds.core.update import UpdateBatch
@@ -57,10 +58,15 @@ def step_inputs(kind: str, sizes: list[int], dtype: torch.dtype, scale: float = 
     )  # fmt: skip
 
 
+def as_bytes(code: Any) -> Tensor:
+    """Of a slice's mask, however it is kept."""
+    return code.codes() if isinstance(code, BitMask) else torch.as_tensor(code)
+
+
 def same(a: Selection, b: Selection) -> bool:
     assert a.finite == b.finite
     assert len(a.codes) == len(b.codes)
-    codes = all(torch.equal(x, y) for x, y in zip(a.codes, b.codes, strict=True))  # type: ignore[arg-type]
+    codes = all(torch.equal(as_bytes(x), as_bytes(y)) for x, y in zip(a.codes, b.codes, strict=True))
     for bit, one in a.thresholds.items():
         other = b.thresholds[bit]
         assert (one.kept, one.infinite, one.nan, one.zeros) == (other.kept, other.infinite, other.nan, other.zeros)

@@ -30,6 +30,7 @@ from step_data import (
 from rose_ds import kernels
 from rose_ds.config import RoseConfig
 from rose_ds.core import threshold
+from rose_ds.core.mask import BitMask
 from rose_ds.core.select import select
 from rose_ds.core.update import UpdateBatch, masked_adamw_
 from rose_ds.kernels import build
@@ -68,14 +69,14 @@ def test_select(
 
 
 @needs_compiler
-@pytest.mark.parametrize("window", [(6000, 6003), (8120, 8130)], ids=str)
+@pytest.mark.parametrize("window", [(384000, 384192), (519680, 520320)], ids=str)
 @pytest.mark.parametrize("largest", [False, True])
 def test_a_window_that_misses(
     window: tuple[int, int], largest: bool, compiled: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a scan has marked in vain is marked anew."""
     monkeypatch.setattr(threshold, "MANY", 1)
-    monkeypatch.setattr(threshold, "_window", lambda *_: window)
+    monkeypatch.setattr(threshold.Search, "window", lambda *_: window)
     inputs = step_inputs("normal", [70_001, 3, 40_000], torch.float32)
     policy = policy_of(RoseConfig(keep_first=0.2, keep_second=0.9, keep_largest=largest))
     assert policy is not None
@@ -97,8 +98,8 @@ def test_not_finite(kind: str, strategy: Any, many: int, compiled: Any, monkeypa
 
 
 @needs_compiler
-def test_a_share_is_left_to_torch(compiled: Any) -> None:
-    """R-Drop's task gradient is a difference of two, which the kernels do not know."""
+def test_a_share(compiled: Any) -> None:
+    """R-Drop's task gradient is a difference of two."""
     inputs = step_inputs("normal", [1000, 33], torch.float32, share=0.5)
     policy = policy_of(RoseConfig())
     assert policy is not None
@@ -171,11 +172,13 @@ def test_places_and_threads_change_nothing(compiled: Any) -> None:
                 batch.add(codes[start:stop], tuple(t[start:stop] for t in held))
             batch.flush()
             results.append(held)
-            marked = torch.zeros_like(codes)
-            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0, [marked], 2, False)
-            results[-1] += [risks.histogram(0, 20, 12), risks.sample(31), risks.scan(8000, 8128)]
+            marked = BitMask.empty(len(codes), (1, 2))
+            marked.words.fill_(0)
+            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0, [], 0.0, [marked.words], 1, False)
+            results[-1] += [risks.histogram(0, 20, 12), risks.sample(31), risks.zoom(8000, 8060)]
+            results[-1] += [risks.scan(512000, 515000)]
             risks.mark(0.9)
-            results[-1].append(marked)
+            results[-1].append(marked.codes())
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 15;  // elements that a thread takes at a time
 constexpr int kBlock = 256;          // of these, how many at once: what is computed in between stays in the first cache
+constexpr int kWord = 64;            // elements to a word of a mask of bits
 
 constexpr int64_t kAhead = 2048;     // bytes, of what is fetched before it is needed
 
@@ -79,7 +80,7 @@ T* data_of(const at::Tensor& t, at::ScalarType type) {
 
 constexpr int32_t kInfinity = 0x7f8;  // the top 12 bits of +inf; above it lie NaNs
 constexpr int kFacts = 6;             // numbers of a scan's row before its counts, as the two below: core's
-constexpr int kSampleShift = 17;
+constexpr int kSampleShift = 17, kScanShift = 11;
 constexpr int64_t kCollected = 8;  // of so many risks at most one is collected: a byte a risk
 constexpr int32_t kLowest = (127 - 48) << 6;
 
@@ -101,64 +102,84 @@ struct Found {
   }
 };
 
-// Scratch memory of the last risks, for the next ones: fresh pages cost milliseconds.
-std::vector<Found>& spare() {
-  static thread_local std::vector<Found> found;
+constexpr size_t kSpare = 2;  // of an ensemble's step
+
+// Scratch memory of earlier risks, for the next ones: fresh pages cost milliseconds.
+std::vector<std::vector<Found>>& spare() {
+  static thread_local std::vector<std::vector<Found>> found;
   return found;
 }
 
 struct Window {
   int32_t low, high;  // bits
   bool largest;
-  uint8_t bit;
 };
 
 struct Facts {
   int64_t below = 0, infinite = 0, nan = 0, zeros = 0;
 };
 
-// Counts a block, marks the codes of which it is sure (none where `code` is null), copies what lies in the window: how
-// many. `found` and `where` have room for all, and for a vector more.
-int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint8_t* code, Facts& facts, int32_t* found,
-         int32_t* where) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// Appends the places in a block of a word's ones, which begins at `from` there: how many.
+inline int append(uint64_t ones, int from, uint8_t* places) {
+#if defined(__AVX512VBMI2__)
+  alignas(64) static constexpr auto kNumbers = [] {
+    struct { uint8_t at[kWord]; } numbers{};
+    for (int j = 0; j < kWord; ++j) numbers.at[j] = uint8_t(j);
+    return numbers;
+  }();
+  const __m512i numbers = _mm512_add_epi8(_mm512_load_si512(kNumbers.at), _mm512_set1_epi8(char(from)));
+  // through a register: compressing to memory is microcode on some processors
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi8(ones, numbers));
+  return __builtin_popcountll(ones);
+#else
+  int count = 0;
+  for (; ones; ones &= ones - 1) places[count++] = uint8_t(from + __builtin_ctzll(ones));
+  return count;
+#endif
+}
+#endif
+
+// Counts a block, sets the words of those it is sure of (none where `words` is null), copies what lies in the window: how
+// many. `found` and `where` have room for all, and for one more. `at`: where the block begins in its chunk; `stride`: from
+// one word to the next.
+int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint64_t* words, int64_t stride, Facts& facts,
+         int32_t* found, int32_t* where) {
   int count = 0, i = 0;
   int below = 0, zeros = 0;
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  static_assert(kBlock <= 256);  // a place in a block is a byte
   const __m512i low = _mm512_set1_epi32(w.low), high = _mm512_set1_epi32(w.high), one = _mm512_set1_epi32(1 << 20);
-  const __m512i infinity = _mm512_set1_epi32(kInfinity << 20);
-  const __m128i bit = _mm_set1_epi8(char(w.bit));
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), first);
-  for (; i + 16 <= n; i += 16) {
-    const __m512i values = _mm512_loadu_si512(bits + i);
-    const __mmask16 less = _mm512_cmplt_epi32_mask(values, low), up_to = _mm512_cmplt_epi32_mask(values, high);
-    const __mmask16 inside = up_to & ~less;
-    below += __builtin_popcount(less);
-    zeros += __builtin_popcount(_mm512_cmplt_epi32_mask(values, one));
-    if (_mm512_cmpge_epi32_mask(values, infinity)) [[unlikely]]
-      for (int j = 0; j < 16; ++j) {
-        const int32_t top = bits[i + j] >> 20;
-        facts.infinite += top == kInfinity, facts.nan += top > kInfinity;
-      }
-    if (code) {
-      const __m128i old = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i));
-      const __mmask16 sure = w.largest ? ~up_to : less;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), _mm_or_si128(old, _mm_maskz_mov_epi8(sure, bit)));
+  __m512i top = _mm512_setzero_si512();
+  uint8_t places[kBlock + kWord];
+  for (; i + kWord <= n; i += kWord) {
+    uint64_t less = 0, up_to = 0, tiny = 0;
+    for (int j = 0; j < kWord; j += 16) {
+      const __m512i values = _mm512_loadu_si512(bits + i + j);
+      less |= uint64_t(_mm512_cmplt_epi32_mask(values, low)) << j;
+      up_to |= uint64_t(_mm512_cmplt_epi32_mask(values, high)) << j;
+      tiny |= uint64_t(_mm512_cmplt_epi32_mask(values, one)) << j;
+      top = _mm512_max_epi32(top, values);
     }
-    // through a register: compressing to memory is microcode on some processors
-    _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(inside, values));
-    _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(inside, place));
-    count += __builtin_popcount(inside);
-    place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    below += __builtin_popcountll(less), zeros += __builtin_popcountll(tiny);
+    if (words) words[i / kWord * stride] = w.largest ? ~up_to : less;
+    count += append(up_to & ~less, i, places + count);
   }
+  for (int j = 0; j < count; ++j) found[j] = bits[places[j]], where[j] = at + places[j];
+  if (_mm512_reduce_max_epi32(top) >= kInfinity << 20) [[unlikely]]
+    for (int j = 0; j < i; ++j) facts.infinite += bits[j] >> 20 == kInfinity, facts.nan += bits[j] >> 20 > kInfinity;
 #endif
-  for (; i < n; ++i) {  // no branch on a risk: where it would go is a matter of chance
-    const int32_t value = bits[i], top = value >> 20;
-    const bool less = value < w.low, up_to = value < w.high;
-    below += less, zeros += top == 0, facts.infinite += top == kInfinity, facts.nan += top > kInfinity;
-    if (code) code[i] |= uint8_t(-int32_t(w.largest ? !up_to : less)) & w.bit;
-    found[count] = value, where[count] = at + i;
-    count += up_to && !less;
+  for (; i < n; i += kWord) {  // no branch on a risk: where it would go is a matter of chance
+    uint64_t sure = 0;
+    for (int j = i; j < std::min(i + kWord, n); ++j) {
+      const int32_t value = bits[j], digits = value >> 20;
+      const bool less = value < w.low, up_to = value < w.high;
+      below += less, zeros += digits == 0, facts.infinite += digits == kInfinity, facts.nan += digits > kInfinity;
+      sure |= uint64_t(w.largest ? !up_to : less) << (j - i);
+      found[count] = value, where[count] = at + j;
+      count += up_to && !less;
+    }
+    if (words) words[i / kWord * stride] = sure;
   }
   facts.below += below, facts.zeros += zeros;
   return count;
@@ -167,14 +188,16 @@ int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint8_t* code,
 // The risks of one kind, of this rank: as bits, which sort as the values do. `rose_ds.core.threshold.Counted`.
 class Risks {
  public:
-  // Eq. 2: |gradient|. With exp_avgs, Eq. 4: | alpha |scale * gradient| / |exp_avg| - 1 |, 0 where exp_avg is 0. Masks
-  // are `bit` of the codes, set where risk <= tau, or >= tau; without codes there are none.
+  // Eq. 2: |gradient|. With exp_avgs, Eq. 4: | alpha |scale * gradient - share * other| / |exp_avg| - 1 |, 0 where exp_avg
+  // is 0; no others where share is 0. Masks are bits, set where risk <= tau, or >= tau: the given plane of `masks`, each
+  // of (words, planes); without masks there are none.
   Risks(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, std::vector<double> alphas, double scale,
-        std::vector<at::Tensor> codes, int64_t bit, bool largest)
-      : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), codes_(std::move(codes)), scale_(float(scale)),
-        bit_(uint8_t(bit)), largest_(largest), threads_(at::get_num_threads()) {
+        std::vector<at::Tensor> others, double share, std::vector<at::Tensor> masks, int64_t plane, bool largest)
+      : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), others_(std::move(others)), masks_(std::move(masks)),
+        scale_(float(scale)), share_(float(share)), largest_(largest), threads_(at::get_num_threads()) {
     TORCH_CHECK(exp_avgs_.empty() || exp_avgs_.size() == grads_.size());
-    TORCH_CHECK(codes_.empty() || codes_.size() == grads_.size());
+    TORCH_CHECK(others_.empty() || (others_.size() == grads_.size() && !exp_avgs_.empty()));
+    TORCH_CHECK(masks_.empty() || masks_.size() == grads_.size());
     std::vector<int64_t> sizes;
     for (size_t i = 0; i < grads_.size(); ++i) {
       sizes.push_back(grads_[i].numel());
@@ -182,28 +205,32 @@ class Risks {
         TORCH_CHECK(exp_avgs_[i].numel() == sizes.back());
         moments_.push_back(data_of<float>(exp_avgs_[i], at::kFloat));
         alphas_.push_back(float(alphas[i]));
+        TORCH_CHECK(others_.empty() || others_[i].numel() == sizes.back());
+        other_.push_back(others_.empty() ? nullptr : data_of<float>(others_[i], at::kFloat));
       }
-      TORCH_CHECK(codes_.empty() || codes_[i].numel() == sizes.back());
-      code_.push_back(codes_.empty() ? nullptr : data_of<uint8_t>(codes_[i], at::kByte));
+      if (!masks_.empty()) {
+        TORCH_CHECK(masks_[i].dim() == 2 && masks_[i].size(0) == (sizes.back() + kWord - 1) / kWord);
+        TORCH_CHECK(0 <= plane && plane < masks_[i].size(1));
+        planes_ = masks_[i].size(1);
+        words_.push_back(reinterpret_cast<uint64_t*>(data_of<int64_t>(masks_[i], at::kLong)) + plane);
+      }
       const bool half = grads_[i].scalar_type() == at::kBFloat16;
       pointers_.push_back(data_of<void>(grads_[i], half ? at::kBFloat16 : at::kFloat));
       halves_.push_back(half);
     }
     size_ = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
     chunks_ = chunks_of(sizes);
-    found_.swap(spare());
+    if (!spare().empty()) found_ = std::move(spare().back()), spare().pop_back();
   }
 
   ~Risks() {
     size_t room = 0;
     for (const auto& f : found_) room += f.bits.size();
-    if (room <= size_t(size_ / kCollected)) found_.swap(spare());
+    if (room && room <= size_t(size_ / kCollected) && spare().size() < kSpare) spare().push_back(std::move(found_));
   }
 
   at::Tensor histogram(int64_t prefix, int64_t shift, int64_t width) {
     const int64_t bins = int64_t(1) << width, above = shift + width;
-    at::Tensor counts = at::zeros({bins}, at::kLong);
-    int64_t* total = counts.data_ptr<int64_t>();
     // the second round collects what the first has left, unless it is much (risks of zero in a first step), and the
     // third looks at these alone
     const int64_t low = prefix << above, high = low + (int64_t(1) << above);
@@ -212,13 +239,12 @@ class Risks {
       collect(low, high, false);
       known = true;
     }
-    if (known) {
-      for (size_t t = 0; t < found_.size(); ++t)
+    if (known)
+      return summed(bins, [&](size_t t, int64_t* counts) {
         each_found(t, [&](size_t, int32_t bits, int32_t) {
-          if (bits >> above == prefix) ++total[(bits >> shift) & (bins - 1)];
+          if (bits >> above == prefix) ++counts[(bits >> shift) & (bins - 1)];
         });
-      return counts;
-    }
+      });
     // two tables in turn, as neighbours often share a bin and one would wait for the other's store; what has another
     // prefix goes into a bin of its own
     std::vector<std::vector<int64_t>> tables(threads_, std::vector<int64_t>(2 * (bins + 1)));
@@ -229,64 +255,91 @@ class Risks {
       else
         for (int i = 0; i < n; ++i) ++tables_of[i & 1][bits[i] >> above == prefix ? (bits[i] >> shift) & (bins - 1) : bins];
     });
+    at::Tensor counts = at::zeros({bins}, at::kLong);
+    int64_t* total = counts.data_ptr<int64_t>();
     for (const auto& table : tables)
       for (int64_t i = 0; i < bins; ++i) total[i] += table[i] + table[bins + 1 + i];
     if (above == 32) first_.assign(total, total + bins);
     return counts;
   }
 
-  at::Tensor sample(int64_t stride) const {
-    at::Tensor counts = at::zeros({1 << 12}, at::kLong);
-    int64_t *total = counts.data_ptr<int64_t>(), start = 0;
+  at::Tensor sample(int64_t stride) {
+    std::vector<std::pair<size_t, int64_t>> where;  // piece, element
+    int64_t start = 0;
     for (size_t i = 0; i < grads_.size(); ++i) {
       const int64_t size = grads_[i].numel();
-      int32_t bits;
-      for (; start < size; start += stride) risks(i, start, 1, &bits), ++total[std::clamp((bits >> kSampleShift) - kLowest, 0, 0xfff)];
+      for (; start < size; start += stride) where.push_back({i, start});
       start -= size;
     }
+    const size_t n = where.size();
+    drawn_.resize(n);
+    return summed(1 << 12, [&](size_t t, int64_t* counts) {
+      for (size_t j = t * n / threads_; j < (t + 1) * n / threads_; ++j) {
+        risks<false>(where[j].first, where[j].second, 1, &drawn_[j]);
+        ++counts[std::clamp((drawn_[j] >> kSampleShift) - kLowest, 0, 0xfff)];
+      }
+    });
+  }
+
+  at::Tensor zoom(int64_t low, int64_t high) const {
+    at::Tensor counts = at::zeros({(high - low) << 6}, at::kLong);
+    int64_t* total = counts.data_ptr<int64_t>();
+    for (const int32_t bits : drawn_)
+      if (low <= bits >> kSampleShift && bits >> kSampleShift < high) ++total[(bits >> kScanShift) - (low << 6)];
     return counts;
   }
 
   at::Tensor scan(int64_t low, int64_t high) {
-    const int64_t bins = (high - low) << 7;
-    at::Tensor row = at::zeros({kFacts + bins}, at::kLong);
+    const int64_t bins = (high - low) << 1;
+    const Facts facts = collect(low << kScanShift, high << kScanShift, true);
+    at::Tensor row = summed(kFacts + bins, [&](size_t t, int64_t* counts) {
+      each_found(t, [&](size_t, int32_t bits, int32_t) { ++counts[kFacts + ((bits - window_.low) >> 10)]; });
+    });
     int64_t* out = row.data_ptr<int64_t>();
-    const Facts facts = collect(low << kSampleShift, high << kSampleShift, true);
-    out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
     out[0] = size_;
-    for (size_t t = 0; t < found_.size(); ++t)
-      each_found(t, [&](size_t, int32_t bits, int32_t) { ++out[kFacts + ((bits - window_.low) >> 10)]; });
+    out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
     return row;
   }
 
-  // Sets the codes: of those alone of which the scan was not sure, where it had tau in its window.
+  // Sets the mask: of those alone of which the scan was not sure, where it had tau in its window.
   void mark(double tau) const {
+    if (masks_.empty()) return;
     const int32_t bound = as_bits(float(tau));
-    const uint8_t bit = bit_;
     const bool largest = largest_;
     if (sure_ && window_.low <= bound && bound < window_.high) {
       at::parallel_for(0, int64_t(found_.size()), 1, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t)
           each_found(size_t(t), [&](size_t c, int32_t bits, int32_t at) {
             const bool kept = largest ? bits >= bound : bits <= bound;
-            code_[chunks_[c].piece][chunks_[c].begin + at] |= uint8_t(-int32_t(kept)) & bit;
+            const int64_t i = chunks_[c].begin + at;
+            words_[chunks_[c].piece][i / kWord * planes_] |= uint64_t(kept) << i % kWord;
           });
       });
       return;
     }
-    for_blocks([&](int, size_t piece, int64_t from, const int32_t* __restrict risk, int n) {
-      uint8_t* __restrict code = code_[piece] + from;
-      const int32_t limit = bound;
-      const uint8_t one = bit, others = uint8_t(~bit);
-      // no branch, and no byte that may alias the risks: or it is not vectorised
-      if (largest)
-        for (int i = 0; i < n; ++i) code[i] = uint8_t((code[i] & others) | (uint8_t(-int32_t(risk[i] >= limit)) & one));
-      else
-        for (int i = 0; i < n; ++i) code[i] = uint8_t((code[i] & others) | (uint8_t(-int32_t(risk[i] <= limit)) & one));
+    for_blocks([&](int, size_t piece, int64_t from, const int32_t* risk, int n) {
+      uint64_t* words = words_[piece] + from / kWord * planes_;
+      for (int i = 0; i < n; i += kWord) {
+        uint64_t kept = 0;
+        for (int j = 0; j < std::min(kWord, n - i); ++j)
+          kept |= uint64_t(largest ? risk[i + j] >= bound : risk[i + j] <= bound) << j;
+        words[i / kWord * planes_] = kept;
+      }
     });
   }
 
  private:
+  // The sum over threads of what body(thread, counts) counts.
+  template <class Body>
+  at::Tensor summed(int64_t bins, const Body& body) const {
+    at::Tensor rows = at::zeros({threads_, bins}, at::kLong);
+    int64_t* data = rows.data_ptr<int64_t>();
+    at::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) body(size_t(t), data + t * bins);
+    });
+    return rows.sum(0);
+  }
+
   // body(piece, first element, the risks' bits, how many) for every block of a chunk.
   template <class Body>
   void blocks_of(size_t c, const Body& body) const {
@@ -294,7 +347,7 @@ class Risks {
     int32_t bits[kBlock];
     for (int64_t b = 0; b < size; b += kBlock) {
       const int n = int(std::min<int64_t>(kBlock, size - b));
-      risks(piece, begin + b, n, bits);
+      risks<true>(piece, begin + b, n, bits);
       body(piece, begin + b, bits, n);
     }
   }
@@ -308,7 +361,7 @@ class Risks {
 
   // Finds the risks whose bits are in [low, high) and counts the others; `sure`: also sets the codes of those.
   Facts collect(int64_t low, int64_t high, bool sure) {
-    window_ = {int32_t(low), int32_t(high), largest_, bit_}, sure_ = sure;
+    window_ = {int32_t(low), int32_t(high), largest_}, sure_ = sure && !masks_.empty();
     found_.resize(threads_);
     for (auto& f : found_) f.count = 0, f.runs.clear();
     std::vector<Facts> facts(threads_);
@@ -317,9 +370,9 @@ class Risks {
       Found& f = found_[t];
       const size_t before = f.count;
       blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
-        const auto [into, where] = f.room(kBlock + 16);
-        uint8_t* code = sure && code_[piece] ? code_[piece] + from : nullptr;
-        f.count += sift(w, bits, n, int32_t(from - chunks_[c].begin), code, facts[t], into, where);
+        const auto [into, where] = f.room(kBlock + 1);
+        uint64_t* words = sure_ ? words_[piece] + from / kWord * planes_ : nullptr;
+        f.count += sift(w, bits, n, int32_t(from - chunks_[c].begin), words, planes_, facts[t], into, where);
       });
       f.runs.push_back({c, int(f.count - before)});
     });
@@ -332,49 +385,58 @@ class Risks {
   // body(chunk, bits, place in the chunk) for what a thread has found.
   template <class Body>
   void each_found(size_t t, const Body& body) const {
+    if (t >= found_.size()) return;
     size_t i = 0;
     for (const auto& run : found_[t].runs)
       for (const size_t end = i + run.count; i < end; ++i) body(run.chunk, found_[t].bits[i], found_[t].at[i]);
   }
 
+  // kFetch: blocks after this one will be asked for.
+  template <bool kFetch>
   void risks(size_t piece, int64_t from, int n, int32_t* out) const {
-    if (halves_[piece]) risks_of(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, out);
-    else risks_of(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, out);
+    if (halves_[piece]) risks_of<kFetch>(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, out);
+    else risks_of<kFetch>(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, out);
   }
 
-  template <class G>
+  template <bool kFetch, class G>
   void risks_of(const G* grad, size_t piece, int64_t from, int n, int32_t* __restrict out) const {
-    ahead(grad, n);
+    if constexpr (kFetch) ahead(grad, n);
     if (moments_.empty()) {
       for (int i = 0; i < n; ++i) out[i] = as_bits(load(grad, i)) & 0x7fffffff;
       return;
     }
     const float* m = moments_[piece] + from;
-    ahead(m, n);
-    const float alpha = alphas_[piece], scale = scale_;
-    for (int i = 0; i < n; ++i) {
-      const float magnitude = std::fabs(m[i]);
-      const float risk = std::fabs(load(grad, i) * scale) * alpha / magnitude - 1.0f;
-      const int32_t bits = as_bits(risk) & 0x7fffffff;
-      out[i] = magnitude == 0.0f ? 0 : bits;
+    if constexpr (kFetch) ahead(m, n);
+    const float alpha = alphas_[piece], scale = scale_, share = share_;
+    const auto risk = [&](float g, float moment) {
+      const float magnitude = std::fabs(moment);
+      const int32_t bits = as_bits(std::fabs(g) * alpha / magnitude - 1.0f) & 0x7fffffff;
+      return magnitude == 0.0f ? 0 : bits;
+    };
+    if (const float* other = other_[piece]) {
+      if constexpr (kFetch) ahead(other + from, n);
+      for (int i = 0; i < n; ++i) out[i] = risk(load(grad, i) * scale - other[from + i] * share, m[i]);
+      return;
     }
+    for (int i = 0; i < n; ++i) out[i] = risk(load(grad, i) * scale, m[i]);
   }
 
-  std::vector<at::Tensor> grads_, exp_avgs_, codes_;
+  std::vector<at::Tensor> grads_, exp_avgs_, others_, masks_;
   std::vector<const void*> pointers_;
   std::vector<bool> halves_;
-  std::vector<const float*> moments_;
-  std::vector<uint8_t*> code_;
+  std::vector<const float*> moments_, other_;
+  std::vector<uint64_t*> words_;  // of the plane
+  int64_t planes_ = 1;
   std::vector<float> alphas_;
-  float scale_;
-  uint8_t bit_;
+  float scale_, share_;
   bool largest_;
   int threads_;
   int64_t size_;
   std::vector<Chunk> chunks_;
   std::vector<Found> found_;
   std::vector<int64_t> first_;  // counts of the first round
-  Window window_ = {0, 0, false, 0};  // of what is found
+  std::vector<int32_t> drawn_;  // the last sample
+  Window window_ = {0, 0, false};  // of what is found
   bool sure_ = false;
 };
 
@@ -391,39 +453,62 @@ inline float lerp(float a, float b, float w) {
   return std::fma(near_a ? w : w - 1.0f, b - a, near_a ? a : b);
 }
 
-// rose_ds.core.update.masked_adamw_, operation by operation. kWhole: the mask is 1 for all, and no code is read.
-template <bool kWhole, class G>
-void masked_adamw(const Scalars& s, const float* values, int64_t n, float* __restrict p, const G* __restrict grad,
-                  float* __restrict m, float* __restrict v, const uint8_t* __restrict code) {
-  const float v0 = values[0], v1 = values[1], v2 = values[2], v3 = values[3];
+enum class Mask { kWhole, kHard, kSoft };  // 1 for all, so that none is read; 0 or 1; any numbers
+
+// rose_ds.core.update.masked_adamw_, operation by operation.
+template <Mask kMask, class G>
+void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __restrict grad, float* __restrict m,
+                  float* __restrict v, const float* __restrict masks) {
   const float weight1 = s.weight1, beta2 = s.beta2, weight2 = s.weight2, root2 = s.root2, eps = s.eps;
-  const float minus_step = s.minus_step, less = s.less;
+  const float minus_step = s.minus_step, less = s.less, kept_of_whole = s.less + 1.0f;
   const bool decays = s.decays;
   for (int64_t i = 0; i < n; ++i) {
-    float mask = 1.0f;
-    if constexpr (!kWhole) {
-      const int which = code[i];
-      const float low = which & 1 ? v1 : v0, high = which & 1 ? v3 : v2;
-      mask = which & 2 ? high : low;
-    }
+    const float mask = kMask == Mask::kWhole ? 1.0f : masks[i];
     const bool frozen = mask == 0.0f, whole = mask == 1.0f;
-    const float p0 = p[i], g = load(grad, i), m0 = m[i], v0_ = v[i];
-    const float mixed = lerp(m0, g, mask);
-    float used = whole ? g : mixed;
+    const float p0 = p[i], g = load(grad, i), m0 = m[i], v0 = v[i];
+    float used = g, step_size = minus_step, kept = kept_of_whole;
+    if constexpr (kMask == Mask::kSoft) {
+      const float mixed = lerp(m0, g, mask);
+      used = whole ? g : mixed, step_size = mask * minus_step, kept = mask * less + 1.0f;
+    }
     used = frozen ? m0 : used;
     const float moved = lerp(m0, used, weight1);
     const float m1 = frozen ? m0 : moved;
-    const float second = std::fma(weight2 * used, used, v0_ * beta2);
-    const float denominator = std::sqrt(second) / root2 + eps;
-    const float step = mask * minus_step * m1 / denominator;
-    const float kept = decays ? p0 * (mask * less + 1.0f) : p0;
-    const float p1 = step + kept;
+    const float second = std::fma(weight2 * used, used, v0 * beta2);
+    const float step = step_size * m1 / (std::sqrt(second) / root2 + eps);
+    const float p1 = step + (decays ? p0 * kept : p0);
     p[i] = frozen ? p0 : p1, m[i] = m1, v[i] = second;
   }
 }
 
+// Of a block: the masks' values by their codes. Apart from the update, which would be vectorised by the length of codes,
+// and run out of registers.
+inline void look_up(const float (&values)[4], const uint8_t* __restrict code, int n, float* __restrict masks) {
+  const float v0 = values[0], v1 = values[1], v2 = values[2], v3 = values[3];
+  for (int i = 0; i < n; ++i) {
+    const int c = code[i];
+    const float low = c & 1 ? v1 : v0, high = c & 1 ? v3 : v2;
+    masks[i] = c & 2 ? high : low;
+  }
+}
+
+// The same of a mask of bits; the block begins at a word. `values` by the bits of one plane, or of two.
+inline void look_up(const float (&values)[4], const uint64_t* words, int64_t planes, int n, float* __restrict masks) {
+  const float v0 = values[0], v1 = values[1], v2 = values[2], v3 = values[3];
+  constexpr int kHalf = kWord / 2;  // bits are shifted in the length of the values
+  for (int i = 0; i < n; i += kHalf) {
+    const uint64_t* word = words + i / kWord * planes;
+    const uint32_t first = uint32_t(word[0] >> i % kWord), second = planes > 1 ? uint32_t(word[1] >> i % kWord) : 0;
+    for (int j = 0; j < kHalf; ++j) {
+      const float low = first >> j & 1 ? v1 : v0, high = first >> j & 1 ? v3 : v2;
+      masks[i + j] = second >> j & 1 ? high : low;
+    }
+  }
+}
+
 // Tensors are 1-D pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code]: codes has a
-// uint8 tensor for it, or is empty where the piece has one code, in `code`.
+// uint8 tensor for it; or one of bits, int64, (words, planes), where plane i set means the i-th byte of `code`; or is
+// empty where the piece has one code, in `code`.
 void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
            const std::vector<at::Tensor>& exp_avgs, const std::vector<at::Tensor>& exp_avg_sqs,
            const std::vector<at::Tensor>& codes, const std::vector<int64_t>& code, const std::vector<double>& values,
@@ -435,38 +520,53 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
   s.decays = weight_decay != 0, s.less = float(double(float(1 - lr * weight_decay)) - 1.0);
   TORCH_CHECK(values.size() == 4);
   const float table[4] = {float(values[0]), float(values[1]), float(values[2]), float(values[3])};
+  const bool hard = std::all_of(table, table + 4, [](float x) { return x == 0.0f || x == 1.0f; });
   struct Piece {
     float *p, *m, *v;
     const void* g;
     const uint8_t* codes;
+    const uint64_t* words;
+    int64_t planes;
     bool half;
-    int code;
+    int64_t code;
   };
   std::vector<Piece> pieces;
   std::vector<int64_t> sizes;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t n = params[i].numel();
     TORCH_CHECK(grads[i].numel() == n && exp_avgs[i].numel() == n && exp_avg_sqs[i].numel() == n);
-    const bool half = grads[i].scalar_type() == at::kBFloat16, own = codes[i].numel() > 0 || n == 0;
-    TORCH_CHECK(!own || codes[i].numel() == n);
+    const bool half = grads[i].scalar_type() == at::kBFloat16, bits = codes[i].scalar_type() == at::kLong;
+    const bool bytes = !bits && (codes[i].numel() > 0 || n == 0);
+    TORCH_CHECK(!bytes || codes[i].numel() == n);
+    TORCH_CHECK(!bits || (codes[i].dim() == 2 && codes[i].size(0) == (n + kWord - 1) / kWord && codes[i].size(1) <= 2));
     pieces.push_back({data_of<float>(params[i], at::kFloat), data_of<float>(exp_avgs[i], at::kFloat),
                       data_of<float>(exp_avg_sqs[i], at::kFloat),
                       data_of<void>(grads[i], half ? at::kBFloat16 : at::kFloat),
-                      own ? data_of<uint8_t>(codes[i], at::kByte) : nullptr, half, int(code[i])});
+                      bytes ? data_of<uint8_t>(codes[i], at::kByte) : nullptr,
+                      bits ? reinterpret_cast<uint64_t*>(data_of<int64_t>(codes[i], at::kLong)) : nullptr,
+                      bits ? codes[i].size(1) : 0, half, code[i]});
     sizes.push_back(n);
   }
   const auto chunks = chunks_of(sizes);
   for_chunks(chunks.size(), at::get_num_threads(), [&](int, size_t c) {
     const Piece& x = pieces[chunks[c].piece];
     const int64_t b = chunks[c].begin, n = chunks[c].size;
-    // one code for all is written out for a chunk: a mask that is constant along a loop is not vectorised
-    thread_local std::vector<uint8_t> same(kChunk);
-    const bool all = !x.codes && table[x.code] == 1.0f;
-    if (!x.codes && !all) std::fill(same.begin(), same.end(), uint8_t(x.code));
-    const uint8_t* code = x.codes ? x.codes + b : same.data();
+    const bool one = !x.codes && !x.words;
     const auto run = [&](auto* g) {
-      if (all) masked_adamw<true>(s, table, n, x.p + b, g + b, x.m + b, x.v + b, code);
-      else masked_adamw<false>(s, table, n, x.p + b, g + b, x.m + b, x.v + b, code);
+      if (one && table[x.code] == 1.0f)
+        return masked_adamw<Mask::kWhole>(s, n, x.p + b, g + b, x.m + b, x.v + b, nullptr);
+      alignas(64) float masks[kBlock];
+      // one code for all is written out: a mask that is constant along a loop is not vectorised
+      if (one) std::fill_n(masks, kBlock, table[x.code]);
+      const int64_t first = x.code & 0xff, second = x.code >> 8;
+      const float by_plane[4] = {table[0], table[first & 3], table[second & 3], table[(first | second) & 3]};
+      for (int64_t i = b; i < b + n; i += kBlock) {
+        const int size = int(std::min<int64_t>(kBlock, b + n - i));
+        if (x.words) look_up(by_plane, x.words + i / kWord * x.planes, x.planes, size, masks);
+        else if (x.codes) look_up(table, x.codes + i, size, masks);
+        if (hard) masked_adamw<Mask::kHard>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+        else masked_adamw<Mask::kSoft>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+      }
     };
     if (x.half) run(static_cast<const uint16_t*>(x.g));
     else run(static_cast<const float*>(x.g));
@@ -480,9 +580,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Risks>(m, "Risks")
       .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>, double,
-                    std::vector<at::Tensor>, int64_t, bool>())
+                    std::vector<at::Tensor>, double, std::vector<at::Tensor>, int64_t, bool>())
       .def("histogram", &Risks::histogram, without_gil)
       .def("sample", &Risks::sample, without_gil)
+      .def("zoom", &Risks::zoom, without_gil)
       .def("scan", &Risks::scan, without_gil)
       .def("mark", &Risks::mark, without_gil);
   m.def("adamw", &adamw, without_gil);
