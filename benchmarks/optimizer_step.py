@@ -65,6 +65,7 @@ class Case:
         )  # fmt: skip
         policy = policy_of(optimizer.config)
         turns = itertools.cycle(self.turns)
+        used: list[Any] = []
         for param in params:
             param.grad_dtype = None  # of any type
 
@@ -77,7 +78,8 @@ class Case:
                 return
             moments = [optimizer.init_state(p)["exp_avg"] for p in params]
             inputs = StepInputs(layout, grads, moments, params, [0.9] * count, risk_grads=self.risks)
-            selection = select(policy.selectors, "element", inputs, kernels)
+            selection = select(policy.selectors, "element", inputs, kernels, used=used)
+            used[:] = selection.codes if kernels is not None else []
             optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule)
             optimizer.step()
 

@@ -189,14 +189,16 @@ class UpdateBatch:
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, code)
             if isinstance(code, BitMask):
                 mask = (code.words, int.from_bytes(code.bits, "little"))
-            self.compiled.append((*(v if v.dim() == 1 else v.view(-1) for v in views), *mask))
+            self.compiled.append((*views, *mask))
             return
         if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
             return
         if isinstance(code, BitMask):
             code = code.codes()
-        elif not isinstance(code, Tensor):
+        if isinstance(code, Tensor):
+            views = tuple(v.view(-1) for v in views)
+        else:
             code = torch.full((1,), code, dtype=torch.uint8, device=views[0].device)
         # a part at a time: its mask and what is computed on the way, and a gradient of lower precision in full
         flat = [v.view(-1) for v in views] if views[0].numel() > _BATCH or whole else views

@@ -72,4 +72,4 @@ def _triton(devices: set[torch.device], slices: Sequence[Tensor], *, must: bool)
 
 def fits(tensor: Tensor, *, half: bool = False) -> bool:
     """Whether the C++ kernels read this tensor: fp32 (or bf16, where it is a gradient), contiguous, on the CPU."""
-    return tensor.device.type == "cpu" and readable(tensor, half=half)
+    return tensor.is_cpu and readable(tensor, half=half)

@@ -89,6 +89,7 @@ class Weight:
 
     def __init__(self, device: str = "cuda:0", dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = torch.device(device), dtype
+        self.is_cpu = self.device.type == "cpu"
 
     def is_contiguous(self) -> bool:
         return True

@@ -506,7 +506,7 @@ inline void look_up(const float (&values)[4], const uint64_t* words, int64_t pla
   }
 }
 
-// Tensors are 1-D pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code]: codes has a
+// Tensors are contiguous pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code]: codes has a
 // uint8 tensor for it; or one of bits, int64, (words, planes), where plane i set means the i-th byte of `code`; or is
 // empty where the piece has one code, in `code`.
 void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
