@@ -84,8 +84,9 @@ constexpr int kSampleShift = 17, kScanShift = 11;
 constexpr int64_t kCollected = 8;  // of so many risks at most one is collected: a byte a risk
 constexpr int32_t kLowest = (127 - 48) << 6;
 
-// Risks that a scan has met in its window, of one thread: their bits, and where in their chunk they lie.
-struct Found {
+// Risks that a scan has met in its window, of one thread: their bits, and where in their chunk they lie. On cache lines
+// of its own: another thread's stores would take them away at every block.
+struct alignas(64) Found {
   struct Run {
     size_t chunk;
     int count;
@@ -115,7 +116,7 @@ struct Window {
   bool largest;
 };
 
-struct Facts {
+struct alignas(64) Facts {
   int64_t below = 0, infinite = 0, nan = 0, zeros = 0;
 };
 
