@@ -25,7 +25,10 @@ from rose_ds.masks import policy_of
 
 pytestmark = pytest.mark.gpu
 Figure = Callable[[str, Any], None]
-CASES = [Case(accumulation=2, steps=3), Case("first", "tensor", steps=3), Case("second", two_groups=True, steps=3)]
+CASES = [
+    *(Case(accumulation=2, steps=3), Case("first", "tensor", steps=3), Case("second", two_groups=True, steps=3)),
+    Case(first_order="halves", accumulation=2, steps=3),
+]
 ZERO_CASES = [replace(case, two_groups=False) for case in CASES]
 WAYS = ("torch", "triton")
 
