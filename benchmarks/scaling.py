@@ -71,8 +71,8 @@ def threshold(m: Machine, parameters: float, ranks: int) -> tuple[float, float]:
     return exchanges, 3 * 4 * m.eligible * parameters / ranks / m.memory
 
 
-#: Method -> forward passes, backward passes, thresholds. Halves are of steps of two micro-batches or more, of which only
-#: one is counted here: thresholds weigh less there.
+#: Method -> forward passes, backward passes, thresholds. Halves are of steps of two micro-batches or more, and one is
+#: counted here: thresholds weigh less there.
 METHODS = {
     **{"second": (1.0, 1.0, 1), "ensemble": (2.0, 3.0, 2)},
     **{"ensemble, fast": (1.25, 1.25, 2), "ensemble, halves": (1.0, 1.0, 2)},

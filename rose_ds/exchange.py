@@ -137,6 +137,15 @@ def kth_smallest(
     return torch.tensor(found.value, dtype=torch.float32)
 
 
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over every rank of the job, fp64, on the CPU. A collective; alone, one's own values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values.double().cpu()
+    mine = values.double().to(communication_device(None))
+    dist.all_reduce(mine)
+    return mine.cpu()
+
+
 def all_agree(ok: bool) -> bool:
     """Whether every rank of the job says ``ok``. A collective; alone, one's own word."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

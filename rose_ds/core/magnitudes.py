@@ -32,7 +32,8 @@ class StepInputs:
     scale: Tensor | float = 1.0
     """What ``grads`` are still to be multiplied with (unscaling and clipping)."""
     risk_grads: Sequence[Tensor] | None = None
-    """The gradient that is only ranked: of the divergence between two dropout passes. fp32, unscaled."""
+    """The gradient that is only ranked: of the divergence between two dropout passes, or the difference between the
+    halves of a step. fp32, unscaled."""
     share: float = 0.0
     """How much of ``risk_grads`` the objective has put into ``grads``, before clipping."""
     clip: float = 1.0
@@ -53,7 +54,7 @@ class Magnitudes(Protocol):
 
     @property
     def risk(self) -> Tensor:
-        """|gradient of the divergence|."""
+        """|gradient that is only ranked|."""
 
     @property
     def grad(self) -> Tensor:

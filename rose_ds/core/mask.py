@@ -34,10 +34,12 @@ class BitMask:
 
     def codes(self) -> Tensor:
         """One byte for each element: uint8, (numel,)."""
-        places = torch.arange(64)
-        found = torch.zeros(len(self.words), 64, dtype=torch.uint8)
+        places = torch.arange(8, dtype=torch.uint8)
+        # a word's lowest byte first, as on the processors that there are kernels for
+        eights = self.words.view(torch.uint8).view(len(self.words), len(self.bits), 8, 1)
+        found = torch.zeros(len(self.words), 8, 8, dtype=torch.uint8)
         for plane, bit in enumerate(self.bits):
-            found |= (self.words[:, plane, None] >> places & 1).to(torch.uint8) * bit
+            found |= (eights[:, plane] >> places & 1).mul_(bit)
         return found.view(-1)[: self.numel]
 
 

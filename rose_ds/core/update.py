@@ -196,9 +196,9 @@ class UpdateBatch:
             return
         if isinstance(code, BitMask):
             code = code.codes()
-        if isinstance(code, Tensor):
+        if isinstance(code, Tensor) or views[0].dim() == 0:
             views = tuple(v.view(-1) for v in views)
-        else:
+        if not isinstance(code, Tensor):
             code = torch.full((1,), code, dtype=torch.uint8, device=views[0].device)
         # a part at a time: its mask and what is computed on the way, and a gradient of lower precision in full
         flat = [v.view(-1) for v in views] if views[0].numel() > _BATCH or whole else views

@@ -234,13 +234,23 @@ class Engine(ABC):
             for i, grad in enumerate(grads):
                 self._risk_grads[i] = self._risk_grads[i] + grad
 
+    def forget_risk_grads(self) -> None:
+        """Whatever was kept apart is of no use any more."""
+        self._risk_grads, self.share = None, 0.0
+
+    def has_gradients(self) -> bool:
+        """Whether any wait for a step, in an engine whose gradients a loop may drop."""
+        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
     def keep_gradient_so_far(self) -> None:
         """Between two micro-batches: copy the gradient of those so far to where the one kept apart is."""
         self._risk_grads = None
         self.add_risk_grads(grad.to(torch.float32, copy=True) for grad in self.slice_grads())
 
     def take_risk_grads(self) -> list[Tensor] | None:
-        """The gradient kept apart, summed over the accumulated micro-batches; forgets it."""
+        """The gradient kept apart, summed over the micro-batches that were pulled apart, or up to where it was kept;
+        forgets it.
+        """
         grads, self._risk_grads = self._risk_grads, None
         return grads
 

@@ -90,7 +90,7 @@ class TritonKernels:
         eps: float,
         weight_decay: float,
     ) -> None:
-        """Masked AdamW in place, on 1-D slices; a slice's mask is ``values[code]``: by its uint8 ``codes``, or its one
+        """Masked AdamW in place, on slices; a slice's mask is ``values[code]``: by its uint8 ``codes``, or its one
         ``code`` where these are empty. ``step`` counts from 1.
         """
         rows = [

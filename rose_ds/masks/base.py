@@ -20,7 +20,7 @@ class MaskPolicy:
     refresh: Literal["step", "once"] = "step"
     """``once``: the first mask stays, and is part of every checkpoint."""
     ranks_risk: bool = False
-    """Needs the gradient of the divergence between two dropout passes."""
+    """Needs a gradient that is ranked alone: of the divergence between two dropout passes, or of the step's halves."""
     ranks_task: bool = False
     """Needs the gradient of the task loss alone, without what an objective adds to it."""
     ranks_momentum: bool = False

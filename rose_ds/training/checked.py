@@ -41,7 +41,8 @@ class CheckedTrainer(ResumableTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
                 "deepspeed, torchrun or accelerate launch"
             )
-        if self.rose.uses_first and self.rose.first_order == "halves" and self.args.gradient_accumulation_steps == 1:
+        rose = self._settings_of_masks()
+        if rose.uses_first and rose.first_order == "halves" and self.args.gradient_accumulation_steps == 1:
             raise RefusedConfiguration(
                 'first_order="halves" compares the two halves of a step\'s micro-batches: set '
                 "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
@@ -73,6 +74,14 @@ class CheckedTrainer(ResumableTrainer):
                     "or use transformers.Trainer"
                 )
 
+    def _settings_of_masks(self) -> RoseConfig:
+        """Those of the DeepSpeed config where it has an optimizer block, which then must not differ from ``rose=``."""
+        block = self._deepspeed_optimizer_block()
+        if block is None or block.get("type") != "RoseAdamW":
+            return self.rose
+        names = RoseConfig.field_names()
+        return RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
+
     def _deepspeed_optimizer_block(self) -> dict[str, Any] | None:
         if not self.is_deepspeed_enabled:
             return None
@@ -80,14 +89,15 @@ class CheckedTrainer(ResumableTrainer):
         return block
 
     def _refuse_without_dropout(self) -> None:
-        if not self.rose.compares_passes or self.args.neftune_noise_alpha or find_dropout(self.model):
+        rose = self._settings_of_masks()
+        if not rose.compares_passes or self.args.neftune_noise_alpha or find_dropout(self.model):
             return
         if not all(type(m).__module__.startswith(_KNOWN) for m in self.model.modules()):
             return  # somebody's own layers may be random; the first step finds out
         config = getattr(self.model, "config", None)
         keys = [key for key in (config.to_dict() if config is not None else {}) if "drop" in key]
         raise RefusedConfiguration(
-            f'strategy="{self.rose.strategy}" compares two dropout passes, but every dropout probability of this model '
+            f'strategy="{rose.strategy}" compares two dropout passes, but every dropout probability of this model '
             f"is 0: set {' or '.join(keys[:4]) + ' in its config' if keys else 'one'} above 0, or choose "
             'strategy="second"'
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rose_ds.config import RoseConfig
 from rose_ds.engines.base import Engine
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.exchange import all_sum
 
 _PATIENCE = 3  # steps in a row of one micro-batch: an epoch may end with one
 
@@ -16,9 +18,10 @@ _PATIENCE = 3  # steps in a row of one micro-batch: an epoch may end with one
 class Halves:
     """Two halves of a step differ in their dropout masks, as two passes do, and in their rows.
 
-    What is ranked is ``|g - g_early * n / n_early|``, with the whole gradient g of n micro-batches before clipping, and
-    that of the first n_early: the difference of the halves' mean gradients, up to a factor that does not change ranks.
-    It costs a copy of the reduced gradient in the middle of the step. Nothing keeps models without dropout from it.
+    What is ranked is ``|g - g_early * w / w_early|``, with the whole gradient g of a step before clipping, that of its
+    first micro-batches, and the weights of both in the loss (how many micro-batches, or how many tokens): the
+    difference of the halves' mean gradients, up to a factor that does not change ranks. It costs a copy of the reduced
+    gradient in the middle of the step. Nothing keeps models without dropout from it.
 
     Raises:
         RefusedConfiguration: the engine reduces gradients at a step's end alone.
@@ -34,33 +37,41 @@ class Halves:
         self.engine = engine
         self.micro_batches = 0
         """Of the step under way, so far."""
-        self.early = 0
-        """How many of these the kept gradient is of; 0: none is kept."""
+        self.weight: Tensor | float = 0.0
+        """Of these in the step's loss, on this rank."""
+        self.early: Tensor | float | None = None
+        """Of those that the kept gradient is of; None: none is kept."""
         self._without = 0
         """Steps in a row that had no halves."""
 
     def forget(self) -> None:
         """The step under way has ended, or failed."""
-        self.micro_batches = self.early = 0
+        self.micro_batches, self.weight, self.early = 0, 0.0, None
 
-    def count(self, *, finds_risk: bool) -> None:
+    def count(self, weight: Tensor | float, *, finds_risk: bool) -> None:
         """Before each micro-batch."""
-        # The first one too: a step at an epoch's end may have fewer micro-batches than the loop told.
+        # After the first one too: a step at an epoch's end may have fewer micro-batches than the loop told.
         if finds_risk and self.micro_batches in (1, self.engine.accumulation_steps // 2) and self.micro_batches:
             self.engine.keep_gradient_so_far()
-            self.early = self.micro_batches
+            self.early = self.weight
         self.micro_batches += 1
+        self.weight = self.weight + weight
 
     def difference(self, early: Sequence[Tensor], grads: Sequence[Tensor], scale: float) -> None:
-        """Make the gradient that was kept into the difference, in place.
+        """Make the gradient that was kept into the difference, in place. A collective where weights are tensors.
 
         Args:
             early: fp32, 1-D, as ``Engine.take_risk_grads`` gives it.
             grads: of the whole step, as it lies in the optimizer.
             scale: what makes ``grads`` unscaled and unclipped.
         """
+        assert self.early is not None
+        if isinstance(self.weight, Tensor):
+            first, all_of_them = all_sum(torch.stack([torch.as_tensor(self.early), self.weight])).tolist()
+        else:
+            first, all_of_them = float(self.early), self.weight
         for kept, grad in zip(early, grads, strict=True):
-            kept.mul_(self.micro_batches / self.early).add_(grad.to(kept.device), alpha=-scale)
+            kept.mul_(all_of_them / first if first else 0.0).add_(grad.to(kept.device), alpha=-scale)
 
     def check_there(self, *, there: bool) -> None:
         """Whether the step had halves.

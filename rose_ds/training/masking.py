@@ -155,7 +155,7 @@ class Masking:
                 "small for the precision"
             )
         else:
-            self._tell("zero", "the gradient of the divergence is zero everywhere: every parameter was kept")
+            self._tell("zero", "first-order risk is zero everywhere: every parameter was kept")
 
     def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
         slices, beta1_of = self.engine.slices, self.engine.beta1_of()

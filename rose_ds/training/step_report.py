@@ -19,7 +19,7 @@ class StepReport:
     eligible: int
     """How many parameters could be masked: scalars or tensors, by the granularity. Over all ranks, no padding."""
     tau_first: float | None = None
-    """First-order threshold: the largest KL gradient that was still kept."""
+    """First-order threshold: the largest first-order risk that was still kept."""
     tau_second: float | None = None
     """Second-order threshold."""
     kept_first: int | None = None

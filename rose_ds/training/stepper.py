@@ -132,6 +132,7 @@ class Stepper:
         positions: Tensor | None = None,
         count: Tensor | float | None = None,
         sample: Sample | None = None,
+        weight: Tensor | float = 1.0,
     ) -> MicroBatchValues:
         """Gradients of one micro-batch on this rank.
 
@@ -144,6 +145,8 @@ class Stepper:
                 None: all. Padding would count in the divergence otherwise.
             count: this micro-batch's share of the positions of the whole step, where the loss is divided by such a
                 count too; None: its own positions.
+            weight: what the micro-batch counts in the step's loss beside the others, looked at by first_order="halves":
+                where losses are divided by a count of the whole step (tokens), this rank's part of it, as a tensor.
             sample: the rows that first_order="fast" finds risk from, and how to run the model on them alone
                 (``rose_ds.sample_rows`` chooses them); None: all of them. Not looked at otherwise.
 
@@ -165,12 +168,14 @@ class Stepper:
                 f"an earlier backward() failed ({self.engine.failure}) while the {self.engine.name} engine held its "
                 "gradients half-way, and it cannot go on from there: build model and engine anew, or resume the run"
             )
+        if self._unstepped and not self.engine.has_gradients():  # the loop has dropped a step that it had announced
+            self._forget_step()
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self.masking.ranks_now() else None
         finds_risk = ranking is not None and ranking.ranks_risk and self.masking.finds_risk_now()
         if self.halves is not None:
-            self.halves.count(finds_risk=finds_risk)
+            self.halves.count(weight, finds_risk=finds_risk)
         if self.state.keeps_average and self.state.average is None:
             self.state.average = WeightAverage(self.engine)
         with explaining_lost_ranks(self._next_step), self.engine.micro_batch():
@@ -190,8 +195,7 @@ class Stepper:
                 value = self.objective(batch)
             except BaseException as error:
                 self.engine.abandon(error)
-                if self.halves is not None:
-                    self.halves.forget()
+                self._forget_step()
                 raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
@@ -221,15 +225,25 @@ class Stepper:
         self,
         *,
         last: bool,
-        grad_norm: Callable[[], float | None] = lambda: None,
+        grad_norm: Callable[[], float | None] | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         """Instead of ``step()``, in loops that clip and call ``optimizer.step()`` themselves (transformers.Trainer).
 
         Call after every ``backward()``. After the ``last`` micro-batch, the masks are made when the optimizer steps,
         from the gradients it then holds; ``last_report`` tells of it. ``grad_norm`` gives the norm that the loop found
-        before it clipped to ``max_grad_norm``: where it is not finite the step changes nothing.
+        before it clipped to ``max_grad_norm``: where it is not finite the step changes nothing. It may be left out
+        where the loop does not clip, and must not with first_order="halves", which compares gradients of before.
+
+        Raises:
+            TypeError: it was.
         """
+        if grad_norm is None and self.halves is not None:
+            raise TypeError(
+                'first_order="halves" compares a step\'s gradient before clipping with that of its first half: give '
+                "grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop does not clip)"
+            )
+        norm_of = grad_norm or (lambda: None)
         if not self._awaiting_step:
             raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
         self._awaiting_step = False
@@ -243,7 +257,7 @@ class Stepper:
         if last and not self._left_to_optimizer:  # a loop may give one step several last micro-batches
 
             def begin(*_: object) -> None:
-                norm = grad_norm()
+                norm = norm_of()
                 self.masking.decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
@@ -252,7 +266,7 @@ class Stepper:
                 self._left_to_optimizer, self._unstepped = [], 0
                 skipped = self.optimizer.skips
                 self.optimizer.plan = None
-                self._finish(grad_norm(), skipped)
+                self._finish(norm_of(), skipped)
 
             self._left_to_optimizer = [
                 self.optimizer.register_step_pre_hook(begin),
@@ -308,11 +322,15 @@ class Stepper:
             self._told.add(what)
             logger.warning("%s (optimizer step %d; told once)", message, self.optimizer.steps_taken() + 1)
 
-    def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
-        """After an optimizer step: the average moves, and a report is made."""
-        self.engine.take_risk_grads()
+    def _forget_step(self) -> None:
+        """What was kept apart for the step under way, or is left of it."""
+        self.engine.forget_risk_grads()
         if self.halves is not None:
             self.halves.forget()
+
+    def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
+        """After an optimizer step: the average moves, and a report is made."""
+        self._forget_step()
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:
             self.state.average.update(decay)

@@ -134,10 +134,7 @@ class RoseTrainer(CheckedTrainer):
 
     def method_settings(self) -> dict[str, Any]:
         """RoseConfig's fields, the strategy alone where it masks nothing, and the objective with its constants."""
-        rose, block = self.rose, self._deepspeed_optimizer_block()
-        if block is not None:
-            names = RoseConfig.field_names()
-            rose = RoseConfig.from_mapping({k: v for k, v in block.get("params", {}).items() if k in names})
+        rose = self._settings_of_masks()
         masks = asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
         return {**masks, "objective": self.objective.record()}
 
@@ -183,6 +180,10 @@ class RoseTrainer(CheckedTrainer):
         count = self._count_that_loss_uses(model, inputs, num_items_in_batch)
         forward, loss_of = self._passes(model, inputs, count)
         compare = self._positions(stepper, inputs, count)
+        if stepper.halves is not None and self._loss_is_whole(count):
+            labels = labels_in(inputs, self.label_names)
+            if labels is not None:
+                compare["weight"] = labels.ne(-100).sum()  # as Trainer counts
         if stepper.samples_now:
             some, rows = sample_rows(inputs, stepper.config.risk_rows)
             compare["sample"] = Sample(self._passes(model, some, count)[0], rows)

@@ -83,6 +83,31 @@ def test_trainer_with_halves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
                 assert torch.equal(a, b), (count, stop, name)
 
 
+def test_halves_of_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Micro-batches whose loss is divided by the step's tokens weigh as many as they have."""
+    import transformers
+
+    weights: list[Any] = []
+    original = Stepper.backward
+
+    def backward(self: Stepper, *args: Any, **more: Any) -> Any:
+        weights.append(more.get("weight"))
+        return original(self, *args, **more)
+
+    monkeypatch.setattr(Stepper, "backward", backward)
+    data = [{**row, "labels": row["input_ids"].clone()} for row in rows(16)]
+    for i, row in enumerate(data):
+        row["labels"][i % 12 :] = -100
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    more = {"gradient_accumulation_steps": 2, "max_steps": 2, "per_device_train_batch_size": 4}
+    entries, _ = train(trainer(tmp_path, model, data, more=more, rose={**HALVES, "include": ["@blocks"]}))
+    assert sum(map(int, weights)) == sum(int(row["labels"].ne(-100).sum()) for row in data)
+    assert len({int(weight) for weight in weights}) > 1
+    assert all(0.5 <= entry["rose/kept_first"] < 0.51 for entry in entries)
+
+
 def test_halves_need_accumulation(tmp_path: Path) -> None:
     with pytest.raises(RefusedConfiguration, match="set gradient_accumulation_steps to 2 or more"):
         trainer(tmp_path, rose=HALVES)

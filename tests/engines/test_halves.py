@@ -164,7 +164,7 @@ def test_a_short_step(told: int) -> None:
     seen = Seen(stepper)
     for i in range(2):
         micro(stepper, model, 1, i)()
-        stepper.leave_step_to_optimizer(last=i == 1)
+        stepper.leave_step_to_optimizer(last=i == 1, grad_norm=lambda: None)
     gradients = [p.grad.clone() for p in model.parameters()]
     stepper.optimizer.step()
     assert stepper.last_report.kept_first == int(0.6 * stepper.last_report.eligible)
@@ -175,6 +175,57 @@ def test_a_short_step(told: int) -> None:
     wanted = torch.cat([g.reshape(-1) for g in alone.engine.slice_grads()]) * 2 - seen.whole[0]
     torch.testing.assert_close(seen.ranked[0], wanted)
     assert not early.ranked
+
+
+@pytest.mark.fast
+def test_micro_batches_that_weigh_differently() -> None:
+    """As where a loss is divided by the tokens of a whole step: means are compared, not sums."""
+    model, stepper = build(HALVES)
+    seen, weights, means = Seen(stepper), (1.5, 0.5), []
+    for i, weight in enumerate(weights):
+        ids, labels = micro_batch(HALVES, 1, i)
+        with rows(len(ids), slice(0, len(ids))):
+            means.append(torch.autograd.grad(F.cross_entropy(model(ids), labels), eligible_of(stepper)))
+            stepper.backward(
+                lambda ids=ids: model(ids),
+                lambda logits, labels=labels, weight=weight: weight * F.cross_entropy(logits, labels),
+                weight=torch.tensor(weight),
+            )
+            stepper.step()
+    early, late = (torch.cat([g.reshape(-1) for g in mean]) for mean in means)
+    # of a whole weight of 2, the second micro-batch has a quarter
+    torch.testing.assert_close(seen.ranked[0], (early - late) / 4, rtol=1e-3, atol=1e-7)
+
+
+def eligible_of(stepper: Stepper) -> list[Any]:
+    return [piece.param for piece in stepper.engine.slices]
+
+
+@pytest.mark.fast
+def test_a_step_that_the_loop_drops() -> None:
+    """Its gradients are gone, and so is what was kept of them; of an exact risk too."""
+    for case in (HALVES, Case("first", accumulation=2)):
+        runs = []
+        for drops in (False, True):
+            model, stepper = build(case)
+            for t in (5, 1) if drops else (1,):
+                torch.manual_seed(t)
+                for i in (0, 1):
+                    micro(stepper, model, t, i)()
+                    stepper.leave_step_to_optimizer(last=i == 1, grad_norm=lambda: None)
+                if t == 5:
+                    stepper.optimizer.zero_grad()
+            stepper.optimizer.step()
+            runs.append(stepper.gather_parameters())
+        assert all(torch.equal(p, runs[1][name]) for name, p in runs[0].items())
+
+
+@pytest.mark.fast
+def test_a_loop_that_does_not_tell_how_it_clips() -> None:
+    model, stepper = build(HALVES)
+    micro(stepper, model, 1, 0)()
+    with pytest.raises(TypeError, match="grad_norm=lambda: None where the loop does not clip"):
+        stepper.leave_step_to_optimizer(last=False)
 
 
 @pytest.mark.fast

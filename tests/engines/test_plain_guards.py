@@ -164,3 +164,31 @@ def test_an_optimizer_that_nobody_steps_is_told_of(stepped: bool, caplog: pytest
     assert len(told) == (0 if stepped else 1)
     if told:
         assert told[0].startswith("65 last micro-batches")
+
+
+@pytest.mark.parametrize("strategy", ["ensemble", "second", "random"])
+def test_a_scalar_is_a_tensor(strategy: str) -> None:
+    """A parameter without dimensions, masked as a whole."""
+
+    class Scaled(nn.Module):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.full(shape, 1.5))
+            self.dropout = nn.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.layer(self.dropout(x))
+
+    settings: dict[str, Any] = {"strategy": strategy, "granularity": "tensor", "include": (".*",)}
+    runs = []
+    for shape in ((), (1,)):
+        model = Scaled(*shape)
+        stepper = prepare(model, RoseAdamW(model.named_parameters(), lr=0.1, **settings))
+        for t in range(4):
+            torch.manual_seed(t)
+            x = torch.randn(8, 4)
+            stepper.backward(lambda x=x, model=model: model(x), lambda z: F.cross_entropy(z, torch.arange(8) % 3))
+            assert stepper.step().eligible == 3
+        runs.append(stepper.gather_parameters())
+    assert all(torch.equal(p.view(-1), runs[1][name].view(-1)) for name, p in runs[0].items())

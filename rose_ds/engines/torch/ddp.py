@@ -99,8 +99,8 @@ class DdpEngine(PlainEngine):
             means = _Means(grads, self.ddp.process_group)
         return None if means is None else means.wait()
 
-    def abandon(self, error: BaseException) -> None:
-        super().abandon(error)
+    def forget_risk_grads(self) -> None:
+        super().forget_risk_grads()
         self._means = None
 
 

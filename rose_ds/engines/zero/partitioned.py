@@ -61,19 +61,19 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
         mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
         group, start = mapping.param_group_index, mapping.lp_fragment_address.start
         if z._use_compact_grad_partition_buffer(group):  # 16 bits, added up in fp32
-            flat: Tensor = z.averaged_gradients[group].flat_partition
-            return flat.narrow(0, piece.offset, piece.numel)
-        # as long as the whole parameter, and reduced where this rank's part of it is
-        if z.cpu_offload:
+            found, start = getattr(z.averaged_gradients.get(group), "flat_partition", None), piece.offset
+        # else as long as the whole parameter, and reduced where this rank's part of it is
+        elif z.cpu_offload:
             z._wait_for_offload_copies()
-            whole = z.accumulated_grads_in_cpu.get(z.get_param_id(param))
+            number = z.get_param_id(param)
+            found = z.accumulated_grads_in_cpu.get(number) if number in z._offload_accumulated_param_ids else None
         else:
             j = next(j for j, p in enumerate(z.params_in_partition[group]) if p is param)
-            whole = z.all_grad_tensors[group][j]
-        if whole is None:  # no micro-batch has used the parameter
+            found = z.all_grad_tensors[group][j]
+        if found is None:  # no micro-batch has used the parameter
             return torch.zeros(piece.numel, device=piece.param.device)
-        found: Tensor = whole.detach().view(-1).narrow(0, start, piece.numel)
-        return found
+        part: Tensor = found.detach().view(-1).narrow(0, start, piece.numel)
+        return part
 
     def _waiting(self, i: int) -> Tensor:
         if self.ds_optimizer.cpu_offload:

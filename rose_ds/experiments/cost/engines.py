@@ -23,7 +23,7 @@ class Placement:
     """What a method's steps are measured on."""
 
     engine: str
-    """A key of ENGINES."""
+    """One of MEASURED."""
     rows: int
     """Of a rank's micro-batch."""
     accumulation: int

@@ -15,8 +15,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from queue import Queue
 from typing import Any, cast
 
 from rose_ds.experiments import provenance
@@ -24,6 +26,8 @@ from rose_ds.experiments.cost.memory import MALLOC
 
 BASELINE = "vanilla"
 _MEMORY_STEPS = 3
+#: Variables that say which rank a process is.
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Worker:
@@ -33,7 +37,8 @@ class Worker:
 
     def __init__(self, job: Mapping[str, Any], *, lean: bool = False) -> None:
         threads = {"OMP_NUM_THREADS": str(job["threads"])}
-        common = {**os.environ, **(MALLOC if lean else {}), **threads, "TOKENIZERS_PARALLELISM": "false"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _RANKS}
+        common = {**inherited, **(MALLOC if lean else {}), **threads, "TOKENIZERS_PARALLELISM": "false"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "rose_ds.experiments.cost.worker", json.dumps(job)],
@@ -46,6 +51,9 @@ class Worker:
         ]
         self.method = job["method"]
         self.steps: list[dict[str, Any]] = []
+        self._lines: Queue[tuple[int, str | None]] = Queue()
+        for rank in range(len(self.processes)):
+            threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
         try:
             self.said = self._read()[0]
         except BaseException:
@@ -65,15 +73,24 @@ class Worker:
         self.steps.append({**found[0], "seconds": seconds, "peak": None if None in peaks else max(peaks)})
 
     def _read(self) -> list[dict[str, Any]]:
-        return [self._read_from(process) for process in self.processes]
-
-    def _read_from(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        for line in process.stdout:
+        """What each rank says next; whichever ends ends all, as the others would wait for it."""
+        found: list[dict[str, Any] | None] = [None] * len(self.processes)
+        while None in found:
+            rank, line = self._lines.get()
+            if line is None:
+                code = self.processes[rank].wait()
+                raise RuntimeError(f"{self.method}: its process ended with {code}; what it said is above")
             if line.startswith("{"):
-                return cast("dict[str, Any]", json.loads(line))
-        code = process.wait()
-        raise RuntimeError(f"{self.method}: its process ended with {code}; what it said is above")
+                found[rank] = json.loads(line)
+        return cast("list[dict[str, Any]]", found)
+
+    def _listen(self, rank: int) -> None:
+        """To all that it says: a full pipe would stop it."""
+        stream = self.processes[rank].stdout
+        assert stream is not None
+        for line in stream:
+            self._lines.put((rank, line))
+        self._lines.put((rank, None))
 
     def close(self) -> None:
         """End the processes."""

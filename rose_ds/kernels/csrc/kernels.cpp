@@ -142,7 +142,7 @@ inline int append(uint64_t ones, int from, uint8_t* places) {
 #endif
 
 // Counts a block, sets the words of those it is sure of (none where `words` is null), copies what lies in the window: how
-// many. `found` and `where` have room for all, and for one more. `at`: where the block begins in its chunk; `stride`: from
+// many. `found` and `where` have room for all. `at`: where the block begins in its chunk; `stride`: from
 // one word to the next.
 int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint64_t* words, int64_t stride, Facts& facts,
          int32_t* found, int32_t* where) {
@@ -213,7 +213,8 @@ class Risks {
         TORCH_CHECK(masks_[i].dim() == 2 && masks_[i].size(0) == (sizes.back() + kWord - 1) / kWord);
         TORCH_CHECK(0 <= plane && plane < masks_[i].size(1));
         planes_ = masks_[i].size(1);
-        words_.push_back(reinterpret_cast<uint64_t*>(data_of<int64_t>(masks_[i], at::kLong)) + plane);
+        auto* words = reinterpret_cast<uint64_t*>(data_of<int64_t>(masks_[i], at::kLong));
+        words_.push_back(words ? words + plane : nullptr);
       }
       const bool half = grads_[i].scalar_type() == at::kBFloat16;
       pointers_.push_back(data_of<void>(grads_[i], half ? at::kBFloat16 : at::kFloat));
@@ -360,7 +361,7 @@ class Risks {
     });
   }
 
-  // Finds the risks whose bits are in [low, high) and counts the others; `sure`: also sets the codes of those.
+  // Finds the risks whose bits are in [low, high) and counts the others; `sure`: also sets the masks of those.
   Facts collect(int64_t low, int64_t high, bool sure) {
     window_ = {int32_t(low), int32_t(high), largest_}, sure_ = sure && !masks_.empty();
     found_.resize(threads_);
@@ -371,7 +372,7 @@ class Risks {
       Found& f = found_[t];
       const size_t before = f.count;
       blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
-        const auto [into, where] = f.room(kBlock + 1);
+        const auto [into, where] = f.room(kBlock);
         uint64_t* words = sure_ ? words_[piece] + from / kWord * planes_ : nullptr;
         f.count += sift(w, bits, n, int32_t(from - chunks_[c].begin), words, planes_, facts[t], into, where);
       });
