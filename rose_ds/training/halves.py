@@ -51,7 +51,7 @@ class Halves:
     def count(self, weight: Tensor | float, *, finds_risk: bool) -> None:
         """Before each micro-batch."""
         # After the first one too: a step at an epoch's end may have fewer micro-batches than the loop told.
-        if finds_risk and self.micro_batches in (1, self.engine.accumulation_steps // 2) and self.micro_batches:
+        if finds_risk and self.micro_batches in {1, max(1, self.engine.accumulation_steps // 2)}:
             self.engine.keep_gradient_so_far()
             self.early = self.weight
         self.micro_batches += 1
