@@ -74,8 +74,10 @@ def threshold(m: Machine, parameters: float, ranks: int) -> tuple[float, float]:
 #: Method -> forward passes, backward passes, thresholds. Halves are of steps of two micro-batches or more, and one is
 #: counted here: thresholds weigh less there.
 METHODS = {
-    **{"second": (1.0, 1.0, 1), "ensemble": (2.0, 3.0, 2)},
-    **{"ensemble, fast": (1.25, 1.25, 2), "ensemble, halves": (1.0, 1.0, 2)},
+    "second": (1.0, 1.0, 1),
+    "ensemble": (2.0, 3.0, 2),
+    "ensemble, fast": (1.25, 1.25, 2),
+    "ensemble, halves": (1.0, 1.0, 2),
 }
 
 

@@ -245,17 +245,16 @@ class RoseAdamW(torch.optim.Optimizer):
         if not indices:
             yield 3, whole, 1.0
             return
-        scales = plan.scales or [1.0] * len(self._slices)
-        if self._slices[indices[0]].numel == whole[0].numel():
-            yield plan.codes[indices[0]], whole, scales[indices[0]]  # type: ignore[index]
-            return
-        flat = tuple(t.view(-1) for t in whole)
+        covers = self._slices[indices[0]].numel == whole[0].numel()  # nothing is cut, so no views are made
+        flat = whole if covers else tuple(t.view(-1) for t in whole)
         end = 0
         for i in indices:
             offset, numel = self._slices[i].offset, self._slices[i].numel
             if offset > end:
                 yield 3, tuple(t[end:offset] for t in flat), 1.0
-            yield plan.codes[i], tuple(t[offset : offset + numel] for t in flat), scales[i]  # type: ignore[index]
+            scale = 1.0 if plan.scales is None else plan.scales[i]
+            mine = flat if covers else tuple(t[offset : offset + numel] for t in flat)
+            yield plan.codes[i], mine, scale  # type: ignore[index]
             end = offset + numel
         if end < whole[0].numel():
             yield 3, tuple(t[end:] for t in flat), 1.0

@@ -128,14 +128,9 @@ def sharded(model: nn.Module, engine: str, device: torch.device) -> Iterator[Sha
 
 @contextmanager
 def _fsdp2(model: nn.Module, device: torch.device) -> Iterator[ShardedModel]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from rose_ds.engines.torch.fsdp2 import shard_by_layer
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = set(getattr(model, "_no_split_modules", None) or ())  # transformers' names of its layers' classes
-    for part in [m for m in model.modules() if type(m).__name__ in layers]:
-        fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard_by_layer(model, device)
     optimizer = rose_ds.RoseAdamW(model.named_parameters(), strategy="none")
     yield ShardedModel(engine_for(model, optimizer, 1, None), model)
 

@@ -55,10 +55,15 @@ class Rounds:
     plot: str | None = field(default=None, metadata={"help": "Draw it: .png, .pdf or .svg."})
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("ranks", 1)),
-            *(("rounds", 2), ("warmup", 0), ("threads", 1)),
-        ):
+        at_least = {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "ranks": 1,
+            "rounds": 2,
+            "warmup": 0,
+            "threads": 1,
+        }
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.batch_size % self.gradient_accumulation_steps:
@@ -117,8 +122,13 @@ def run(arguments: Sequence[str]) -> None:
         return tqdm(items, desc=text)
 
     job = {
-        **{"run": {**asdict(settings), "engine": "auto"}, "engine": engine, "ranks": how.ranks, "bf16": how.bf16},
-        **{"batch_size": how.batch_size, "accumulation": how.gradient_accumulation_steps, "threads": how.threads},
+        "run": {**asdict(settings), "engine": "auto"},
+        "engine": engine,
+        "ranks": how.ranks,
+        "bf16": how.bf16,
+        "batch_size": how.batch_size,
+        "accumulation": how.gradient_accumulation_steps,
+        "threads": how.threads,
     }
     found = measure(how.chosen, job, rounds=how.rounds, warmup=how.warmup, progress=progress)
     found = {"command": shlex.join(["rose-ds", "bench", *arguments]), **found}

@@ -61,7 +61,7 @@ def select(
     *,
     histograms: bool = False,
     device: torch.device | None = None,
-    used: Sequence[Any] = (),
+    used: Sequence[BitMask] = (),
 ) -> Selection:
     """Masks for this rank's slices and the global thresholds behind them (Eq. 2 to 5).
 
@@ -75,12 +75,14 @@ def select(
         FloatingPointError: a score is NaN, other than of a gradient that is only ranked.
         ValueError: a score is negative, or fewer are counted than the layout says; on every rank alike.
     """
-    if granularity == "element" and device is None and all(can_compile(kernels, s, inputs) for s in selectors):
-        codes: list[Any] = _bit_masks([selector.bit for selector in selectors], inputs, used)
-    else:
-        codes = _empty_codes(granularity, inputs)
+    codes: list[Any]
     if granularity == "element" and device is not None:
+        codes = _empty_codes(granularity, inputs)
         return _outcome(codes, _rank_on_device(selectors, inputs, codes, kernels, device))
+    if granularity == "element" and all(can_compile(kernels, selector, inputs) for selector in selectors):
+        codes = _bit_masks([selector.bit for selector in selectors], inputs, used)
+    else:
+        codes, kernels = _empty_codes(granularity, inputs), None
     return _outcome(codes, _rank(selectors, granularity, inputs, codes, kernels, histograms))
 
 
@@ -143,10 +145,10 @@ def _empty_codes(granularity: str, inputs: StepInputs) -> list[Any]:
     return [torch.zeros(g.numel(), dtype=torch.uint8, device=g.device) for g in inputs.grads]
 
 
-def _bit_masks(bits: Sequence[int], inputs: StepInputs, used: Sequence[Any]) -> list[BitMask]:
+def _bit_masks(bits: Sequence[int], inputs: StepInputs, used: Sequence[BitMask]) -> list[BitMask]:
     """Of an earlier step, where they fit: fresh pages cost as much as a scan."""
     sizes = [g.numel() for g in inputs.grads]
-    if [(getattr(x, "numel", None), getattr(x, "bits", None)) for x in used] == [(n, tuple(bits)) for n in sizes]:
+    if [(mask.numel, mask.bits) for mask in used] == [(n, tuple(bits)) for n in sizes]:
         return list(used)
     return [BitMask.empty(n, bits) for n in sizes]
 
@@ -156,7 +158,7 @@ def _rank_elements(
 ) -> tuple[Threshold, Callable[[], None]]:
     layout = inputs.layout
     values: list[Lazy | Compiled]
-    if all(isinstance(code, BitMask) for code in codes) and can_compile(kernels, selector, inputs):
+    if kernels is not None:
         values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
     else:
         score = score_of(selector, inputs)

@@ -184,7 +184,8 @@ class Engine(ABC):
 
     def abandon(self, error: BaseException) -> None:
         """After a micro-batch that failed half-way: nothing of the step under way stays."""
-        self._risk_grads, self.share, self.graph_of = None, 0.0, None
+        self.forget_risk_grads()
+        self.graph_of = None
         if not self.recovers:
             self.failure = f"{type(error).__name__}: {error}"
 

@@ -10,6 +10,14 @@ from pathlib import Path
 Launcher = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def local(words: Sequence[str], extra: Sequence[str]) -> list[str]:
     """One process on this machine. ``extra`` goes to Python."""
     return [sys.executable, *extra, "-m", "rose_ds", *words]
@@ -19,11 +27,8 @@ def deepspeed(words: Sequence[str], extra: Sequence[str]) -> list[str]:
     """The deepspeed launcher, with a port of its own. ``extra``: e.g. --num_gpus 2; the sweep's settings need a
     ``deepspeed`` config.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     program = str(Path(sys.executable).with_name("deepspeed"))
-    ranks = [program, "--master_port", str(port), *extra, "--no_local_rank", "--module"]
+    ranks = [program, "--master_port", str(free_port()), *extra, "--no_local_rank", "--module"]
     return [*ranks, "rose_ds", *words]
 
 

@@ -43,7 +43,7 @@ class Masking:
         self.selection: Selection | None = None
         """Of the step under way, once it is decided."""
         self._had_risk = False
-        self._used: list[Any] = []
+        self._used: list[BitMask] = []
         """Masks of the last step whose memory the next one takes: bits alone, which are few."""
         self.optimizer.kernels = agreed_kernels(engine, masks=policy is not None)
         self._accelerator = agreed_accelerator(engine) if policy is not None else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -130,14 +129,19 @@ def test_stages_that_reduce_at_the_end(extensions: object) -> None:
 # --- steps of other lengths, on the plain engine ---
 
 
-def micro(stepper: Stepper, model: Any, t: int, i: int) -> Callable[[], Any]:
+def micro(stepper: Stepper, model: Any, t: int, i: int) -> Any:
+    """The gradients of a step's i-th micro-batch."""
     ids, labels = micro_batch(HALVES, t, i)
+    with rows(len(ids), slice(0, len(ids))):
+        return stepper.backward(lambda: model(ids), lambda logits: F.cross_entropy(logits, labels))
 
-    def run() -> Any:
-        with rows(len(ids), slice(0, len(ids))):
-            return stepper.backward(lambda: model(ids), lambda logits: F.cross_entropy(logits, labels))
 
-    return run
+def both(stepper: Stepper, model: Any, t: int) -> Any:
+    """A step of two."""
+    micro(stepper, model, t, 0)
+    assert stepper.step() is None
+    micro(stepper, model, t, 1)
+    return stepper.step()
 
 
 @pytest.mark.fast
@@ -147,10 +151,10 @@ def test_without_dropout() -> None:
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     assert not stepper.compares
-    values = micro(stepper, model, 1, 0)()
+    values = micro(stepper, model, 1, 0)
     assert values["kl"] is None and values["disagreement"] is None
     assert stepper.step() is None
-    micro(stepper, model, 1, 1)()
+    micro(stepper, model, 1, 1)
     report = stepper.step()
     assert len(passes) == 2
     assert report.kept_first == int(0.6 * report.eligible) and report.tau_first > 0
@@ -163,7 +167,7 @@ def test_a_short_step(told: int) -> None:
     model, stepper = build(replace(HALVES, accumulation=told))
     seen = Seen(stepper)
     for i in range(2):
-        micro(stepper, model, 1, i)()
+        micro(stepper, model, 1, i)
         stepper.leave_step_to_optimizer(last=i == 1, grad_norm=lambda: None)
     gradients = [p.grad.clone() for p in model.parameters()]
     stepper.optimizer.step()
@@ -171,7 +175,7 @@ def test_a_short_step(told: int) -> None:
     assert any(g.any() for g in gradients)
     other, alone = build(replace(HALVES, accumulation=told))
     early = Seen(alone)
-    micro(alone, other, 1, 0)()
+    micro(alone, other, 1, 0)
     wanted = torch.cat([g.reshape(-1) for g in alone.engine.slice_grads()]) * 2 - seen.whole[0]
     torch.testing.assert_close(seen.ranked[0], wanted)
     assert not early.ranked
@@ -211,7 +215,7 @@ def test_a_step_that_the_loop_drops() -> None:
             for t in (5, 1) if drops else (1,):
                 torch.manual_seed(t)
                 for i in (0, 1):
-                    micro(stepper, model, t, i)()
+                    micro(stepper, model, t, i)
                     stepper.leave_step_to_optimizer(last=i == 1, grad_norm=lambda: None)
                 if t == 5:
                     stepper.optimizer.zero_grad()
@@ -223,7 +227,7 @@ def test_a_step_that_the_loop_drops() -> None:
 @pytest.mark.fast
 def test_a_loop_that_does_not_tell_how_it_clips() -> None:
     model, stepper = build(HALVES)
-    micro(stepper, model, 1, 0)()
+    micro(stepper, model, 1, 0)
     with pytest.raises(TypeError, match="grad_norm=lambda: None where the loop does not clip"):
         stepper.leave_step_to_optimizer(last=False)
 
@@ -234,19 +238,17 @@ def test_a_step_of_one_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
     model, stepper = build(replace(HALVES, accumulation=1))
     with caplog.at_level(logging.WARNING):
         for t in (1, 2):
-            micro(stepper, model, t, 0)()
+            micro(stepper, model, t, 0)
             assert stepper.step().kept_first is None
     assert caplog.text.count("no halves to compare") == 1
     stepper.engine.accumulation_steps = 2
-    for i in (0, 1):
-        micro(stepper, model, 3, i)()
-        report = stepper.step()
+    report = both(stepper, model, 3)
     assert report.kept_first == int(0.6 * report.eligible)
     stepper.engine.accumulation_steps = 1
     for t in (4, 5):
-        micro(stepper, model, t, 0)()
+        micro(stepper, model, t, 0)
         stepper.step()
-    micro(stepper, model, 6, 0)()
+    micro(stepper, model, 6, 0)
     with pytest.raises(RuntimeError, match="3 steps in a row had one micro-batch: accumulate"):
         stepper.step()
 
@@ -255,11 +257,9 @@ def test_a_step_of_one_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_step_of_one_micro_batch_with_an_average() -> None:
     """Ranks the average of the steps before."""
     model, stepper = build(replace(HALVES, risk_ema=0.5))
-    for i in (0, 1):
-        micro(stepper, model, 1, i)()
-        before = stepper.step()
+    before = both(stepper, model, 1)
     stepper.engine.accumulation_steps = 1
-    micro(stepper, model, 2, 0)()
+    micro(stepper, model, 2, 0)
     report = stepper.step()
     assert (report.kept_first, report.tau_first) == (before.kept_first, before.tau_first)
 
@@ -270,14 +270,11 @@ def test_a_failed_micro_batch_is_forgotten() -> None:
     for fails in (False, True):
         model, stepper = build(HALVES)
         if fails:
-            micro(stepper, model, 5, 0)()
+            micro(stepper, model, 5, 0)
             stepper.step()
             with pytest.raises(ZeroDivisionError):
                 stepper.backward(lambda: 1 // 0, lambda logits: logits.sum())
-        for i in (0, 1):
-            micro(stepper, model, 1, i)()
-            report = stepper.step()
-        runs.append((report, stepper.gather_parameters()))
+        runs.append((both(stepper, model, 1), stepper.gather_parameters()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(p, runs[1][1][name]) for name, p in runs[0][1].items())
 
@@ -286,9 +283,9 @@ def test_a_failed_micro_batch_is_forgotten() -> None:
 def test_equal_halves() -> None:
     """The same rows twice, without dropout."""
     model, stepper = build(replace(HALVES, clip=0.0))
-    micro(stepper, model, 1, 0)()
+    micro(stepper, model, 1, 0)
     stepper.step()
-    micro(stepper, model, 1, 0)()
+    micro(stepper, model, 1, 0)
     with pytest.raises(RuntimeError, match="two halves of a step are equal everywhere"):
         stepper.step()
 
@@ -300,9 +297,7 @@ def test_warm_up_and_other_steps_keep_nothing() -> None:
     original = stepper.engine.keep_gradient_so_far
     stepper.engine.keep_gradient_so_far = lambda: (kept.append(stepper.optimizer.steps_taken()), original())
     for t in range(1, 6):
-        for i in (0, 1):
-            micro(stepper, model, t, i)()
-            stepper.step()
+        both(stepper, model, t)
     assert kept == [1, 3]
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -94,6 +96,15 @@ class Fsdp2Engine(ShardedEngine):
                     "set_reshard_after_backward(False) keeps parameters of the first backward pass for the second, "
                     "which is not known to be exact: leave it at True"
                 )
+
+
+def shard_by_layer(model: nn.Module, device: torch.device, **options: Any) -> None:
+    """``fully_shard`` over all ranks, in place: transformers' layers each, then the rest. ``options`` go to it."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = set(getattr(model, "_no_split_modules", None) or ())  # transformers' names of its layers' classes
+    for part in [m for m in model.modules() if type(m).__name__ in layers]:
+        fully_shard(part, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
 
 
 def _block(param: Tensor) -> Block:

@@ -19,6 +19,8 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
     def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
         super().__init__(ds, rose_optimizer, ds.optimizer.single_partition_of_fp32_groups)
         self.reduces_each_micro_batch = bool(ds.optimizer.partition_gradients)
+        groups = ds.optimizer.params_in_partition
+        self._place_of = {param: place for group in groups for place, param in enumerate(group)}
         self._norm: Any = None
         self._global_norm = self.ds_optimizer.scaled_global_norm
         self.ds_optimizer.scaled_global_norm = self._remember_norm
@@ -68,8 +70,7 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
             number = z.get_param_id(param)
             found = z.accumulated_grads_in_cpu.get(number) if number in z._offload_accumulated_param_ids else None
         else:
-            j = next(j for j, p in enumerate(z.params_in_partition[group]) if p is param)
-            found = z.all_grad_tensors[group][j]
+            found = z.all_grad_tensors[group][self._place_of[param]]
         if found is None:  # no micro-batch has used the parameter
             return torch.zeros(piece.numel, device=piece.param.device)
         part: Tensor = found.detach().view(-1).narrow(0, start, piece.numel)

@@ -78,16 +78,13 @@ def _ddp(model: nn.Module, where: Placement) -> nn.Module:
 
 
 def _fsdp2(model: nn.Module, where: Placement) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from rose_ds.engines.torch.fsdp2 import shard_by_layer
 
     low = torch.bfloat16 if where.bf16 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-    mesh = init_device_mesh(where.device.type, (dist.get_world_size(),))
-    layers = set(getattr(model, "_no_split_modules", None) or ())  # transformers' names of its layers' classes
-    for part in [m for m in model.modules() if type(m).__name__ in layers]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    shard_by_layer(model, where.device, mp_policy=policy)
     return model
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any, cast
 
 from rose_ds.experiments import provenance
 from rose_ds.experiments.cost.memory import MALLOC
+from rose_ds.experiments.launchers import free_port
 
 BASELINE = "vanilla"
 _MEMORY_STEPS = 3
@@ -103,10 +103,7 @@ def _places(engine: str, ranks: int) -> list[dict[str, str]]:
     """Each rank's part of the environment; none for an engine that knows no ranks."""
     if engine == "plain":
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 

@@ -142,8 +142,8 @@ inline int append(uint64_t ones, int from, uint8_t* places) {
 #endif
 
 // Counts a block, sets the words of those it is sure of (none where `words` is null), copies what lies in the window: how
-// many. `found` and `where` have room for all. `at`: where the block begins in its chunk; `stride`: from
-// one word to the next.
+// many. `found` and `where` have room for all. `at`: where the block begins in its chunk; `stride`: from one word to the
+// next.
 int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint64_t* words, int64_t stride, Facts& facts,
          int32_t* found, int32_t* where) {
   int count = 0, i = 0;
@@ -387,7 +387,6 @@ class Risks {
   // body(chunk, bits, place in the chunk) for what a thread has found.
   template <class Body>
   void each_found(size_t t, const Body& body) const {
-    if (t >= found_.size()) return;
     size_t i = 0;
     for (const auto& run : found_[t].runs)
       for (const size_t end = i + run.count; i < end; ++i) body(run.chunk, found_[t].bits[i], found_[t].at[i]);
