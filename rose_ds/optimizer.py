@@ -79,9 +79,10 @@ class RoseAdamW(torch.optim.Optimizer):
             group with its own lr, betas, eps, weight_decay if it likes. Unnamed parameters are accepted where an engine
             names them later (DeepSpeed).
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
-        foreach, fused: which of torch's kernels updates the parameters that are not masked. By default the fused one on
-            accelerators and the plain one on CPUs, where ``fused=True`` rounds by an element's place in memory: a run
-            then depends, in the last bit, on the number of ranks.
+        foreach, fused: which of torch's kernels updates the parameters that are not masked; False for either: its loop
+            over tensors. By default the fused one on accelerators; on CPUs ``rose_ds.kernels``, or the loop where those
+            are not taken: torch's ``fused=True`` rounds by an element's place in memory there, and a run then depends,
+            in the last bit, on the number of ranks.
         objective: what ``rose_ds.prepare`` trains on unless told otherwise: a name such as "r-drop", or an object with
             a name and constants. It is here so that a DeepSpeed JSON can carry it.
         rose: the fields of RoseConfig as flat keywords, so that a DeepSpeed JSON can carry them.

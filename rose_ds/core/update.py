@@ -79,7 +79,7 @@ def adamw_(
 
     With neither ``foreach`` nor ``fused``, accelerators take the fused kernel, which needs no memory of its own, and
     CPUs torch's loop over tensors: the fused kernel for CPUs rounds an element by its place in memory, so that a run
-    would depend on the number of ranks.
+    would depend on the number of ranks. (The compiled kernels do not; ``UpdateBatch`` takes them first.)
     """
     scalars: dict[str, Any] = dict(
         beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False
@@ -152,7 +152,8 @@ class UpdateBatch:
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
         kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``: the bits of
-            ``masked_adamw_``, also where the mask is 1 everywhere, unless the group says foreach or fused.
+            ``masked_adamw_``, also where the mask is 1 everywhere, unless the group says of foreach or fused whether it
+            wants torch's.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class UpdateBatch:
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"]
         )
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
-        self.torchs = any(self.kernel.values())
+        self.torchs = any(choice is not None for choice in self.kernel.values())
         self.values, self.rule = values, rule
         self.kernels = kernels if rule == "robust" else None
         self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say

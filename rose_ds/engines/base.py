@@ -154,6 +154,10 @@ class Engine(ABC):
         """This rank's slices of every trainable parameter, eligible or not."""
         return self.find_slices([name for name, p in self.named_parameters() if p.requires_grad])[0]
 
+    def trainable_count(self) -> int:
+        """Elements of the trainable parameters, whole, eligible or not."""
+        return sum(self.numel(param) for _, param in self.named_parameters() if param.requires_grad)
+
     def _find_eligible(self) -> None:
         shapes = {name: self.shape(param) for name, param in self.named_parameters() if param.requires_grad}
         config = self.optimizer.config
@@ -270,7 +274,8 @@ def agreed_kernels(engine: Engine, *, masks: bool = True) -> Any | None:
     """
     found, problem = None, None
     try:
-        found = kernels_for(engine.layout.element_count, _held(engine), masks=masks)
+        elements = engine.layout.element_count if masks else engine.trainable_count()
+        found = kernels_for(elements, _held(engine), masks=masks)
     except (ValueError, RuntimeError) as error:
         problem = error
     everywhere = engine.agree(found is not None)

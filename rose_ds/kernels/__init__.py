@@ -14,8 +14,8 @@ from rose_ds.kernels.tensors import readable
 
 VARIABLE = "ROSE_DS_KERNELS"
 _CHOICES = ("auto", "torch", "cpp", "triton")
-#: Eligible elements, over all ranks, from which auto compiles kernels for CPUs: a step of so many is a third of a
-#: second shorter by them, which pays for the compiler after a hundred. Triton's few seconds are always paid.
+#: Elements, over all ranks, from which auto compiles kernels for CPUs: a step that ranks so many is a third of a second
+#: shorter by them, which pays for the compiler after a hundred. Triton's few seconds are always paid.
 LARGE = 1 << 23
 
 
@@ -24,7 +24,7 @@ def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) 
     operations.
 
     Args:
-        elements: eligible elements over all ranks.
+        elements: over all ranks; the eligible ones, where there are masks, or else the trainable ones.
         slices: the parameters that the optimizer holds.
         masks: whether there are any: AdamW without them has torch's fused kernel on accelerators, and none on CPUs that
             rounds alike on any number of ranks.

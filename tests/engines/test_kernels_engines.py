@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from plain_jobs import build as build_plain
 from reference import check_parity, reference
 from spawn import run_ranks
 from test_methods import case_of, job_of, run_engine
-from tiny import Case
+from tiny import Case, make_model, micro_batch, parameter_groups
 from torch_jobs import check_runs
 from zero_jobs import runs_of
 
 from rose_ds import kernels
+from rose_ds.core.update import UpdateBatch
 from rose_ds.kernels import build
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -57,6 +61,39 @@ def test_parity(engine: str, extensions: Path, parity_log: list[str]) -> None:
     found = run_ranks(run_with_kernels, 2, jobs, timeout=200, process_group="zero" not in engine)
     for case, job in zip(CASES, jobs, strict=True):
         check(case, runs_of(found, job), f"{engine}-kernels-{case}", parity_log)
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("enough", [True, False])
+def test_adamw_without_masks(
+    enough: bool, foreach: bool | None, extensions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default compiled for a model that is large enough, though none of it is eligible; torch's where one asks."""
+    build.extension.cache_clear()
+    monkeypatch.setattr(kernels, "LARGE", sum(p.numel() for p in make_model(Case()).parameters()) + (not enough))
+    used: list[bool] = []
+    original = UpdateBatch.flush
+    monkeypatch.setattr(UpdateBatch, "flush", lambda self: (used.append(bool(self.compiled)), original(self)))
+    case = Case("none", clip=0.0)
+    model, stepper = build_plain(case, foreach=foreach)
+    twin = make_model(case)
+    adam = torch.optim.AdamW(parameter_groups(case, twin, named=False), foreach=foreach)
+    for t in range(1, 4):
+        ids, labels = micro_batch(case, t, 0)
+        for module in (model, twin):
+            module.eval()
+        stepper.backward(lambda ids=ids: model(ids), lambda z, labels=labels: F.cross_entropy(z, labels))
+        stepper.step()
+        F.cross_entropy(twin(ids), labels).backward()
+        adam.step()
+        adam.zero_grad()
+    wanted = enough and foreach is None
+    assert used == [wanted] * 3
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        if wanted:
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(mine, other)
 
 
 def check(case: Case, runs: Any, name: str, log: list[str]) -> None:
