@@ -3,10 +3,11 @@
     python benchmarks/optimizer_step.py --elements 22000000 --threads 2
     python benchmarks/optimizer_step.py --elements 124000000 --fast_alone --output FILE
 
-All rows take turns in every round and in a new order, so that a busy moment of the machine meets all alike: a round's
-seconds are divided by those of torch.optim.AdamW(fused=True) in it, and the table has the median of these ratios and
-their quartiles. The host's bandwidth is that of the fused AdamW, which moves 28 bytes an element and is bound by
-memory. Masks are by element and keep 0.6; every parameter is eligible.
+All rows take turns in every round and in a new order, so that a busy moment of the machine meets all alike, and all
+update the same parameters and moments, so that none has the better pages: a round's seconds are divided by those of
+torch.optim.AdamW(fused=True) in it, and the table has the median of these ratios and their quartiles. The host's
+bandwidth is that of the fused AdamW, which moves 28 bytes an element and is bound by memory. Masks are by element and
+keep 0.6; every parameter is eligible.
 """
 
 from __future__ import annotations
@@ -25,20 +26,38 @@ from memory import command_line, compared, origin, write
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
 STRATEGIES = ("none", "first", "second", "ensemble")
 FUSED = "torch AdamW, fused"
+_TURNS, _APART = 3, 16
 BYTES = 28
 """An element: AdamW reads four numbers of four bytes and writes three."""
 
 
 class Case:
-    """Parameters with gradients, and a second gradient to rank."""
+    """Parameters with moments and gradients, and a second gradient to rank; every row's optimizer holds the same."""
 
     def __init__(self, elements: int, slices: int, dtype: torch.dtype) -> None:
         sizes = [elements // slices] * slices
-        self.params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
-        self.grads = [torch.randn(n) * 1e-3 for n in sizes]
+        self.params = [torch.randn(n) for n in sizes]
+        self.moments = [(torch.randn(n) * 1e-3, torch.rand(n) * 1e-6) for n in sizes]
         self.risks = [torch.randn(n) * 1e-4 for n in sizes]
         # in turns: of one gradient again and again, every second-order risk would be the same
-        self.turns = [[g.roll(i).to(dtype) for g in self.grads] for i in range(3)]
+        room = [(torch.randn(n + _TURNS * _APART) * 1e-3).to(dtype) for n in sizes]
+        self.turns = [[r[i * _APART :][:n] for r, n in zip(room, sizes, strict=True)] for i in range(_TURNS)]
+        self.full = [g.float() for g in self.turns[0]]
+
+    def held(self) -> list[torch.nn.Parameter]:
+        """The parameters, with an fp32 gradient, or one of another type later."""
+        params = [torch.nn.Parameter(p) for p in self.params]
+        for param, grad in zip(params, self.full, strict=True):
+            param.grad_dtype = None
+            param.grad = grad
+        return params
+
+    def share(self, optimizer: torch.optim.Optimizer, step: Any) -> None:
+        """Give it the moments, and a count of steps that is no small number."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for param, (first, second) in zip(params, self.moments, strict=True):
+            optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            step = step.clone() if isinstance(step, torch.Tensor) else step
 
     def rose(self, strategy: str, kernels: Any | None) -> Callable[[], None]:
         """A step of RoseAdamW as a stepper takes it: masks from the gradients, then the update."""
@@ -50,9 +69,10 @@ class Case:
         from rose_ds.masks import policy_of
         from rose_ds.optimizer import Plan, Slice
 
-        named = [(f"t{i}", torch.nn.Parameter(p.detach().clone())) for i, p in enumerate(self.params)]
+        named = [(f"t{i}", p) for i, p in enumerate(self.held())]
         optimizer = RoseAdamW(named, lr=1e-4, strategy=strategy)
         optimizer.kernels = kernels
+        self.share(optimizer, torch.tensor(100.0))
         params = [p for _, p in named]
         blocks = [Block.flat(p.numel(), 0, p.numel()) for p in params]
         optimizer.attach(
@@ -66,8 +86,6 @@ class Case:
         policy = policy_of(optimizer.config)
         turns = itertools.cycle(self.turns)
         used: list[Any] = []
-        for param in params:
-            param.grad_dtype = None  # of any type
 
         def step() -> None:
             grads = next(turns)
@@ -87,23 +105,20 @@ class Case:
 
     def adamw(self, **how: Any) -> Callable[[], None]:
         """torch's."""
-        params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
-        for param, grad in zip(params, self.grads, strict=True):
-            param.grad = grad
-        return torch.optim.AdamW(params, lr=1e-4, **how).step
+        optimizer = torch.optim.AdamW(self.held(), lr=1e-4, **how)
+        self.share(optimizer, torch.tensor(100.0))
+        return optimizer.step
 
     def deepspeed(self) -> Callable[[], None] | None:
         """DeepSpeed's for offload; None where it cannot be built."""
         try:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
-            optimizer = DeepSpeedCPUAdam(params, lr=1e-4, weight_decay=0.01)
+            optimizer = DeepSpeedCPUAdam(self.held(), lr=1e-4, weight_decay=0.01)
         except Exception as error:  # whatever its builder raises
             print(f"DeepSpeedCPUAdam is left out: {error}")
             return None
-        for param, grad in zip(params, self.grads, strict=True):
-            param.grad = grad
+        self.share(optimizer, 100)
         return optimizer.step
 
     def thresholds(self, kernels: Any) -> dict[str, Callable[[], Any]]:
@@ -184,7 +199,7 @@ def main() -> None:
     parser.add_argument(
         "--fast_alone",
         action="store_true",
-        help="without torch's loops and foreach: every row has parameters and moments of its own, 12 bytes an element",
+        help="without what takes ten times as long and memory of its own: torch's loops and foreach",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (default: %(default)s)")
     options = parser.parse_args()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rose_ds.core.counted import Chunks, bits_of
 from rose_ds.core.device import OnDevice
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs
 from rose_ds.core.mask import BitMask, add_mask_
-from rose_ds.core.threshold import Chunks, bits_of
 from rose_ds.kernels import fits
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ class _Kept:
         return self.values[i][at]
 
 
-def score_of(selector: Selector, inputs: StepInputs) -> ScorePart:
-    """A selector's scores of this rank's slices, kept where they are few."""
+def score_of(selector: Selector, inputs: StepInputs, rankings: int = 1) -> ScorePart:
+    """A selector's scores of this rank's slices, kept where they are few, as are all of several ``rankings``."""
     sizes = [g.numel() for g in inputs.grads]
 
     def score(i: int, at: slice) -> Tensor:
         return selector.score(ElementMagnitudes(inputs, i, at))
 
-    return _Kept(score, sizes) if sum(sizes) <= _KEPT else score
+    return _Kept(score, sizes) if sum(sizes) * rankings <= _KEPT else score
 
 
 class Lazy(Chunks):
@@ -90,6 +90,7 @@ class Compiled:
             others = [inputs.risk_grads[i] for i in indices] if share and inputs.risk_grads is not None else []
             alphas = [1 - inputs.beta1s[i] for i in indices]
             numbers = (grads, exp_avgs, alphas, float(inputs.scale), others, share)
+        self.kernels = kernels
         self.risks = kernels.Risks(*numbers, [mask.words for mask in mine], plane, selector.largest)
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
@@ -108,7 +109,15 @@ class Compiled:
         row: Tensor = self.risks.scan(low, high)  # and marks what it is sure of
         return row
 
+    @staticmethod
+    def scan_together(values: Sequence[Compiled], windows: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """``scan`` of several rankings, each in its window, in one look at the memory."""
+        lows, highs = zip(*windows, strict=True)
+        rows: list[Tensor] = values[0].kernels.Risks.scan_together([v.risks for v in values], list(lows), list(highs))
+        return rows
+
     def mark(self, tau: float) -> None:
+        """Set the selector's bit where risks are kept."""
         self.risks.mark(tau)
 
 

@@ -7,14 +7,14 @@ of a step go through them together: one exchange a round, one read in all. A num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rose_ds.core.threshold import INFINITY, ROUNDS, Exchange, Search, Threshold, bits_of_number
+from rose_ds.core.counted import INFINITY, bits_of_number
+from rose_ds.core.threshold import ROUNDS, Exchange, Search, Threshold, Wanted
 
 
 class OnDevice(Protocol):
@@ -25,16 +25,6 @@ class OnDevice(Protocol):
 
     def mark(self, taus: Tensor) -> None:
         """Set every ranking's bit of the codes, by its own threshold: fp32, (rankings,)."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What ``kth_smallest`` is asked for."""
-
-    k: int | Callable[[Tensor], int]
-    """1-based; or what chooses it by ``Threshold.histogram``, for which the host reads the first round's counts too."""
-    largest: bool = False
-    fixed: float | None = None
 
 
 def numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -49,7 +39,7 @@ def kth_smallest_on_device(
 
     Args:
         spreads: values and the exchange between their ranks; every rank has them in the same order.
-        wanted: one a ranking.
+        wanted: one a ranking; for what chooses k by the histogram, the host reads the first round's counts too.
         device: on which the values lie.
 
     Returns:
@@ -94,7 +84,7 @@ def _read(
     parts = zip(host.split([part.numel() for part in found]), found, strict=True)
     counts, totals, below, with_prefix, prefix, rank_below, rank_with = (h.view(part.shape) for h, part in parts)
     for i, want in enumerate(wanted):
-        search = Search(spreads)
+        search = Search([exchange for _, exchange in spreads])
         search.rows = totals[:, i : i + 1]
         search.begin(counts[i], ks[i])
         search.below, search.with_prefix, search.prefix = int(below[i]), int(with_prefix[i]), int(prefix[i])

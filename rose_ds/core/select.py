@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from rose_ds.core.automatic import CRITERIA
 from rose_ds.core.counting import Compiled, Lazy, LazyOnDevice, can_compile, compiled_on_device, score_of
-from rose_ds.core.device import OnDevice, Wanted, kth_smallest_on_device
+from rose_ds.core.device import OnDevice, kth_smallest_on_device
 from rose_ds.core.layout import Layout
 from rose_ds.core.magnitudes import StepInputs, TensorMagnitudes
 from rose_ds.core.mask import FIRST, BitMask, add_mask_, keep_count
-from rose_ds.core.threshold import Spread, Threshold, kth_smallest, local_only
+from rose_ds.core.threshold import Threshold, Wanted, kth_smallest, kth_smallest_of_each, local_only
 
 #: From magnitudes to what is ranked: non-negative, fp32.
 Score = Callable[[Any], Tensor]
@@ -109,12 +110,9 @@ def _rank(
     kernels: Any | None,
     histograms: bool,
 ) -> Iterator[tuple[Selector, Threshold]]:
-    """One ranking after the other; each marks the codes when the next one is asked for."""
-    for selector in selectors:
-        if granularity == "element":
-            threshold, add_mask = _rank_elements(selector, inputs, codes, kernels, histograms)
-        else:
-            threshold, add_mask = _rank_tensors(selector, inputs, codes)
+    """All rankings; each marks the codes when the next one is asked for."""
+    rank = _rank_tensors if granularity == "tensor" else partial(_rank_elements, kernels=kernels, histograms=histograms)
+    for selector, (threshold, add_mask) in zip(selectors, rank(selectors, inputs, codes), strict=True):
         yield selector, threshold
         add_mask()
 
@@ -153,44 +151,51 @@ def _bit_masks(bits: Sequence[int], inputs: StepInputs, used: Sequence[BitMask])
     return [BitMask.empty(n, bits) for n in sizes]
 
 
+#: A threshold, and what marks the codes by it.
+_Ranked = Iterable[tuple[Threshold, Callable[[], None]]]
+
+
 def _rank_elements(
-    selector: Selector, inputs: StepInputs, codes: Sequence[Any], kernels: Any | None, histograms: bool
-) -> tuple[Threshold, Callable[[], None]]:
+    selectors: Sequence[Selector],
+    inputs: StepInputs,
+    codes: Sequence[Any],
+    kernels: Any | None,
+    histograms: bool,
+) -> _Ranked:
+    """All rankings together."""
+    layout, values = inputs.layout, list[list[Any]]()
+    for selector in selectors:
+        held: partial[Any]
+        if kernels is not None:
+            held = partial(Compiled, kernels, selector, inputs, codes)
+        else:
+            held = partial(Lazy, selector, score_of(selector, inputs, len(selectors)), codes)
+        values.append([held(layout.slices_of(exchange)) for exchange in layout.exchanges])
+    spreads = list(zip(zip(*values, strict=True), layout.exchanges, strict=True))
+    wanted = [_wanted(selector, layout.element_count) for selector in selectors]
+    found = kth_smallest_of_each(spreads, wanted, None if histograms else layout.element_count)
+    return [(threshold, partial(_mark, mine, threshold)) for threshold, mine in zip(found, values, strict=True)]
+
+
+def _mark(values: Sequence[Lazy | Compiled], threshold: Threshold) -> None:
+    for part in values:
+        part.mark(threshold.value)
+
+
+def _rank_tensors(selectors: Sequence[Selector], inputs: StepInputs, codes: list[Any]) -> _Ranked:
+    """One ranking after the other, on every rank alike: they are of the same few hundred numbers."""
     layout = inputs.layout
-    values: list[Lazy | Compiled]
-    if kernels is not None:
-        values = [Compiled(kernels, selector, inputs, codes, layout.slices_of(e)) for e in layout.exchanges]
-    else:
-        score = score_of(selector, inputs)
-        values = [Lazy(selector, score, codes, layout.slices_of(e)) for e in layout.exchanges]
-    spreads = list(zip(values, layout.exchanges, strict=True))
-    threshold = _threshold(selector, spreads, layout.element_count, guided=not histograms)
-
-    def add_mask() -> None:
-        for part in values:
-            part.mark(threshold.value)
-
-    return threshold, add_mask
+    for selector in selectors:
+        scores, wanted = selector.score(TensorMagnitudes(inputs)), _wanted(selector, layout.tensor_count)
+        threshold = kth_smallest([([scores], local_only)], wanted.k, largest=wanted.largest, fixed=wanted.fixed)
+        yield threshold, partial(_mark_tensors, selector, scores, threshold, layout, codes)
 
 
-def _rank_tensors(selector: Selector, inputs: StepInputs, codes: list[Any]) -> tuple[Threshold, Callable[[], None]]:
-    layout = inputs.layout
-    scores = selector.score(TensorMagnitudes(inputs))
-    # already global: every rank ranks the same few hundred numbers
-    threshold = _threshold(selector, [([scores], local_only)], layout.tensor_count)
-
-    def add_mask() -> None:
-        masks = torch.zeros(layout.tensor_count, dtype=torch.uint8)
-        add_mask_(masks, scores, threshold.value, selector.bit, largest=selector.largest)
-        for i, tensor in enumerate(layout.tensor_index):
-            codes[i] |= int(masks[tensor])
-
-    return threshold, add_mask
-
-
-def _threshold(selector: Selector, spreads: Sequence[Spread], count: int, *, guided: bool = False) -> Threshold:
-    wanted, known = _wanted(selector, count), count if guided else None
-    return kth_smallest(spreads, wanted.k, largest=wanted.largest, fixed=wanted.fixed, count=known)
+def _mark_tensors(selector: Selector, scores: Tensor, threshold: Threshold, layout: Layout, codes: list[Any]) -> None:
+    masks = torch.zeros(layout.tensor_count, dtype=torch.uint8)
+    add_mask_(masks, scores, threshold.value, selector.bit, largest=selector.largest)
+    for i, tensor in enumerate(layout.tensor_index):
+        codes[i] |= int(masks[tensor])
 
 
 def _wanted(selector: Selector, count: int) -> Wanted:

@@ -9,54 +9,23 @@ few around it alone. Integer sums do not depend on their order: every rank compu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import methodcaller
-from typing import Any, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rose_ds.core.counted import FACTS, INFINITY, LOWEST, SAMPLE_SHIFT, SCAN_SHIFT, Chunks, Counted, bits_of_number
+
 #: Takes this rank's tensor, returns one row a rank (or a single, summed row): shape (rows, *local.shape).
 Exchange = Callable[[Tensor], Tensor]
-
-
-@runtime_checkable
-class Counted(Protocol):
-    """Values that are counted where they lie. Bits are those of the values in fp32; all counts are int64."""
-
-    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
-        """Counts, shape (2**width,), by the bits [shift, shift + width) of values whose higher ones are these."""
-
-    def sample(self, stride: int) -> Tensor:
-        """Counts of every ``stride``-th value, shape (4096,): 64 bins an octave from 2**-48 to 2**16, the first and the
-        last with all that lies beyond.
-        """
-
-    def zoom(self, low: int, high: int) -> Tensor:
-        """Counts of those values of the last sample whose top 15 bits are in [low, high) by their top 21 bits: shape
-        ((high - low) * 64,).
-        """
-
-    def scan(self, low: int, high: int) -> Tensor:
-        """One look at every value: how many there are, lie below, are infinite, NaN, negative, zero (``_FACTS``), then
-        counts of those whose top 21 bits are in [low, high) by their top 22 bits: shape (6 + (high - low) * 2,).
-        """
-
-
 #: Values that one set of ranks shares out among its members, and how these ranks exchange counts.
 Spread = tuple[Iterable[Tensor] | Counted, Exchange]
 
 ROUNDS = ((20, 12), (10, 10), (0, 10))  # (shift, width) in bits, most significant first
-INFINITY = 0x7F8  # the top 12 bits of +inf; above it lie NaNs, from 0x800 on negative numbers and from 0xFF8 on NaNs
-_MINUS_INFINITY = -8  # its top 12 bits, read with their sign
-_CHUNK = 1 << 20  # values at a time: bounds the scratch memory of a round
-_FACTS = 6  # numbers in a scan's row before its counts
 _SAMPLE = 1 << 16  # values of the sample, over all ranks; but no more than one of so many:
 _EVERY = 1 << 6
-_SAMPLE_SHIFT = 17  # bits that a sample leaves away
-_SCAN_SHIFT = 11  # bits that it leaves away where it is looked at closely, and that the ends of a scan's window lack
-_LOWEST = (127 - 48) << 6  # the top 15 bits of 2**-48
 _WINDOW = 64  # bins of a sample that are looked at closely, at most: an octave
 #: Values over all ranks from which a sample is worth a round of its own.
 MANY = 1 << 20
@@ -109,27 +78,75 @@ def kth_smallest(
     Raises:
         ValueError: k out of range or a negative value; decided on exchanged counts, so on every rank alike.
     """
-    search = Search([(v if isinstance(v, Counted) else Chunks(v), exchange) for v, exchange in spreads])
-    rounds: Sequence[tuple[int, int]] = ROUNDS
-    wanted = None if fixed is None else bits_of_number(fixed)
-    last = 0 if callable(k) else k
-    if count is not None and count >= MANY and 1 <= last <= count and wanted is None and search.by_sample(last, count):
-        rounds = ROUNDS[2:]
-    for shift, width in rounds:
-        counts = search.ask(methodcaller("histogram", search.prefix, shift, width))
-        if shift == ROUNDS[0][0]:
-            last = search.begin(counts, k)
-        if search.nan:
-            break
-        search.narrow(counts, last, width, None if wanted is None else wanted >> shift & (1 << width) - 1)
-    return search.threshold(largest)
+    held = [((v if isinstance(v, Counted) else Chunks(v),), exchange) for v, exchange in spreads]
+    return kth_smallest_of_each(held, [Wanted(k, largest, fixed)], count)[0]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What ``kth_smallest`` is asked for."""
+
+    k: int | Callable[[Tensor], int]
+    """1-based; or what chooses it, by ``Threshold.histogram``."""
+    largest: bool = False
+    fixed: float | None = None
+
+
+def kth_smallest_of_each(
+    spreads: Sequence[tuple[Sequence[Counted], Exchange]], wanted: Sequence[Wanted], count: int | None = None
+) -> list[Threshold]:
+    """``kth_smallest`` in several rankings of the same elements: what they count in a round is exchanged together.
+
+    Args:
+        spreads: one ``Counted`` a ranking, and the exchange between their ranks.
+        wanted: one a ranking.
+        count: as there.
+    """
+    searches = [Search([exchange for _, exchange in spreads]) for _ in wanted]
+    runs = [search.run(want, count) for search, want in zip(searches, wanted, strict=True)]
+    asked = {i: next(run) for i, run in enumerate(runs)}
+    while asked:
+        rows = [_rows([values[i] for i in asked], list(asked.values()), exchange) for values, exchange in spreads]
+        answers = dict(zip(asked, zip(*rows, strict=True), strict=True))
+        asked = {i: question for i, answer in answers.items() if (question := _next(runs[i], answer)) is not None}
+    return [search.threshold(want.largest) for search, want in zip(searches, wanted, strict=True)]
+
+
+class Question(NamedTuple):
+    """One of the methods of ``Counted``, and what it is called with."""
+
+    method: str
+    arguments: tuple[int, ...]
+
+
+#: Asks every rank's values, and is told what each exchange has brought.
+Asking = Generator[Question, Sequence[Tensor], None]
+
+
+def _next(run: Asking, answer: Sequence[Tensor]) -> Question | None:
+    try:
+        return run.send(answer)
+    except StopIteration:
+        return None
+
+
+def _rows(values: Sequence[Counted], questions: Sequence[Question], exchange: Exchange) -> Sequence[Tensor]:
+    """What the ranks answer to each: (rows, counts)."""
+    together = getattr(values[0], "scan_together", None)
+    if together is not None and len(values) > 1 and all(question.method == "scan" for question in questions):
+        counts = together(values, [question.arguments for question in questions])
+    else:
+        counts = [getattr(v, q.method)(*q.arguments) for v, q in zip(values, questions, strict=True)]
+    if len(counts) == 1:
+        return [exchange(counts[0])]
+    return exchange(torch.cat(counts)).split([len(c) for c in counts], dim=1)
 
 
 class Search:
     """What the rounds so far have found out."""
 
-    def __init__(self, spreads: Sequence[tuple[Any, Exchange]]) -> None:
-        self.spreads = spreads
+    def __init__(self, exchanges: Sequence[Exchange]) -> None:
+        self.exchanges = exchanges
         self.prefix = 0
         """The k-th smallest's highest bits."""
         self.below = 0
@@ -141,11 +158,27 @@ class Search:
         """Of the first spread, what each rank answered."""
         self.rank_totals = self.rank_below = self.rank_with = torch.zeros(1, dtype=torch.int64)
 
-    def ask(self, question: Callable[[Counted], Tensor]) -> Tensor:
-        """The sum of all ranks' answers: a collective for each spread."""
-        rows = [exchange(question(values)) for values, exchange in self.spreads]
+    def run(self, want: Wanted, count: int | None) -> Asking:
+        """All rounds."""
+        rounds: Sequence[tuple[int, int]] = ROUNDS
+        wanted = None if want.fixed is None else bits_of_number(want.fixed)
+        last = 0 if callable(want.k) else want.k
+        guided = count is not None and count >= MANY and 1 <= last <= count and wanted is None
+        if guided and (yield from self.by_sample(last, count)):
+            rounds = ROUNDS[2:]
+        for shift, width in rounds:
+            counts = yield from self.ask("histogram", self.prefix, shift, width)
+            if shift == ROUNDS[0][0]:
+                last = self.begin(counts, want.k)
+            if self.nan:
+                break
+            self.narrow(counts, last, width, None if wanted is None else wanted >> shift & (1 << width) - 1)
+
+    def ask(self, method: str, *arguments: int) -> Generator[Question, Sequence[Tensor], Tensor]:
+        """The sum of all ranks' answers."""
+        rows = yield Question(method, arguments)
         self.rows = rows[0]
-        return torch.stack([r.sum(0) for r in rows]).sum(0)
+        return rows[0].sum(0) if len(rows) == 1 else torch.stack([r.sum(0) for r in rows]).sum(0)
 
     def begin(self, counts: Tensor, k: int | Callable[[Tensor], int]) -> int:
         """Read the first round's counts; k as a number."""
@@ -158,33 +191,33 @@ class Search:
         self._check_range(last)
         return last
 
-    def by_sample(self, k: int, count: int) -> bool:
+    def by_sample(self, k: int, count: int) -> Generator[Question, Sequence[Tensor], bool]:
         """The first two rounds in one scan; False where the sample does not say where to look, or misses."""
-        window = self.window(k / count, max(count // _SAMPLE, _EVERY))
+        window = yield from self.window(k / count, max(count // _SAMPLE, _EVERY))
         if window is None:
             return False
         low, high = window
-        row = self.ask(methodcaller("scan", low, high))
-        total, below, infinite, nan, negative, zeros = row[:_FACTS].tolist()
+        row = yield from self.ask("scan", low, high)
+        total, below, infinite, nan, negative, zeros = row[:FACTS].tolist()
         self._check(total, infinite, nan, negative, zeros)
         self._check_range(k)
-        inside = row[_FACTS:]
+        inside = row[FACTS:]
         if nan:
             return True
         if not below < k <= below + int(inside.sum()):
             return False
         self.rank_totals, self.rank_below, self.below = self.rows[:, 0], self.rows[:, 1], below
-        self.rows = self.rows[:, _FACTS:]
+        self.rows = self.rows[:, FACTS:]
         self.prefix = low
         self.narrow(inside, k, 1)  # a digit of more than one bit, where the window is more than one bin
         return True
 
-    def window(self, quantile: float, stride: int) -> tuple[int, int] | None:
+    def window(self, quantile: float, stride: int) -> Generator[Question, Sequence[Tensor], tuple[int, int] | None]:
         """The top 21 bits [low, high) between which a quantile lies, by five standard deviations of a sample; None:
         beyond the sample's bins, or with too many of the values in between.
         """
         # odd: rows of matrices have even lengths, and all their columns should have a chance
-        sample = self.ask(methodcaller("sample", stride | 1))
+        sample = yield from self.ask("sample", stride | 1)
         drawn = int(sample.sum())
         at, spread = quantile * drawn, 5 * math.sqrt(quantile * (1 - quantile) * drawn) + 1
         first, last = at - spread, at + spread
@@ -192,12 +225,12 @@ class Search:
         if low == 0 or high >= len(sample) or high - low > _WINDOW:
             return None
         # second-order risks may all lie in a few of these bins
-        closer = self.ask(methodcaller("zoom", _LOWEST + low, _LOWEST + high))
+        closer = yield from self.ask("zoom", LOWEST + low, LOWEST + high)
         below = int(sample[:low].sum())
         start, end = _between(closer, first - below, last - below)
         if int(closer[start:end].sum()) * 3 > drawn:  # a heavy tie, say: then a scan that collects them is no gain
             return None
-        origin = _LOWEST + low << _SAMPLE_SHIFT - _SCAN_SHIFT
+        origin = LOWEST + low << SAMPLE_SHIFT - SCAN_SHIFT
         return origin + start, origin + end
 
     def narrow(self, counts: Tensor, k: int, width: int, digit: int | None = None) -> None:
@@ -219,7 +252,7 @@ class Search:
         else:
             kept, by_rank = self.below + self.with_prefix, self.rank_below + self.rank_with
         value = torch.tensor(self.prefix, dtype=torch.int32).view(torch.float32).item()
-        together = len(self.spreads) > 1 or (len(by_rank) == 1 and self.spreads[0][1] is not local_only)
+        together = len(self.exchanges) > 1 or (len(by_rank) == 1 and self.exchanges[0] is not local_only)
         rows = None if together else tuple(by_rank.tolist())
         return Threshold(value, kept, rows, self.infinite, 0, self.zeros, self.histogram)
 
@@ -238,84 +271,3 @@ def _between(counts: Tensor, first: float, last: float) -> tuple[int, int]:
     ends = torch.tensor([first, last], device=counts.device)
     low, high = torch.searchsorted(counts.cumsum(0), ends).tolist()
     return low, min(high + 1, len(counts))
-
-
-class Chunks:
-    """``Counted`` for floating tensors, a bounded piece of one at a time."""
-
-    def __init__(self, chunks: Iterable[Tensor] = ()) -> None:
-        self._chunks = chunks
-        self.window = (0, 0)
-        self.inside: list[Tensor] = []
-        """Bits of the values in the window, from the scan."""
-        self.drawn: list[Tensor] = []
-        """Bits of the last sample's values."""
-
-    def chunks(self) -> Iterable[Tensor]:
-        """All values."""
-        return self._chunks
-
-    def every(self, stride: int) -> Iterator[Tensor]:
-        """Every ``stride``-th value, as if the chunks were one."""
-        start = 0
-        for chunk in self.chunks():
-            yield chunk.detach().reshape(-1)[start::stride]
-            start = (start - chunk.numel()) % stride
-
-    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
-        found = None
-        known = self.window[0] <= prefix << (shift + width) >> _SCAN_SHIFT < self.window[1]
-        source = self.inside if known and shift + width <= _SCAN_SHIFT else self._bits()
-        for bits in source:
-            if shift + width < 32:
-                bits = bits[(bits >> (shift + width)) == prefix]
-            digits = (bits >> shift) & ((1 << width) - 1)
-            counts = torch.bincount(digits, minlength=1 << width)
-            found = counts if found is None else found.add_(counts)
-        return torch.zeros(1 << width, dtype=torch.int64) if found is None else found
-
-    def sample(self, stride: int) -> Tensor:
-        found = torch.zeros(1 << 12, dtype=torch.int64)
-        self.drawn = [bits_of(part) for part in self.every(stride)]
-        for bits in self.drawn:
-            bins = (bits >> _SAMPLE_SHIFT).sub_(_LOWEST).clamp_(0, 0xFFF)
-            found = found.to(bits.device) + torch.bincount(bins, minlength=1 << 12)
-        return found
-
-    def zoom(self, low: int, high: int) -> Tensor:
-        found = torch.zeros(high - low << 6, dtype=torch.int64)
-        for bits in self.drawn:
-            top = bits >> _SAMPLE_SHIFT
-            bins = (bits[(top >= low) & (top < high)] >> _SCAN_SHIFT) - (low << 6)
-            found = found.to(bits.device) + torch.bincount(bins, minlength=high - low << 6)
-        return found
-
-    def scan(self, low: int, high: int) -> Tensor:
-        self.window, self.inside = (low, high), []
-        found = None
-        for bits in self._bits():
-            inside = bits[(bits >= low << _SCAN_SHIFT) & (bits < high << _SCAN_SHIFT)]
-            self.inside.append(inside)
-            counts = torch.bincount((inside >> 10) - (low << 1), minlength=high - low << 1)
-            top = bits >> 20
-            nan = (top > INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
-            facts = [(top >= 0) & (bits < low << _SCAN_SHIFT), top == INFINITY, nan, top < 0, top == 0]
-            sums = torch.stack([fact.sum() for fact in facts])
-            sums[3] -= (nan & (top < 0)).sum()
-            row = torch.cat([torch.full_like(sums[:1], bits.numel()), sums, counts])
-            found = row if found is None else found.add_(row)
-        return torch.zeros(_FACTS + (high - low << 1), dtype=torch.int64) if found is None else found
-
-    def _bits(self) -> Iterator[Tensor]:
-        for chunk in self.chunks():
-            yield from map(bits_of, chunk.detach().reshape(-1).split(_CHUNK))
-
-
-def bits_of(values: Tensor) -> Tensor:
-    """As int32; + 0.0 turns -0.0 into 0.0, whose bits sort first."""
-    return (values.float() + 0.0).view(torch.int32)
-
-
-def bits_of_number(value: float) -> int:
-    """The bits of a number in fp32, as an integer."""
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -125,3 +126,9 @@ def check_same_bits(ours: list[list[Tensor]], theirs: list[list[Tensor]], what: 
         for a, b in zip(mine, other, strict=True):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (what, column)
             assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan()), "the sign of zeros"
+
+
+def saying(outcome: Any) -> Generator[Any, Any, Any]:
+    """A part of a search that asks nothing."""
+    yield from ()
+    return outcome

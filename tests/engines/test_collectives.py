@@ -76,17 +76,11 @@ def counted(extensions: object) -> Any:
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_thresholds(counted: Any, engine: str, depth: int) -> None:
-    """Three exchanges each, whatever the model's depth and the number of micro-batches."""
+    """Three exchanges, whatever the model's depth, the number of micro-batches, and that of rankings."""
     found = {name: counted(engine)[name, depth]["allgather"] for name in CASES}
     base = found.pop("none")
-    assert {name: n - base for name, n in found.items()} == {
-        "second": 3,
-        "first": 3,
-        "fast": 3,
-        "ensemble": 6,
-        "accumulated": 6,
-        "halves": 6,
-    }
+    assert set(found) == {"second", "first", "fast", "ensemble", "accumulated", "halves"}
+    assert {n - base for n in found.values()} == {3}
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

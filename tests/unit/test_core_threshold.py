@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_data import saying
 from thread_ranks import Group, at_once
 from torch import Tensor
 
 from rose_ds import kth_smallest as public
-from rose_ds.core import threshold
-from rose_ds.core.threshold import Threshold, kth_smallest, local_only
+from rose_ds.core import counted, threshold
+from rose_ds.core.counted import Chunks
+from rose_ds.core.threshold import Threshold, Wanted, kth_smallest, kth_smallest_of_each, local_only
 
 pytestmark = pytest.mark.fast
 
@@ -124,7 +126,7 @@ def test_a_sample_changes_nothing(kind: str, largest: bool, monkeypatch: pytest.
     """On uneven ranks, for fractions from one end to the other; where it guides, no histogram is exchanged."""
     monkeypatch.setattr(threshold, "_EVERY", 2)  # a sample large enough for 40,000 values
     monkeypatch.setattr(threshold, "MANY", 1)
-    monkeypatch.setattr(threshold, "_CHUNK", 3000)
+    monkeypatch.setattr(counted, "_CHUNK", 3000)
     every = many_values(kind, 40_000)
     held = [[c] for c in every.split([1, 25_000, 14_999])]
     held[2] = list(held[2][0].split(4000))
@@ -142,11 +144,58 @@ def test_a_sample_changes_nothing(kind: str, largest: bool, monkeypatch: pytest.
     assert guided >= (0 if kind in ("ties", "zeros", "wide", "nan") else 2)
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_several_rankings(summed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds what it finds alone, though one has no sample, one is misled by it, one ends early, and one knows its
+    threshold; in as many exchanges as the longest takes alone.
+    """
+    monkeypatch.setattr(threshold, "_EVERY", 2)
+    monkeypatch.setattr(threshold, "MANY", 1)
+    kinds = ("normal", "near one", "ties", "nan", "sorted", "wide")
+    held = [many_values(kind, 30_000).split([9_000, 1, 20_999]) for kind in kinds]
+    wanted = [
+        *(Wanted(k, largest) for k, largest in ((18_000, False), (400, True), (7, False), (3, False))),
+        *(Wanted(lambda histogram: int(histogram.sum()) // 3), Wanted(1, fixed=0.75)),
+    ]
+    asked: list[int] = []
+
+    def counting(exchange: threshold.Exchange) -> threshold.Exchange:
+        def counted_exchange(counts: Tensor) -> Tensor:
+            asked.append(1)
+            return exchange(counts)
+
+        return counted_exchange
+
+    def alone(i: int) -> Callable[[int, threshold.Exchange], Threshold]:
+        want = wanted[i]
+        return lambda rank, exchange: kth_smallest(
+            [([held[i][rank]], counting(exchange))], want.k, largest=want.largest, fixed=want.fixed, count=30_000
+        )
+
+    apart, rounds = [], []
+    for i in range(len(kinds)):
+        asked.clear()
+        apart.append(on_ranks(3, alone(i), summed=summed))
+        rounds.append(len(asked))
+    assert len(set(rounds)) > 1
+    asked.clear()
+    together = on_ranks(
+        3,
+        lambda rank, exchange: kth_smallest_of_each(
+            [([Chunks([values[rank]]) for values in held], counting(exchange))], wanted, 30_000
+        ),
+        summed=summed,
+    )
+    assert len(asked) == max(rounds)
+    for rank in range(3):
+        assert [repr(found) for found in together[rank]] == [repr(found[rank]) for found in apart]
+
+
 @pytest.mark.parametrize("window", [(384000, 384192), (531200, 531840), (512000, 520192)])
 def test_a_sample_that_misleads(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that the value is not in, on either side, costs a scan; one that is wide finds it."""
     monkeypatch.setattr(threshold, "MANY", 1)
-    monkeypatch.setattr(threshold.Search, "window", lambda *_: window)
+    monkeypatch.setattr(threshold.Search, "window", lambda *_: saying(window))
     every = many_values("normal", 20_000)
     for k in (500, 10_000, 19_500):
         found = kth_smallest([([every], local_only)], k, count=every.numel())
@@ -174,7 +223,7 @@ def test_read_in_fp32(dtype: torch.dtype, k: int) -> None:
 @pytest.mark.parametrize("size", [5, 1000, 99_991])
 def test_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Values are counted a bounded piece at a time."""
-    monkeypatch.setattr(threshold, "_CHUNK", 1000)
+    monkeypatch.setattr(counted, "_CHUNK", 1000)
     values = torch.rand(size, generator=torch.Generator().manual_seed(size))
     for k in (1, size // 2 + 1, size):
         assert local([values], k).value == expected(values, k)

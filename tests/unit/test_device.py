@@ -21,12 +21,13 @@ from torch.nn.functional import cross_entropy
 
 from rose_ds import RoseAdamW, prepare
 from rose_ds.config import RoseConfig
-from rose_ds.core.device import Wanted, kth_smallest_on_device
+from rose_ds.core.counted import bits_of
+from rose_ds.core.device import kth_smallest_on_device
 from rose_ds.core.layout import Block, Layout
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, SECOND
 from rose_ds.core.select import Selection, select
-from rose_ds.core.threshold import bits_of, kth_smallest, local_only
+from rose_ds.core.threshold import Wanted, kth_smallest, local_only
 from rose_ds.masks import policy_of
 
 # --- what the count is worth ---

@@ -23,6 +23,7 @@ from step_data import (
     codes_of,
     outcome,
     same,
+    saying,
     step_inputs,
     tensors,
 )
@@ -76,7 +77,7 @@ def test_a_window_that_misses(
 ) -> None:
     """What a scan has marked in vain is marked anew."""
     monkeypatch.setattr(threshold, "MANY", 1)
-    monkeypatch.setattr(threshold.Search, "window", lambda *_: window)
+    monkeypatch.setattr(threshold.Search, "window", lambda *_: saying(window))
     inputs = step_inputs("normal", [70_001, 3, 40_000], torch.float32)
     policy = policy_of(RoseConfig(keep_first=0.2, keep_second=0.9, keep_largest=largest))
     assert policy is not None

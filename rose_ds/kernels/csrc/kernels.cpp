@@ -23,7 +23,8 @@ constexpr int64_t kChunk = 1 << 15;  // elements that a thread takes at a time
 constexpr int kBlock = 256;          // of these, how many at once: what is computed in between stays in the first cache
 constexpr int kWord = 64;            // elements to a word of a mask of bits
 
-constexpr int64_t kAhead = 2048;     // bytes, of what is fetched before it is needed
+constexpr int64_t kAhead = 4096;     // bytes, of what is fetched before it is needed
+constexpr int64_t kSampleAhead = 24;  // the same of a sample, in risks
 
 inline float as_float(int32_t bits) {
   float value;
@@ -88,8 +89,7 @@ constexpr int32_t kLowest = (127 - 48) << 6;
 // of its own: another thread's stores would take them away at every block.
 struct alignas(64) Found {
   struct Run {
-    size_t chunk;
-    int count;
+    size_t chunk, count;
   };
   std::vector<int32_t> bits;
   std::vector<int32_t> at;
@@ -144,31 +144,34 @@ inline int append(uint64_t ones, int from, uint8_t* places) {
 // Counts a block, sets the words of those it is sure of (none where `words` is null), copies what lies in the window: how
 // many. `found` and `where` have room for all. `at`: where the block begins in its chunk; `stride`: from one word to the
 // next.
-int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint64_t* words, int64_t stride, Facts& facts,
-         int32_t* found, int32_t* where) {
+inline int sift(const Window& w, const int32_t* bits, int n, int32_t at, uint64_t* words, int64_t stride, Facts& facts,
+                int32_t* found, int32_t* where) {
   int count = 0, i = 0;
   int below = 0, zeros = 0;
 #if defined(__AVX512F__) && defined(__AVX512BW__)
   static_assert(kBlock <= 256);  // a place in a block is a byte
-  const __m512i low = _mm512_set1_epi32(w.low), high = _mm512_set1_epi32(w.high), one = _mm512_set1_epi32(1 << 20);
-  __m512i top = _mm512_setzero_si512();
+  const __m512i low = _mm512_set1_epi32(w.low), high = _mm512_set1_epi32(w.high);
+  __m512i top = _mm512_setzero_si512(), bottom = _mm512_set1_epi32(kInfinity << 20);
   uint8_t places[kBlock + kWord];
   for (; i + kWord <= n; i += kWord) {
-    uint64_t less = 0, up_to = 0, tiny = 0;
-    for (int j = 0; j < kWord; j += 16) {
-      const __m512i values = _mm512_loadu_si512(bits + i + j);
-      less |= uint64_t(_mm512_cmplt_epi32_mask(values, low)) << j;
-      up_to |= uint64_t(_mm512_cmplt_epi32_mask(values, high)) << j;
-      tiny |= uint64_t(_mm512_cmplt_epi32_mask(values, one)) << j;
-      top = _mm512_max_epi32(top, values);
-    }
-    below += __builtin_popcountll(less), zeros += __builtin_popcountll(tiny);
+    const __m512i values[4] = {_mm512_loadu_si512(bits + i), _mm512_loadu_si512(bits + i + 16),
+                               _mm512_loadu_si512(bits + i + 32), _mm512_loadu_si512(bits + i + 48)};
+    const auto below_of = [&](__m512i bound) {
+      const __mmask32 last = _mm512_kunpackw(_mm512_cmplt_epi32_mask(values[3], bound), _mm512_cmplt_epi32_mask(values[2], bound));
+      const __mmask32 head = _mm512_kunpackw(_mm512_cmplt_epi32_mask(values[1], bound), _mm512_cmplt_epi32_mask(values[0], bound));
+      return uint64_t(_mm512_kunpackd(last, head));
+    };
+    const uint64_t less = below_of(low), up_to = below_of(high);
+    for (const __m512i& v : values) top = _mm512_max_epi32(top, v), bottom = _mm512_min_epi32(bottom, v);
+    below += __builtin_popcountll(less);
     if (words) words[i / kWord * stride] = w.largest ? ~up_to : less;
     count += append(up_to & ~less, i, places + count);
   }
   for (int j = 0; j < count; ++j) found[j] = bits[places[j]], where[j] = at + places[j];
-  if (_mm512_reduce_max_epi32(top) >= kInfinity << 20) [[unlikely]]
+  if (_mm512_cmpge_epi32_mask(top, _mm512_set1_epi32(kInfinity << 20))) [[unlikely]]
     for (int j = 0; j < i; ++j) facts.infinite += bits[j] >> 20 == kInfinity, facts.nan += bits[j] >> 20 > kInfinity;
+  if (_mm512_cmplt_epi32_mask(bottom, _mm512_set1_epi32(1 << 20)))
+    for (int j = 0; j < i; ++j) zeros += bits[j] >> 20 == 0;
 #endif
   for (; i < n; i += kWord) {  // no branch on a risk: where it would go is a matter of chance
     uint64_t sure = 0;
@@ -199,7 +202,7 @@ class Risks {
     TORCH_CHECK(exp_avgs_.empty() || exp_avgs_.size() == grads_.size());
     TORCH_CHECK(others_.empty() || (others_.size() == grads_.size() && !exp_avgs_.empty()));
     TORCH_CHECK(masks_.empty() || masks_.size() == grads_.size());
-    std::vector<int64_t> sizes;
+    auto& sizes = sizes_;
     for (size_t i = 0; i < grads_.size(); ++i) {
       sizes.push_back(grads_[i].numel());
       if (!exp_avgs_.empty()) {
@@ -238,7 +241,8 @@ class Risks {
     const int64_t low = prefix << above, high = low + (int64_t(1) << above);
     bool known = window_.low <= low && high <= window_.high;
     if (above == 20 && !known && !first_.empty() && first_[prefix] <= size_ / kCollected) {
-      collect(low, high, false);
+      open(low, high, false);
+      collect({this});
       known = true;
     }
     if (known)
@@ -266,41 +270,44 @@ class Risks {
   }
 
   at::Tensor sample(int64_t stride) {
-    std::vector<std::pair<size_t, int64_t>> where;  // piece, element
-    int64_t start = 0;
-    for (size_t i = 0; i < grads_.size(); ++i) {
-      const int64_t size = grads_[i].numel();
-      for (; start < size; start += stride) where.push_back({i, start});
-      start -= size;
-    }
-    const size_t n = where.size();
-    drawn_.resize(n);
+    drawn_.resize((size_ + stride - 1) / stride);
     return summed(1 << 12, [&](size_t t, int64_t* counts) {
-      for (size_t j = t * n / threads_; j < (t + 1) * n / threads_; ++j) {
-        risks<false>(where[j].first, where[j].second, 1, &drawn_[j]);
+      const auto [first, end] = drawn_by(t);
+      Place next(*this, first * stride), far = next;
+      for (int64_t asked = first, j = first; j < end; ++j, next.move(*this, stride)) {
+        for (; asked < std::min(end, j + kSampleAhead); ++asked, far.move(*this, stride)) ask_for(far.piece, far.at);
+        risks<false>(next.piece, next.at, 1, &drawn_[j]);
         ++counts[std::clamp((drawn_[j] >> kSampleShift) - kLowest, 0, 0xfff)];
       }
     });
   }
 
   at::Tensor zoom(int64_t low, int64_t high) const {
-    at::Tensor counts = at::zeros({(high - low) << 6}, at::kLong);
-    int64_t* total = counts.data_ptr<int64_t>();
-    for (const int32_t bits : drawn_)
-      if (low <= bits >> kSampleShift && bits >> kSampleShift < high) ++total[(bits >> kScanShift) - (low << 6)];
-    return counts;
+    return summed((high - low) << 6, [&](size_t t, int64_t* counts) {
+      const auto [first, end] = drawn_by(t);
+      for (int64_t j = first; j < end; ++j)
+        if (const int64_t top = drawn_[j] >> kSampleShift; low <= top && top < high)
+          ++counts[(drawn_[j] >> kScanShift) - (low << 6)];
+    });
   }
 
-  at::Tensor scan(int64_t low, int64_t high) {
-    const int64_t bins = (high - low) << 1;
-    const Facts facts = collect(low << kScanShift, high << kScanShift, true);
-    at::Tensor row = summed(kFacts + bins, [&](size_t t, int64_t* counts) {
-      each_found(t, [&](size_t, int32_t bits, int32_t) { ++counts[kFacts + ((bits - window_.low) >> 10)]; });
-    });
-    int64_t* out = row.data_ptr<int64_t>();
-    out[0] = size_;
-    out[1] = facts.below, out[2] = facts.infinite, out[3] = facts.nan, out[5] = facts.zeros;
-    return row;
+  // Of several risks of the same elements, each in its own window [lows, highs), in one look at the memory: a row for each.
+  static std::vector<at::Tensor> scan(const std::vector<Risks*>& all, const std::vector<int64_t>& lows,
+                                      const std::vector<int64_t>& highs) {
+    TORCH_CHECK(lows.size() == all.size() && highs.size() == all.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i]->open(lows[i] << kScanShift, highs[i] << kScanShift, true);
+    collect(all);
+    std::vector<at::Tensor> rows;
+    for (Risks* r : all) {
+      const int64_t bins = (int64_t(r->window_.high) - r->window_.low) >> (kScanShift - 1);
+      rows.push_back(r->summed(kFacts + bins, [&](size_t t, int64_t* counts) {
+        r->each_found(t, [&](size_t, int32_t bits, int32_t) { ++counts[kFacts + ((bits - r->window_.low) >> 10)]; });
+      }));
+      int64_t* out = rows.back().data_ptr<int64_t>();
+      out[0] = r->size_;
+      for (const auto& f : r->facts_) out[1] += f.below, out[2] += f.infinite, out[3] += f.nan, out[5] += f.zeros;
+    }
+    return rows;
   }
 
   // Sets the mask: of those alone of which the scan was not sure, where it had tau in its window.
@@ -361,27 +368,39 @@ class Risks {
     });
   }
 
-  // Finds the risks whose bits are in [low, high) and counts the others; `sure`: also sets the masks of those.
-  Facts collect(int64_t low, int64_t high, bool sure) {
+  // Which of the sample's risks a thread draws, and has in its cache.
+  std::pair<int64_t, int64_t> drawn_by(size_t t) const {
+    const int64_t n = int64_t(drawn_.size());
+    return {int64_t(t) * n / threads_, int64_t(t + 1) * n / threads_};
+  }
+
+  // A window of bits [low, high) for what is collected next; `sure`: the masks of what is not in it are set.
+  void open(int64_t low, int64_t high, bool sure) {
     window_ = {int32_t(low), int32_t(high), largest_}, sure_ = sure && !masks_.empty();
-    found_.resize(threads_);
+    found_.resize(threads_), facts_.assign(threads_, Facts());
     for (auto& f : found_) f.count = 0, f.runs.clear();
-    std::vector<Facts> facts(threads_);
-    for_chunks(chunks_.size(), threads_, [&](int t, size_t c) {
-      const Window w = window_;
-      Found& f = found_[t];
-      const size_t before = f.count;
-      blocks_of(c, [&](size_t piece, int64_t from, const int32_t* bits, int n) {
-        const auto [into, where] = f.room(kBlock);
-        uint64_t* words = sure_ ? words_[piece] + from / kWord * planes_ : nullptr;
-        f.count += sift(w, bits, n, int32_t(from - chunks_[c].begin), words, planes_, facts[t], into, where);
-      });
-      f.runs.push_back({c, int(f.count - before)});
+  }
+
+  // Finds the risks in each one's window, and counts the others.
+  static void collect(const std::vector<Risks*>& all) {
+    const Risks& one = *all.at(0);
+    for (const Risks* r : all) TORCH_CHECK(r->sizes_ == one.sizes_ && r->threads_ == one.threads_);
+    for_chunks(one.chunks_.size(), one.threads_, [&](int t, size_t c) {
+      const auto [piece, begin, size] = one.chunks_[c];
+      for (Risks* r : all) r->found_[t].runs.push_back({c, r->found_[t].count});
+      for (int64_t b = 0; b < size; b += kBlock)
+        for (Risks* r : all) r->collect_block(t, piece, begin + b, int(b), int(std::min<int64_t>(kBlock, size - b)));
+      for (Risks* r : all) r->found_[t].runs.back().count = r->found_[t].count - r->found_[t].runs.back().count;
     });
-    Facts all;
-    for (const auto& f : facts)
-      all.below += f.below, all.infinite += f.infinite, all.nan += f.nan, all.zeros += f.zeros;
-    return all;
+  }
+
+  void collect_block(int t, size_t piece, int64_t from, int at, int n) {
+    int32_t bits[kBlock];
+    risks<true>(piece, from, n, bits);
+    Found& f = found_[t];
+    const auto [into, where] = f.room(kBlock);
+    uint64_t* words = sure_ ? words_[piece] + from / kWord * planes_ : nullptr;
+    f.count += sift(window_, bits, n, at, words, planes_, facts_[t], into, where);
   }
 
   // body(chunk, bits, place in the chunk) for what a thread has found.
@@ -390,6 +409,25 @@ class Risks {
     size_t i = 0;
     for (const auto& run : found_[t].runs)
       for (const size_t end = i + run.count; i < end; ++i) body(run.chunk, found_[t].bits[i], found_[t].at[i]);
+  }
+
+  // An element, by its number among those of all pieces.
+  struct Place {
+    Place(const Risks& risks, int64_t number) : at(number) { settle(risks); }
+    void move(const Risks& risks, int64_t by) { at += by, settle(risks); }
+    void settle(const Risks& risks) {
+      for (; piece < risks.grads_.size() && at >= risks.sizes_[piece]; ++piece) at -= risks.sizes_[piece];
+    }
+    size_t piece = 0;
+    int64_t at;
+  };
+
+  // Fetches what one risk is computed from.
+  void ask_for(size_t piece, int64_t i) const {
+    __builtin_prefetch(static_cast<const char*>(pointers_[piece]) + i * (halves_[piece] ? 2 : 4));
+    if (moments_.empty()) return;
+    __builtin_prefetch(moments_[piece] + i);
+    if (other_[piece]) __builtin_prefetch(other_[piece] + i);
   }
 
   // kFetch: blocks after this one will be asked for.
@@ -423,6 +461,7 @@ class Risks {
   }
 
   std::vector<at::Tensor> grads_, exp_avgs_, others_, masks_;
+  std::vector<int64_t> sizes_;
   std::vector<const void*> pointers_;
   std::vector<bool> halves_;
   std::vector<const float*> moments_, other_;
@@ -435,6 +474,7 @@ class Risks {
   int64_t size_;
   std::vector<Chunk> chunks_;
   std::vector<Found> found_;
+  std::vector<Facts> facts_;  // of the last look, by thread
   std::vector<int64_t> first_;  // counts of the first round
   std::vector<int32_t> drawn_;  // the last sample
   Window window_ = {0, 0, false};  // of what is found
@@ -481,6 +521,60 @@ void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __r
     p[i] = frozen ? p0 : p1, m[i] = m1, v[i] = second;
   }
 }
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m512 load(const float* p, __mmask16 live) { return _mm512_maskz_loadu_ps(live, p); }
+inline __m512 load(const uint16_t* p, __mmask16 live) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, p)), 16));
+}
+
+// Of two words of bits: which elements have a mask of 1, where there are no others but 0.
+inline uint64_t ones_of(const float (&values)[4], uint64_t first, uint64_t second) {
+  const auto where = [&](int i, uint64_t bits) { return values[i] == 1.0f ? bits : 0; };
+  return where(0, ~first & ~second) | where(1, first & ~second) | where(2, ~first & second) | where(3, first & second);
+}
+
+// torch.lerp by lane
+inline __m512 lerp(__m512 a, __m512 b, __m512 w) {
+  const __mmask16 near_a = _mm512_cmp_ps_mask(_mm512_abs_ps(w), _mm512_set1_ps(0.5f), _CMP_LT_OQ);
+  const __m512 weight = _mm512_mask_sub_ps(w, __mmask16(~near_a), w, _mm512_set1_ps(1.0f));
+  return _mm512_fmadd_ps(weight, _mm512_sub_ps(b, a), _mm512_mask_mov_ps(b, near_a, a));
+}
+
+// The same with masks of bits, a word of each plane at a time. Hard: `first` says whether an element's mask is 1 or 0; else
+// it is the one of `values` that the two bits say.
+template <bool kHard, class G>
+void masked_adamw(const Scalars& s, int n, float* p, const G* grad, float* m, float* v, const float (&values)[4],
+                  uint64_t first, uint64_t second) {
+  const __m512 weight1 = _mm512_set1_ps(s.weight1), beta2 = _mm512_set1_ps(s.beta2), eps = _mm512_set1_ps(s.eps);
+  const __m512 weight2 = _mm512_set1_ps(s.weight2), root2 = _mm512_set1_ps(s.root2), one = _mm512_set1_ps(1.0f);
+  const __m512 minus_step = _mm512_set1_ps(s.minus_step), less = _mm512_set1_ps(s.less);
+  const __m512 value0 = _mm512_set1_ps(values[0]), value1 = _mm512_set1_ps(values[1]);
+  const __m512 value2 = _mm512_set1_ps(values[2]), value3 = _mm512_set1_ps(values[3]);
+  for (int i = 0; i < n; i += 16, first >>= 16, second >>= 16) {
+    const __mmask16 live = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+    const __m512 p0 = load(p + i, live), g = load(grad + i, live), m0 = load(m + i, live), v0 = load(v + i, live);
+    __mmask16 moves = __mmask16(first);
+    __m512 used = g, step_size = minus_step, kept = _mm512_add_ps(less, one);
+    if constexpr (!kHard) {
+      const __m512 low = _mm512_mask_mov_ps(value0, moves, value1), high = _mm512_mask_mov_ps(value2, moves, value3);
+      const __m512 mask = _mm512_mask_mov_ps(low, __mmask16(second), high);
+      moves = _mm512_cmp_ps_mask(mask, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      used = _mm512_mask_mov_ps(lerp(m0, g, mask), _mm512_cmp_ps_mask(mask, one, _CMP_EQ_OQ), g);
+      step_size = _mm512_mul_ps(mask, minus_step), kept = _mm512_add_ps(_mm512_mul_ps(mask, less), one);
+    }
+    used = _mm512_mask_mov_ps(m0, moves, used);
+    const __m512 m1 = _mm512_mask_mov_ps(m0, moves, lerp(m0, used, weight1));
+    const __m512 moment2 = _mm512_fmadd_ps(_mm512_mul_ps(weight2, used), used, _mm512_mul_ps(v0, beta2));
+    const __m512 denominator = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(moment2), root2), eps);
+    const __m512 step = _mm512_div_ps(_mm512_mul_ps(step_size, m1), denominator);
+    const __m512 rest = s.decays ? _mm512_mul_ps(p0, kept) : p0;
+    _mm512_mask_storeu_ps(p + i, moves & live, _mm512_add_ps(step, rest));
+    _mm512_mask_storeu_ps(m + i, moves & live, m1);
+    _mm512_mask_storeu_ps(v + i, live, moment2);
+  }
+}
+#endif
 
 // Of a block: the masks' values by their codes. Apart from the update, which would be vectorised by the length of codes,
 // and run out of registers.
@@ -561,6 +655,20 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
       if (one) std::fill_n(masks, kBlock, table[x.code]);
       const int64_t first = x.code & 0xff, second = x.code >> 8;
       const float by_plane[4] = {table[0], table[first & 3], table[second & 3], table[(first | second) & 3]};
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+      if (x.words) {
+        for (int64_t i = b; i < b + n; i += kWord) {
+          const int size = int(std::min<int64_t>(kWord, b + n - i));
+          const uint64_t *word = x.words + i / kWord * x.planes, other = x.planes > 1 ? word[1] : 0;
+          const auto update = [&](auto is_hard, uint64_t of_first, uint64_t of_second) {
+            masked_adamw<is_hard.value>(s, size, x.p + i, g + i, x.m + i, x.v + i, by_plane, of_first, of_second);
+          };
+          if (hard) update(std::true_type(), ones_of(by_plane, *word, other), 0);
+          else update(std::false_type(), *word, other);
+        }
+        return;
+      }
+#endif
       for (int64_t i = b; i < b + n; i += kBlock) {
         const int size = int(std::min<int64_t>(kBlock, b + n - i));
         if (x.words) look_up(by_plane, x.words + i / kWord * x.planes, x.planes, size, masks);
@@ -585,7 +693,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("histogram", &Risks::histogram, without_gil)
       .def("sample", &Risks::sample, without_gil)
       .def("zoom", &Risks::zoom, without_gil)
-      .def("scan", &Risks::scan, without_gil)
+      .def("scan", [](Risks& risks, int64_t low, int64_t high) { return Risks::scan({&risks}, {low}, {high})[0]; },
+           without_gil)
+      .def_static("scan_together", &Risks::scan, without_gil)
       .def("mark", &Risks::mark, without_gil);
   m.def("adamw", &adamw, without_gil);
 }
