@@ -59,7 +59,7 @@ class Case:
             optimizer.state[param] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
             step = step.clone() if isinstance(step, torch.Tensor) else step
 
-    def rose(self, strategy: str, kernels: Any | None) -> Callable[[], None]:
+    def rose(self, strategy: str, kernels: Any | None, granularity: str = "element") -> Callable[[], None]:
         """A step of RoseAdamW as a stepper takes it: masks from the gradients, then the update."""
         from rose_ds import RoseAdamW
         from rose_ds.core.layout import Block, Layout
@@ -96,12 +96,29 @@ class Case:
                 return
             moments = [optimizer.init_state(p)["exp_avg"] for p in params]
             inputs = StepInputs(layout, grads, moments, params, [0.9] * count, risk_grads=self.risks)
-            selection = select(policy.selectors, "element", inputs, kernels, used=used)
-            used[:] = selection.codes if kernels is not None else []
+            selection = select(policy.selectors, granularity, inputs, kernels, used=used)
+            used[:] = selection.codes if kernels is not None and granularity == "element" else []
             optimizer.plan = Plan(selection.codes, values=policy.values, rule=policy.rule)
             optimizer.step()
 
         return step
+
+    @torch.no_grad()
+    def authors(self) -> None:
+        """A step of what the method's published code does, restated: Frobenius norms of both risks, quantiles of them
+        over the tensors, and AdamW by a loop over all tensors, whatever their mask.
+        """
+        grads, lr, beta1, beta2 = self.turns[0], 1e-4, 0.9, 0.999
+        first = torch.stack([risk.norm() for risk in self.risks])
+        moments = [m.norm() for m, _ in self.moments]
+        second = torch.stack([(0.1 * g.norm() / m - 1).abs() for g, m in zip(grads, moments, strict=True)])
+        masks = 0.5 * (first <= first.quantile(0.6)).float() + 0.5 * (second <= second.quantile(0.6)).float()
+        for p, g, (m, v), mask in zip(self.params, grads, self.moments, masks, strict=True):
+            used = mask * g + (1 - mask) * m
+            m.mul_(beta1).add_(used, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(used, used, value=1 - beta2)
+            p.addcdiv_(m * mask, v.sqrt().add_(1e-8), value=-lr)
+            p.add_(p * mask, alpha=-lr * 0.01)
 
     def adamw(self, **how: Any) -> Callable[[], None]:
         """torch's."""
@@ -147,6 +164,11 @@ def rows_of(case: Case, kernels: Any | None, others: bool, everything: bool) -> 
     for strategy in STRATEGIES:
         rows |= {f"{strategy}, kernels": case.rose(strategy, kernels)} if kernels else {}
         rows |= {f"{strategy}, torch": case.rose(strategy, None)} if everything else {}
+    if len(case.params) > 1 and case.turns[0][0].dtype == torch.float32:
+        rows["the authors' rule (ensemble, by tensor), restated"] = case.authors
+        if kernels:
+            for strategy in STRATEGIES[1:]:
+                rows[f"{strategy} by tensor, kernels"] = case.rose(strategy, kernels, "tensor")
     if kernels and everything:
         rows |= case.thresholds(kernels)
     return rows

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -124,8 +124,8 @@ class ElementMagnitudes:
 class TensorMagnitudes:
     """Frobenius norms over all ranks, one a tensor, on the CPU. Each property is a collective."""
 
-    def __init__(self, inputs: StepInputs) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: StepInputs, kernels: Any | None = None) -> None:
+        self.inputs, self.kernels = inputs, kernels
 
     @property
     def risk(self) -> Tensor:
@@ -171,6 +171,7 @@ class TensorMagnitudes:
                 [layout.tensor_index[i] for i in mine],
                 layout.tensor_count,
                 None if scales is None else [scales[i] for i in mine],
+                self.kernels,
             )
 
         return layout.over_ranks(local).sqrt().float()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rose_ds.kernels import fits
 
 
 def first_order_risk(kl_grad: Tensor) -> Tensor:
@@ -33,23 +36,31 @@ _CHUNK = 1 << 20  # values converted to fp64 at a time: torch makes a copy
 
 
 def squared_norms(
-    slices: Sequence[Tensor], index: Sequence[int], count: int, scales: Sequence[float] | None = None
+    slices: Sequence[Tensor],
+    index: Sequence[int],
+    count: int,
+    scales: Sequence[float] | None = None,
+    kernels: Any | None = None,
 ) -> Tensor:
     """Sums of squares in fp64, shape (count,): slice ``i``, times ``scales[i]``, is part of tensor ``index[i]``.
 
-    fp64, so that the sum over shards depends on the sharding by less than an fp32 rounding.
+    fp64, so that the sum over shards depends on the sharding by less than an fp32 rounding; by torch and by ``kernels``
+    it differs as little.
     """
     device = slices[0].device if slices else torch.device("cpu")
     sums = torch.zeros(count, dtype=torch.float64, device=device)
     if slices:
-        norms = torch.stack([_norm(s) for s in slices])
+        if kernels is not None and hasattr(kernels, "squares") and all(fits(s, half=True) for s in slices):
+            squares: Tensor = kernels.squares(list(slices))
+        else:
+            squares = torch.stack([_squared(s) for s in slices])
         if scales is not None:
-            norms *= torch.tensor(list(scales), dtype=torch.float64, device=device)
-        sums.index_add_(0, torch.tensor(list(index), device=device), norms.square())
+            squares *= torch.tensor(list(scales), dtype=torch.float64, device=device).square()
+        sums.index_add_(0, torch.tensor(list(index), device=device), squares)
     return sums
 
 
-def _norm(values: Tensor) -> Tensor:
-    """L2 norm, computed in fp64."""
+def _squared(values: Tensor) -> Tensor:
+    """Sum of squares, computed in fp64."""
     parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in values.reshape(-1).split(_CHUNK)]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    return parts[0].square() if len(parts) == 1 else torch.stack(parts).square().sum()

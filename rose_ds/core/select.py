@@ -83,7 +83,8 @@ def select(
     if granularity == "element" and all(can_compile(kernels, selector, inputs) for selector in selectors):
         codes = _bit_masks([selector.bit for selector in selectors], inputs, used)
     else:
-        codes, kernels = _empty_codes(granularity, inputs), None
+        codes = _empty_codes(granularity, inputs)
+        kernels = kernels if granularity == "tensor" else None
     return _outcome(codes, _rank(selectors, granularity, inputs, codes, kernels, histograms))
 
 
@@ -111,8 +112,8 @@ def _rank(
     histograms: bool,
 ) -> Iterator[tuple[Selector, Threshold]]:
     """All rankings; each marks the codes when the next one is asked for."""
-    rank = _rank_tensors if granularity == "tensor" else partial(_rank_elements, kernels=kernels, histograms=histograms)
-    for selector, (threshold, add_mask) in zip(selectors, rank(selectors, inputs, codes), strict=True):
+    rank = _rank_tensors if granularity == "tensor" else partial(_rank_elements, histograms=histograms)
+    for selector, (threshold, add_mask) in zip(selectors, rank(selectors, inputs, codes, kernels), strict=True):
         yield selector, threshold
         add_mask()
 
@@ -182,11 +183,11 @@ def _mark(values: Sequence[Lazy | Compiled], threshold: Threshold) -> None:
         part.mark(threshold.value)
 
 
-def _rank_tensors(selectors: Sequence[Selector], inputs: StepInputs, codes: list[Any]) -> _Ranked:
+def _rank_tensors(selectors: Sequence[Selector], inputs: StepInputs, codes: list[Any], kernels: Any | None) -> _Ranked:
     """One ranking after the other, on every rank alike: they are of the same few hundred numbers."""
     layout = inputs.layout
     for selector in selectors:
-        scores, wanted = selector.score(TensorMagnitudes(inputs)), _wanted(selector, layout.tensor_count)
+        scores, wanted = selector.score(TensorMagnitudes(inputs, kernels)), _wanted(selector, layout.tensor_count)
         threshold = kth_smallest([([scores], local_only)], wanted.k, largest=wanted.largest, fixed=wanted.fixed)
         yield threshold, partial(_mark_tensors, selector, scores, threshold, layout, codes)
 

@@ -163,8 +163,9 @@ class Search:
         rounds: Sequence[tuple[int, int]] = ROUNDS
         wanted = None if want.fixed is None else bits_of_number(want.fixed)
         last = 0 if callable(want.k) else want.k
-        guided = count is not None and count >= MANY and 1 <= last <= count and wanted is None
-        if guided and (yield from self.by_sample(last, count)):
+        known = count or 0
+        guided = known >= MANY and 1 <= last <= known and wanted is None
+        if guided and (yield from self.by_sample(last, known)):
             rounds = ROUNDS[2:]
         for shift, width in rounds:
             counts = yield from self.ask("histogram", self.prefix, shift, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from rose_ds import kernels
 from rose_ds.config import RoseConfig
 from rose_ds.core import threshold
 from rose_ds.core.mask import BitMask
+from rose_ds.core.risk import squared_norms
 from rose_ds.core.select import select
 from rose_ds.core.update import UpdateBatch, masked_adamw_
 from rose_ds.kernels import build
@@ -206,6 +208,26 @@ def test_what_does_not_fit_is_left_to_torch(what: str, compiled: Any) -> None:
         step=5, lr=3e-3, beta1=beta1, beta2=beta2, eps=1e-8, weight_decay=0.01,
     )  # fmt: skip
     assert torch.equal(mine[0], held[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms(dtype: torch.dtype, compiled: Any) -> None:
+    """As torch's, but for the order of fp64 sums; the same on any number of threads."""
+    slices = [torch.randn(n).mul(1e3).to(dtype) for n in (1, 31, 33, 100_003, 0, 1 << 15)]
+    slices[2][1] = 3e38
+    index, scales = [2, 0, 1, 3, 1, 2], [0.5, 1.0, 1.0, 0.1, 1.0, 2.0]
+    want = squared_norms(slices, index, 5, scales)
+    found = squared_norms(slices, index, 5, scales, compiled)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(squared_norms(slices, index, 5, scales, compiled), found)
+    finally:
+        torch.set_num_threads(threads)
+    assert squared_norms([torch.tensor([math.inf, 1.0])], [0], 1, None, compiled).isinf().all()
+    assert squared_norms([torch.tensor([math.nan, 1.0])], [0], 1, None, compiled).isnan().all()
 
 
 # --- choosing and building them ---

@@ -576,6 +576,12 @@ void masked_adamw(const Scalars& s, int n, float* p, const G* grad, float* m, fl
 }
 #endif
 
+// The same where the mask is 0 everywhere: the gradient in use is the first moment, which alone moves the second.
+void frozen_adamw(const Scalars& s, int64_t n, const float* __restrict m, float* __restrict v) {
+  const float weight2 = s.weight2, beta2 = s.beta2;
+  for (int64_t i = 0; i < n; ++i) v[i] = std::fma(weight2 * m[i], m[i], v[i] * beta2);
+}
+
 // Of a block: the masks' values by their codes. Apart from the update, which would be vectorised by the length of codes,
 // and run out of registers.
 inline void look_up(const float (&values)[4], const uint8_t* __restrict code, int n, float* __restrict masks) {
@@ -650,6 +656,7 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
     const auto run = [&](auto* g) {
       if (one && table[x.code] == 1.0f)
         return masked_adamw<Mask::kWhole>(s, n, x.p + b, g + b, x.m + b, x.v + b, nullptr);
+      if (one && table[x.code] == 0.0f) return frozen_adamw(s, n, x.m + b, x.v + b);
       alignas(64) float masks[kBlock];
       // one code for all is written out: a mask that is constant along a loop is not vectorised
       if (one) std::fill_n(masks, kBlock, table[x.code]);
@@ -682,6 +689,45 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
   });
 }
 
+// --- norms -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+  constexpr int kLanes = 32;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const double value = load(x, i + j);
+      lanes[j] = std::fma(value, value, lanes[j]);
+    }
+  for (; i < n; ++i) lanes[0] += double(load(x, i)) * load(x, i);
+  return std::accumulate(lanes, lanes + kLanes, 0.0);
+}
+
+// Sums of squares in fp64 of fp32 or bf16 tensors, shape (count,). Chunks are summed in their order, whatever the number of
+// threads.
+at::Tensor squares(const std::vector<at::Tensor>& pieces) {
+  std::vector<int64_t> sizes;
+  for (const auto& piece : pieces) sizes.push_back(piece.numel());
+  const auto chunks = chunks_of(sizes);
+  std::vector<const void*> pointers;
+  std::vector<bool> halves;
+  for (const auto& piece : pieces) {
+    halves.push_back(piece.scalar_type() == at::kBFloat16);
+    pointers.push_back(data_of<void>(piece, halves.back() ? at::kBFloat16 : at::kFloat));
+  }
+  std::vector<double> sums(chunks.size());
+  for_chunks(chunks.size(), at::get_num_threads(), [&](int, size_t c) {
+    const auto [piece, begin, size] = chunks[c];
+    if (halves[piece]) sums[c] = sum_of_squares(static_cast<const uint16_t*>(pointers[piece]) + begin, size);
+    else sums[c] = sum_of_squares(static_cast<const float*>(pointers[piece]) + begin, size);
+  });
+  at::Tensor found = at::zeros({int64_t(pieces.size())}, at::kDouble);
+  for (size_t c = 0; c < chunks.size(); ++c) found.data_ptr<double>()[chunks[c].piece] += sums[c];
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -698,4 +744,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_static("scan_together", &Risks::scan, without_gil)
       .def("mark", &Risks::mark, without_gil);
   m.def("adamw", &adamw, without_gil);
+  m.def("squares", &squares, without_gil);
 }
