@@ -159,6 +159,8 @@ def rows_of(case: Case, kernels: Any | None, others: bool, everything: bool) -> 
     rows: dict[str, Callable[[], Any]] = {FUSED: case.adamw(fused=True)}
     if others and (offloaded := case.deepspeed()) is not None:
         rows["DeepSpeedCPUAdam"] = offloaded
+    if others:  # what a pass over four bytes an element costs that computes next to nothing
+        rows["the risks read once, by torch.sum"] = lambda: [risk.sum() for risk in case.risks]
     if everything:
         rows |= {"torch AdamW": case.adamw(foreach=False), "torch AdamW, foreach": case.adamw(foreach=True)}
     for strategy in STRATEGIES:

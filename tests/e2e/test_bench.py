@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_a_method_that_ends_is_named(snippets: str) -> None:
         **{"batch_size": 4, "accumulation": 1, "threads": 1},
     }
     with pytest.raises(RuntimeError, match="vanilla: its process ended with 1"):
+        measure(["rose-second"], job, rounds=2, warmup=0)
+
+
+@pytest.mark.fast
+def test_a_method_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Linux does where memory runs out."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    job = {"engine": "plain", "ranks": 1, "threads": 1}
+    with pytest.raises(RuntimeError, match=r"vanilla: its process was killed.* measure fewer --methods in a run"):
         measure(["rose-second"], job, rounds=2, warmup=0)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,13 @@ class Worker:
             rank, line = self._lines.get()
             if line is None:
                 code = self.processes[rank].wait()
-                raise RuntimeError(f"{self.method}: its process ended with {code}; what it said is above")
+                how = f"its process ended with {code}; what it said is above"
+                if code == -signal.SIGKILL:
+                    how = (
+                        "its process was killed, as Linux does where memory runs out: all methods are in memory at "
+                        "once, so measure fewer --methods in a run, or on fewer --ranks"
+                    )
+                raise RuntimeError(f"{self.method}: {how}")
             if line.startswith("{"):
                 found[rank] = json.loads(line)
         return cast("list[dict[str, Any]]", found)
