@@ -151,9 +151,9 @@ class UpdateBatch:
         values: what the mask is where the code is 0, 1, 2, 3.
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
-        kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``: the bits of
-            ``masked_adamw_``, also where the mask is 1 everywhere, unless the group says of foreach or fused whether it
-            wants torch's.
+        kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``, and those for
+            CPUs under ``gradient``: the bits of ``masked_adamw_``, also where the mask is 1 everywhere, unless the group
+            says of foreach or fused whether it wants torch's.
     """
 
     def __init__(
@@ -172,7 +172,8 @@ class UpdateBatch:
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
         self.torchs = any(choice is not None for choice in self.kernel.values())
         self.values, self.rule = values, rule
-        self.kernels = kernels if rule == "robust" else None
+        known = rule == "robust" or (rule == "gradient" and hasattr(kernels, "Risks"))  # Triton's know one rule
+        self.kernels = kernels if known else None
         self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say
         self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
@@ -241,7 +242,8 @@ class UpdateBatch:
             columns = (list(column) for column in zip(*self.compiled, strict=True))
             x = self.scalars
             numbers = (x["step"], x["lr"], x["beta1"], x["beta2"], x["eps"], x["weight_decay"])
-            self.kernels.adamw(*columns, list(self.values), *numbers)  # type: ignore[union-attr]
+            rule = (self.rule == "gradient",) if hasattr(self.kernels, "Risks") else ()
+            self.kernels.adamw(*columns, list(self.values), *numbers, *rule)  # type: ignore[union-attr]
             self.compiled = []
         self._flush_masked()
         if self.free:

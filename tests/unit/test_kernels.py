@@ -160,6 +160,43 @@ def test_a_kernel_that_was_asked_for(theirs: str, compiled: Any) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values", [(0.0, 2.5, 1.0, 1.0), (0.0, 0.3, 0.7, 1.0)], ids=str)
+@pytest.mark.parametrize("kind", ["bits", "codes", "one code"])
+def test_a_mask_of_the_gradient(kind: str, values: Any, dtype: torch.dtype, compiled: Any) -> None:
+    """Bit for bit AdamW of the masked gradient; moments and weight decay go on where it is 0. Torch's loop is near."""
+    n = 5000
+    held = [column[0] for column in tensors("normal", [n], dtype)]
+    codes = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    mask: Any = codes
+    if kind == "one code":
+        mask, codes = 1, torch.ones_like(codes)
+    if kind == "bits":
+        mask = BitMask.empty(n, (1, 2))
+        for plane, bit in enumerate((1, 2)):
+            ones = (codes & bit != 0).tolist()
+            words = [sum(one << j for j, one in enumerate(ones[i : i + 64])) for i in range(0, n, 64)]
+            mask.words[:, plane] = torch.tensor([w - (1 << 64) * (w >> 63) for w in words])
+    factor = torch.tensor(values)[codes.int()]
+    results = []
+    for rule, code, gradient, kernels_ in (
+        ("gradient", mask, held[1], compiled),
+        ("robust", 3, held[1].float() * factor, compiled),
+        ("gradient", codes, held[1], None),
+    ):
+        mine = [t.clone() for t in (held[0], gradient, held[2], held[3])]
+        given = values if rule == "gradient" else (0.0, 1.0, 1.0, 1.0)
+        batch = UpdateBatch(GROUP, 5, given, rule, kernels=kernels_)
+        batch.add(code, tuple(mine))
+        assert len(batch.compiled) == (kernels_ is not None)
+        batch.flush()
+        results.append([mine[0], mine[2], mine[3]])
+    for ours, exact, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, exact)
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
 def test_places_and_threads_change_nothing(compiled: Any) -> None:
     """Every element is computed alike wherever it lies, and whoever computes it."""
     whole = tensors("normal", [100_003], torch.float32)

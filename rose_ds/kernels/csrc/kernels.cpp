@@ -494,7 +494,8 @@ inline float lerp(float a, float b, float w) {
   return std::fma(near_a ? w : w - 1.0f, b - a, near_a ? a : b);
 }
 
-enum class Mask { kWhole, kHard, kSoft };  // 1 for all, so that none is read; 0 or 1; any numbers
+// 1 for all, so that none is read; 0 or 1; any numbers; any, of the gradient alone
+enum class Mask { kWhole, kHard, kSoft, kGradient };
 
 // rose_ds.core.update.masked_adamw_, operation by operation.
 template <Mask kMask, class G>
@@ -505,13 +506,14 @@ void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __r
   const bool decays = s.decays;
   for (int64_t i = 0; i < n; ++i) {
     const float mask = kMask == Mask::kWhole ? 1.0f : masks[i];
-    const bool frozen = mask == 0.0f, whole = mask == 1.0f;
+    const bool frozen = kMask != Mask::kGradient && mask == 0.0f, whole = mask == 1.0f;
     const float p0 = p[i], g = load(grad, i), m0 = m[i], v0 = v[i];
     float used = g, step_size = minus_step, kept = kept_of_whole;
     if constexpr (kMask == Mask::kSoft) {
       const float mixed = lerp(m0, g, mask);
       used = whole ? g : mixed, step_size = mask * minus_step, kept = mask * less + 1.0f;
     }
+    if constexpr (kMask == Mask::kGradient) used = g * mask;
     used = frozen ? m0 : used;
     const float moved = lerp(m0, used, weight1);
     const float m1 = frozen ? m0 : moved;
@@ -609,11 +611,11 @@ inline void look_up(const float (&values)[4], const uint64_t* words, int64_t pla
 
 // Tensors are contiguous pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code]: codes has a
 // uint8 tensor for it; or one of bits, int64, (words, planes), where plane i set means the i-th byte of `code`; or is
-// empty where the piece has one code, in `code`.
+// empty where the piece has one code, in `code`. `on_gradient`: the masks multiply the gradient, and no more.
 void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
            const std::vector<at::Tensor>& exp_avgs, const std::vector<at::Tensor>& exp_avg_sqs,
            const std::vector<at::Tensor>& codes, const std::vector<int64_t>& code, const std::vector<double>& values,
-           double step, double lr, double beta1, double beta2, double eps, double weight_decay) {
+           double step, double lr, double beta1, double beta2, double eps, double weight_decay, bool on_gradient) {
   Scalars s;
   s.weight1 = float(1 - beta1), s.beta2 = float(beta2), s.weight2 = float(1 - beta2);
   s.root2 = float(std::sqrt(1 - std::pow(beta2, step))), s.eps = float(eps);
@@ -656,14 +658,14 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
     const auto run = [&](auto* g) {
       if (one && table[x.code] == 1.0f)
         return masked_adamw<Mask::kWhole>(s, n, x.p + b, g + b, x.m + b, x.v + b, nullptr);
-      if (one && table[x.code] == 0.0f) return frozen_adamw(s, n, x.m + b, x.v + b);
+      if (one && table[x.code] == 0.0f && !on_gradient) return frozen_adamw(s, n, x.m + b, x.v + b);
       alignas(64) float masks[kBlock];
       // one code for all is written out: a mask that is constant along a loop is not vectorised
       if (one) std::fill_n(masks, kBlock, table[x.code]);
       const int64_t first = x.code & 0xff, second = x.code >> 8;
       const float by_plane[4] = {table[0], table[first & 3], table[second & 3], table[(first | second) & 3]};
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-      if (x.words) {
+      if (x.words && !on_gradient) {
         for (int64_t i = b; i < b + n; i += kWord) {
           const int size = int(std::min<int64_t>(kWord, b + n - i));
           const uint64_t *word = x.words + i / kWord * x.planes, other = x.planes > 1 ? word[1] : 0;
@@ -680,7 +682,8 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
         const int size = int(std::min<int64_t>(kBlock, b + n - i));
         if (x.words) look_up(by_plane, x.words + i / kWord * x.planes, x.planes, size, masks);
         else if (x.codes) look_up(table, x.codes + i, size, masks);
-        if (hard) masked_adamw<Mask::kHard>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+        if (on_gradient) masked_adamw<Mask::kGradient>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+        else if (hard) masked_adamw<Mask::kHard>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
         else masked_adamw<Mask::kSoft>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
       }
     };
