@@ -152,8 +152,8 @@ class UpdateBatch:
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
         kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``, and on CPUs
-            under ``gradient``: the bits of ``masked_adamw_``, also where the mask is 1 everywhere, unless the group says
-            of foreach or fused whether it wants torch's.
+            under ``gradient``: the bits of ``masked_adamw_``, also where the mask is 1 everywhere, unless the group
+            says of foreach or fused whether it wants torch's.
     """
 
     def __init__(
