@@ -35,7 +35,8 @@ def name() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = [SOURCE.read_text(), " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
+    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
+    parts = [*sources, " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
     return "rose_ds_kernels_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -69,6 +70,7 @@ def extension() -> Any | None:
         ImportError,
         subprocess.SubprocessError,
     ) as error:  # no ninja, no headers, a full disk, another compiler
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error: " in line), lines[0])  # the compiler's, not the command
         logger.warning("the kernels in %s could not be built (%s): the optimizer step runs without", where, reason)
         return None
