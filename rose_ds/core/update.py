@@ -172,8 +172,9 @@ class UpdateBatch:
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
         self.torchs = any(choice is not None for choice in self.kernel.values())
         self.values, self.rule = values, rule
-        known = rule == "robust" or (rule == "gradient" and hasattr(kernels, "Risks"))  # Triton's know one rule
-        self.kernels = kernels if known else None
+        for_cpus = hasattr(kernels, "Risks")  # Triton's know one rule, and are not told which
+        self.kernels = kernels if rule == "robust" or (rule == "gradient" and for_cpus) else None
+        self.told = (rule == "gradient",) if for_cpus else ()
         self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say
         self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
@@ -242,8 +243,7 @@ class UpdateBatch:
             columns = (list(column) for column in zip(*self.compiled, strict=True))
             x = self.scalars
             numbers = (x["step"], x["lr"], x["beta1"], x["beta2"], x["eps"], x["weight_decay"])
-            rule = (self.rule == "gradient",) if hasattr(self.kernels, "Risks") else ()
-            self.kernels.adamw(*columns, list(self.values), *numbers, *rule)  # type: ignore[union-attr]
+            self.kernels.adamw(*columns, list(self.values), *numbers, *self.told)  # type: ignore[union-attr]
             self.compiled = []
         self._flush_masked()
         if self.free:

@@ -35,8 +35,8 @@ def name() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    sources = [path.read_text() for path in sorted(SOURCE.parent.iterdir())]
-    parts = [*sources, " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
+    sources = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))  # no editor's files
+    parts = [*(path.read_text() for path in sources), " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
     return "rose_ds_kernels_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
