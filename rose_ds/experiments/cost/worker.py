@@ -24,9 +24,9 @@ from rose_ds.experiments.settings import RunSettings
 _BATCHES = 16  # different ones, which come round again
 
 
-def passes_counted(stepper: Stepper, model: Any, batch: int) -> dict[str, float]:
+def passes_counted(stepper: Stepper, model: Any, batch: int, micro_batch: int) -> dict[str, float]:
     """Counters that go up as forward passes, backward passes and backward passes to a shift alone (probes) run; by the
-    part of the batch's rows that they run over.
+    part of the batch's rows that they run over. A probe's are a micro-batch.
     """
     counts = {"forward": 0.0, "backward": 0.0, "probe": 0.0}
     probing = stepper.engine.probing
@@ -35,7 +35,7 @@ def passes_counted(stepper: Stepper, model: Any, batch: int) -> dict[str, float]
         counts[which] += rows / batch
 
     def probe() -> Any:
-        count("probe", batch)
+        count("probe", micro_batch)
         return probing()
 
     def after_forward(module: Any, args: Any, output: Any) -> None:
@@ -81,7 +81,7 @@ def serve(job: dict[str, Any]) -> None:
     parameters = inner.num_parameters()
     rose = {**method.rose, **({"first_order": first_order} if first_order else {})}
     model, stepper = where.place(inner, rose, method.objective)
-    counts = passes_counted(stepper, inner, job["batch_size"])
+    counts = passes_counted(stepper, inner, job["batch_size"], size)
     endless = iter(chain.from_iterable(repeat(batches)))
 
     def wait() -> None:
