@@ -75,7 +75,7 @@ def threshold(m: Machine, parameters: float, ranks: int) -> tuple[float, float]:
 #: counted here: thresholds weigh less there.
 METHODS = {
     "second": (1.0, 1.0, 1),
-    "ensemble": (2.0, 3.0, 2),
+    "ensemble": (3.0, 3.0, 2),  # ZeRO-3 runs the first pass again
     "ensemble, fast": (1.25, 1.25, 2),
     "ensemble, halves": (1.0, 1.0, 2),
 }

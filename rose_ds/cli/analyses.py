@@ -47,11 +47,9 @@ def parse(
     """
     parser = Parser(command, description, RunSettings, Rows, *settings)
     add_models(parser, models)
-    for action in parser._actions:  # which model is said in place of --model
-        if action.dest in ("model", "engine"):
-            action.help = argparse.SUPPRESS
-        if action.dest == "engine" and engines:
-            action.help = f"Shard each model over the launcher's ranks: {', '.join(engines)}. Default: each holds it."
+    parser.explain("model", argparse.SUPPRESS)  # which model is said in place of --model
+    sharded = f"Shard each model over the launcher's ranks: {', '.join(engines)}. Default: each holds it."
+    parser.explain("engine", sharded if engines else argparse.SUPPRESS)
     parser.parse_args(arguments)  # which says what is wrong; transformers raises
     given = parser.given(arguments)
     if given.get("engine", "auto") not in ("auto", "plain", *engines):

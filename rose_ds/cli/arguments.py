@@ -95,6 +95,12 @@ class Parser(HfArgumentParser):
             formatter_class=HelpFormatter,
         )
 
+    def explain(self, name: str, text: str) -> None:
+        """Another help text for a flag that means something else in this command; argparse.SUPPRESS: none."""
+        for action in self._actions:
+            if action.dest == name:
+                action.help = text
+
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The flags on a command line, by name, without the defaults of the others."""
         unset = object()

@@ -104,7 +104,11 @@ class Rounds:
 
 def run(arguments: Sequence[str]) -> None:
     """Measure, write, print."""
-    settings, how = Parser("bench", _DESCRIPTION, RunSettings, Rounds).settings(arguments)
+    from rose_ds.experiments.cost.engines import MEASURED
+
+    parser = Parser("bench", _DESCRIPTION, RunSettings, Rounds)
+    parser.explain("engine", f"What to measure on: {', '.join(MEASURED)}. Default: plain, or ddp for --ranks above 1.")
+    settings, how = parser.settings(arguments)
     engine = how.engine(settings.engine)
     from tqdm import tqdm
 

@@ -17,7 +17,7 @@ Examples:
   rose-ds doctor
   rose-ds doctor --model roberta-large --deepspeed ds_configs/zero2_bf16.json --world_size 8 --output_dir /data/runs
   torchrun --nproc_per_node 8 -m rose_ds doctor --output_dir /data/runs
-  deepspeed --hostfile launch/hostfile --module rose_ds doctor --deepspeed ds_configs/zero3_bf16.json
+  deepspeed --hostfile launch/cluster/hostfile --module rose_ds doctor --deepspeed ds_configs/zero3_bf16.json
   rose-ds doctor --json | python -m json.tool
 
 Started as one process it looks at this host: versions, compiler, GPU, config, memory, disk. Started by the launcher of

@@ -33,6 +33,9 @@ class Questions:
         metadata={"help": "minilm, a folder or a hub id: estimate memory and disk for it. Only its config is read."},
     )
     method: str = field(default="rose-ensemble", metadata={"help": "The run's method: decides what is held in memory."})
+    include: list[str] | None = field(
+        default=None, metadata={"help": "What may be masked, as the run's --include: @blocks where a model needs it."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Weights in bf16; --deepspeed says it by itself."})
     output_dir: str = field(default=".", metadata={"help": "Where the run is going to write. It is not created."})
     world_size: int | None = field(
@@ -107,14 +110,15 @@ def _check_model(
     asked: Questions, config: dict[str, Any] | None, half: bool, world: int, variables: Mapping[str, str]
 ) -> tuple[list[Finding], int]:
     assert asked.model is not None
-    rose = RoseConfig.from_mapping(method_named(asked.method).rose)
+    chosen = {} if asked.include is None else {"include": tuple(asked.include)}
+    rose = RoseConfig.from_mapping({**method_named(asked.method).rose, **chosen})
     try:
         shapes = parameter_shapes(asked.model)
         eligible = [] if rose.strategy == "none" else eligible_names(rose, shapes)
     except ModelError as error:
         return [Finding("model", "failed", str(error), "download it where there is a network, and give the folder")], 0
     except ValueError as error:
-        return [Finding("model", "failed", str(error), "rose-ds train takes the same --include")], 0
+        return [Finding("model", "failed", str(error), "the doctor and rose-ds train take --include")], 0
     parameters = sum(math.prod(shape) for shape in shapes.values())
     masked = sum(math.prod(shapes[name]) for name in eligible)
     zero = (config or {}).get("zero_optimization", {})

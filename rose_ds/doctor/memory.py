@@ -68,8 +68,6 @@ def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
         "fp32 masters": 4 * part * masters,
         "AdamW's states": 8 * part,
         "the fp32 gradient of a step": 4 * part * masters,
-        # torch's AdamW has scratch memory as large as what it updates at once; the masked update works in parts
-        "AdamW's scratch": 8 * part * (masters and not plan.masks),
         "masks": eligible_part * plan.masks,
         "first-order risk": 4 * eligible_part * plan.risks,
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from rose_ds.config import RoseConfig
 from rose_ds.engines.base import Engine
+from rose_ds.masks import policy_of
 
 _MIB = 2**20
 
@@ -33,6 +34,7 @@ def describe(engine: Engine, config: RoseConfig, objective: str) -> str:
         for name, param in engine.named_parameters()
     ]
     held, here = (sum(piece.numel for piece in pieces) for pieces in (engine.trainable_slices(), engine.slices))
+    masks = mask_bytes(config, here, engine.optimizer.kernels)
     return "\n".join(
         [
             f"{objective}, {config.strategy} ({config.granularity}) on {engine.name}: {layout.tensor_count} tensors, "
@@ -40,7 +42,7 @@ def describe(engine: Engine, config: RoseConfig, objective: str) -> str:
             f"  an optimizer step is {steps} micro-batch{'es' * (steps > 1)} of each rank",
             *describe_parameters(rows),
             describe_dropout(engine.module, needed=config.compares_passes),
-            describe_memory(held, here, risks=config.uses_first + config.keeps_risk),
+            describe_memory(held, here, masks=masks, risks=config.uses_first + config.keeps_risk),
         ]
     )
 
@@ -62,16 +64,25 @@ def describe_parameters(rows: Iterable[Row]) -> list[str]:
     return [*lines, f"  masked in all {masked:,} of {whole:,} ({masked / whole:.1%}); weights are kept in {types}"]
 
 
-def describe_memory(held: int, eligible: int, *, risks: int) -> str:
+def mask_bytes(config: RoseConfig, eligible: int, kernels: Any | None) -> int:
+    """What the masks of so many elements take: a byte each, or a bit for each ranking where kernels make them."""
+    policy = policy_of(config)
+    if policy is None or config.granularity == "tensor":
+        return 0
+    compiled = hasattr(kernels, "Risks") and all(selector.kernel for selector in policy.selectors)
+    return len(policy.selectors) * -(-eligible // 8) if compiled else eligible
+
+
+def describe_memory(held: int, eligible: int, *, masks: int, risks: int) -> str:
     """What a rank holds for the optimizer besides the weights.
 
     Args:
         held: elements of trainable parameters whose states lie on this rank.
         eligible: how many of them may be masked.
+        masks: bytes of their masks.
         risks: how many fp32 values are kept for each of these: a second gradient, an average of risks.
     """
-    states, masks, risk = 8 * held, eligible, 4 * eligible * risks
-    sizes = {"AdamW's states": states, "masks": masks, "first-order risk": risk}
+    sizes = {"AdamW's states": 8 * held, "masks": masks, "first-order risk": 4 * eligible * risks}
     parts = [f"{what} {size / _MIB:,.1f} MiB" for what, size in sizes.items() if size]
     return f"  on this rank, beside weights, gradients and activations: {', '.join(parts)}"
 

@@ -70,7 +70,7 @@ class RoseTrainer(CheckedTrainer):
             raise TypeError(f"rose= must be a RoseConfig or a mapping of its settings, got {type(rose).__name__}")
         self.rose = RoseConfig.from_mapping(rose or {}) if not isinstance(rose, RoseConfig) else rose
         self.objective = self._objective(objective)
-        refuse_together(self.rose, self.objective)
+        refuse_together(self._settings_of_masks(), self.objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None

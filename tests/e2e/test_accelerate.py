@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from launching import ROOT, accelerate, deepspeed, rows_file, run, torchrun
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from rose_ds.data import load_task
 from rose_ds.experiments.models import resolve
@@ -30,6 +36,18 @@ def launcher(config: str, folder: Path) -> list[str]:
 def reviews(snippets: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = load_task(snippets, splits=("train",)).train
     return rows_file(train, tmp_path_factory.mktemp("reviews") / "train.csv", 200)
+
+
+@pytest.fixture(scope="module")
+def roberta(two_layers: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another architecture than the packaged one, whose blocks have another class."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    tokenizer = AutoTokenizer.from_pretrained(two_layers)
+    folder = tmp_path_factory.mktemp("roberta")
+    config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=2, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: Path) -> None:
@@ -63,13 +81,16 @@ def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: 
 
 @pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp1.yaml", "fsdp2_hsdp.yaml"])  # fsdp2.yaml: test_job_faults.py
-def test_rose_ds_train_under_accelerate(config: str, two_layers: str, snippets: str, tmp_path: Path) -> None:
-    """The same flags and metrics.json as under deepspeed, and a model that loads."""
+def test_rose_ds_train_under_accelerate(
+    config: str, two_layers: str, roberta: str, snippets: str, tmp_path: Path
+) -> None:
+    """The same flags and metrics.json as under deepspeed, and a model that loads, whatever its classes are called."""
+    model = roberta if "hsdp" in config else two_layers
     flags = [
         "--task",
         snippets,
         "--model",
-        two_layers,
+        model,
         "--max_steps",
         "2",
         "--max_eval_samples",
@@ -84,7 +105,9 @@ def test_rose_ds_train_under_accelerate(config: str, two_layers: str, snippets: 
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["world_size"] == (4 if "hsdp" in config else 2)
     assert 0.59 < metrics["kept_fraction"] < 0.85
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 40_000_000
+    files = (Path(folder) / "model.safetensors" for folder in (tmp_path / "out", model))
+    saved, want = ({name: tensor.shape for name, tensor in load_file(path).items()} for path in files)
+    assert saved == want
 
 
 def test_accumulation_under_fsdp_needs_synchronisation(two_layers: str, snippets: str, tmp_path: Path) -> None:

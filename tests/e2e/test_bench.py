@@ -15,9 +15,10 @@ FAST = "rose-ensemble, fast"
 
 
 def test_bench(two_layers: str, snippets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Passes are counted while they run; time and memory are compared with AdamW's."""
+    """Passes are counted while they run, in two micro-batches; time and memory are compared with AdamW's."""
     output, picture = tmp_path / "cost.json", tmp_path / "cost.png"
     told = ["--methods", FAST, "smart", "--batch_size", "8", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+    told += ["--gradient_accumulation_steps", "2"]
     main(["bench", "--task", snippets, "--model", two_layers, *told, "--output", str(output), "--plot", str(picture)])
     found = json.loads(output.read_text())
     assert found["command"].startswith("rose-ds bench --task snippets")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from transformers import GPT2Config
 
 from rose_ds.cli import main
 from rose_ds.doctor import disk, environment, memory, ranks
@@ -285,6 +286,15 @@ def test_a_machine_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "FAILED   config:" in printed and "'Adam', not RoseAdamW" in printed
     assert "FAILED   model: model folder ./no/such does not exist" in printed
     assert printed.splitlines()[-1].endswith("2 to mend")
+
+
+def test_a_model_whose_blocks_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--model", str(tmp_path)])
+    assert "the doctor and rose-ds train take --include" in capsys.readouterr().out
+    main(["doctor", "--model", str(tmp_path), "--include", "@blocks"])
+    assert "24,704 eligible" in capsys.readouterr().out, "weights and norms of two blocks"
 
 
 def test_bad_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
