@@ -146,9 +146,7 @@ class Case:
         every = torch.cat(self.risks).abs()
         k = int(0.6 * count)
         return {
-            "threshold, kernels": lambda: kth_smallest(
-                [(kernels.Risks(self.risks, [], [], 1.0, [], 0.0, [], 0, False), local_only)], k, count=count
-            ),
+            "threshold, kernels": lambda: kth_smallest([(kernels.Risks(grads=self.risks), local_only)], k, count=count),
             "threshold, torch": lambda: kth_smallest([([every], local_only)], k, count=count),
             "torch.kthvalue": lambda: every.kthvalue(k).values,
         }

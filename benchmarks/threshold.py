@@ -58,9 +58,7 @@ def ways_of(mine: Tensor, count: int, kernels: Any | None, wire: Wire) -> dict[s
         "gather, sort": lambda: gathered().sort().values[k - 1],
     }
     if kernels is not None:
-        ways[OURS] = lambda: (
-            kth_smallest([(kernels.Risks([mine], [], [], 1.0, [], 0.0, [], 0, False), wire)], k, count=count).value
-        )
+        ways[OURS] = lambda: kth_smallest([(kernels.Risks(grads=[mine]), wire)], k, count=count).value
     return ways
 
 

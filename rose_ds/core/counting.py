@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rose_ds.core.counted import Chunks, bits_of
 from rose_ds.core.device import OnDevice
-from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs
+from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, keys
 from rose_ds.core.mask import BitMask, add_mask_
 from rose_ds.kernels import fits
 
@@ -81,17 +81,11 @@ class Compiled:
     ) -> None:
         mine = [masks[i] for i in indices]
         plane = mine[0].bits.index(selector.bit) if mine else 0
-        if selector.kernel == "first":
-            assert inputs.risk_grads is not None
-            numbers: tuple[Any, ...] = ([inputs.risk_grads[i] for i in indices], [], [], 1.0, [], 0.0)
-        else:
-            grads, exp_avgs = [inputs.grads[i] for i in indices], [inputs.exp_avgs[i] for i in indices]
-            share = inputs.share * inputs.clip if inputs.risk_grads is not None else 0.0
-            others = [inputs.risk_grads[i] for i in indices] if share and inputs.risk_grads is not None else []
-            alphas = [1 - inputs.beta1s[i] for i in indices]
-            numbers = (grads, exp_avgs, alphas, float(inputs.scale), others, share)
         self.kernels = kernels
-        self.risks = kernels.Risks(*numbers, [mask.words for mask in mine], plane, selector.largest)
+        words = [mask.words for mask in mine]
+        self.risks = kernels.Risks(
+            **_read(selector, inputs, indices), masks=words, plane=plane, largest=selector.largest
+        )
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         counts: Tensor = self.risks.histogram(prefix, shift, width)
@@ -121,16 +115,40 @@ class Compiled:
         self.risks.mark(tau)
 
 
+def _read(selector: Selector, inputs: StepInputs, indices: Sequence[int]) -> dict[str, Any]:
+    """What a compiled score is computed from."""
+
+    def mine(columns: Sequence[Any]) -> list[Any]:
+        return [columns[i] for i in indices]
+
+    if selector.kernel == "first":
+        assert inputs.risk_grads is not None
+        return {"grads": mine(inputs.risk_grads)}
+    read: dict[str, Any] = {"grads": mine(inputs.grads)}
+    if selector.kernel == "uniform":
+        draws = [(inputs.layout.blocks[i].first, *keys(inputs, inputs.layout.name_of(i))) for i in indices]
+        return {**read, "draws": draws}
+    read["scale"] = float(inputs.scale)
+    if inputs.share and inputs.risk_grads is not None:
+        read |= {"others": mine(inputs.risk_grads), "share": inputs.share * inputs.clip}
+    if selector.kernel == "second":
+        read |= {"exp_avgs": mine(inputs.exp_avgs), "alphas": [1 - beta1 for beta1 in mine(inputs.beta1s)]}
+    return read
+
+
 def can_compile(kernels: Any, selector: Selector, inputs: StepInputs) -> bool:
     """Whether these are kernels for CPUs that know this score and take these tensors."""
     if not hasattr(kernels, "Risks"):
         return False
     if selector.kernel == "first":
         return all(fits(g) for g in inputs.risk_grads or [])
-    if selector.kernel == "second":
-        others = inputs.risk_grads or [] if inputs.share else []
-        return all(fits(g, half=True) for g in inputs.grads) and all(map(fits, (*inputs.exp_avgs, *others)))
-    return False
+    if selector.kernel == "uniform":
+        return all(g.is_cpu for g in inputs.grads) and all(b.first is not None for b in inputs.layout.blocks)
+    if selector.kernel is None:
+        return False
+    others = [] if inputs.risk_grads is None or not inputs.share else inputs.risk_grads
+    moments = inputs.exp_avgs if selector.kernel == "second" else []
+    return all(fits(g, half=True) for g in inputs.grads) and all(map(fits, (*moments, *others)))
 
 
 def compiled_on_device(

@@ -32,6 +32,20 @@ class Block:
         """Elements of the slice."""
         return math.prod(self.extent)
 
+    @property
+    def first(self) -> int | None:
+        """Position in the flattened whole tensor of the slice's first element; None where the others do not follow it
+        one by one.
+        """
+        position, stride, whole = 0, 1, True
+        for size, first, extent in reversed(list(zip(self.shape, self.start, self.extent, strict=True))):
+            if extent > 1 and not whole:
+                return None
+            whole = whole and extent == size
+            position += first * stride
+            stride *= size
+        return position
+
     def positions(self, at: slice = slice(None), device: torch.device | None = None) -> Tensor:
         """Positions in the flattened whole tensor of the slice's elements ``at``: int64, 1-D."""
         rest = torch.arange(*at.indices(self.numel), device=device)
@@ -60,6 +74,10 @@ class Layout:
     """Of the eligible tensors, by their number."""
     blocks: Sequence[Block] = ()
     """Where each slice lies in its tensor."""
+
+    def name_of(self, i: int) -> str:
+        """Of the tensor that slice ``i`` is part of."""
+        return self.names[self.tensor_index[i]]
 
     def slices_of(self, exchange: Exchange) -> list[int]:
         """Indices of the slices that this exchange counts."""

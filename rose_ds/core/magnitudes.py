@@ -117,8 +117,8 @@ class ElementMagnitudes:
     @property
     def uniform(self) -> Tensor:
         layout = self.inputs.layout
-        name = layout.names[layout.tensor_index[self.i]]
-        return uniform(self.inputs, name, layout.blocks[self.i].positions(self.at, self.inputs.grads[self.i].device))
+        positions = layout.blocks[self.i].positions(self.at, self.inputs.grads[self.i].device)
+        return uniform(self.inputs, layout.name_of(self.i), positions)
 
 
 class TensorMagnitudes:
@@ -179,11 +179,16 @@ class TensorMagnitudes:
 
 def uniform(inputs: StepInputs, name: str, positions: Tensor) -> Tensor:
     """Counter-based random numbers in [0, 1), fp32: a hash of seed, step, name and each position."""
-    digest = hashlib.blake2b(f"{inputs.seed}/{inputs.step}/{name}".encode(), digest_size=8).digest()
-    low, high = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    low, high = keys(inputs, name)
     mixed = _fmix32((positions & 0xFFFFFFFF) ^ low)
     mixed = _fmix32(mixed ^ high ^ (positions >> 32))
     return (mixed >> 8).float() / (1 << 24)
+
+
+def keys(inputs: StepInputs, name: str) -> tuple[int, int]:
+    """Of seed, step and name, what a position is hashed with: 32 bits each."""
+    digest = hashlib.blake2b(f"{inputs.seed}/{inputs.step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _fmix32(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class BitMask:
     @classmethod
     def empty(cls, numel: int, bits: Sequence[int]) -> BitMask:
         """Not yet set."""
-        return cls(torch.empty(-(-numel // 64), len(bits), dtype=torch.int64), numel, tuple(bits))
+        return cls(torch.empty(-(-numel // 64), len(bits), dtype=torch.int64, device="cpu"), numel, tuple(bits))
 
     def codes(self) -> Tensor:
         """One byte for each element: uint8, (numel,)."""

@@ -39,8 +39,8 @@ class Selector:
     """The score is of the gradient kept apart, which nothing else looks at: not finite, it skips the step."""
     fixed: float | None = None
     """A threshold that is known, instead of ``keep``."""
-    kernel: Literal["first", "second"] | None = None
-    """Which risk the score is, where compiled kernels know it (``rose_ds.kernels``)."""
+    kernel: Literal["first", "second", "gradient", "uniform"] | None = None
+    """Which score it is, where compiled kernels know it (``rose_ds.kernels``)."""
 
 
 @dataclass

@@ -17,4 +17,5 @@ def magnitude(x: Magnitudes) -> Tensor:
 
 def gradient_mask(config: RoseConfig) -> MaskPolicy:
     """Keep the largest ``keep_first``, each step anew; the mask multiplies the gradient."""
-    return MaskPolicy((Selector(magnitude, config.keep_first, largest=True),), rule="gradient", ranks_task=True)
+    selector = Selector(magnitude, config.keep_first, largest=True, kernel="gradient")
+    return MaskPolicy((selector,), rule="gradient", ranks_task=True)

@@ -17,4 +17,4 @@ def uniform(x: Magnitudes) -> Tensor:
 
 def random_mask(config: RoseConfig) -> MaskPolicy:
     """ROSE's update with a mask that knows nothing."""
-    return MaskPolicy((Selector(uniform, config.keep_first),))
+    return MaskPolicy((Selector(uniform, config.keep_first, kernel="uniform"),))

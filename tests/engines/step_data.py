@@ -59,6 +59,13 @@ def step_inputs(kind: str, sizes: list[int], dtype: torch.dtype, scale: float = 
     )  # fmt: skip
 
 
+def as_bits(codes: Tensor, bits: tuple[int, ...] = (1, 2)) -> BitMask:
+    """The same mask, as kernels make it."""
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % 64)).view(-1, 64)
+    planes = [((padded & bit != 0).long() << torch.arange(64)).sum(1) for bit in bits]
+    return BitMask(torch.stack(planes, 1), len(codes), bits)
+
+
 def as_bytes(code: Any) -> Tensor:
     """Of a slice's mask, however it is kept."""
     return code.codes() if isinstance(code, BitMask) else torch.as_tensor(code)

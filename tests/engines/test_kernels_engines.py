@@ -32,6 +32,8 @@ CASES = [
     case_of("task", "first-tensor", 1),
     case_of("task", "ensemble-tensor"),
     case_of("task", "child-tuning", 1),
+    case_of("task", "random", 1),
+    case_of("r-drop", "gradient-mask"),
     case_of("task", "ensemble", keep_first="auto", first_order="fast", risk_ema=0.5),
 ]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2-offload", "zero3-offload")

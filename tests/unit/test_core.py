@@ -368,3 +368,11 @@ def test_block_positions() -> None:
     want = whole[1:3, 2:5, 0:5].flatten()
     assert torch.equal(block.positions(), want) and torch.equal(block.positions(slice(7, 19)), want[7:19])
     assert torch.equal(Block.flat(100, 40, 5).positions(), torch.arange(40, 45))
+    assert block.first is None and Block.flat(100, 40, 5).first == 40
+    for start, extent, first in (
+        ((1, 0, 0), (2, 5, 6), 30), ((2, 1, 0), (1, 3, 6), 66), ((2, 1, 4), (1, 1, 2), 70),
+        ((0, 0, 3), (4, 5, 1), None), ((3, 4, 5), (1, 1, 1), 119),
+    ):  # fmt: skip
+        part = Block((4, 5, 6), start, extent)
+        assert part.first == first
+        assert first is None or torch.equal(part.positions(), torch.arange(first, first + part.numel))

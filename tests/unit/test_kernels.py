@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from step_data import (
     KINDS,
     SIZES,
     alike,
+    as_bits,
     batch_of,
     check_same_bits,
     codes_of,
@@ -28,13 +30,18 @@ from step_data import (
     step_inputs,
     tensors,
 )
+from thread_ranks import Group, at_once
+from torch import Tensor
 
 from rose_ds import kernels
 from rose_ds.config import RoseConfig
 from rose_ds.core import threshold
+from rose_ds.core.layout import Block, Layout
+from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import BitMask
 from rose_ds.core.risk import squared_norms
-from rose_ds.core.select import select
+from rose_ds.core.select import Selection, select
+from rose_ds.core.threshold import local_only
 from rose_ds.core.update import UpdateBatch, masked_adamw_
 from rose_ds.kernels import build
 from rose_ds.masks import policy_of
@@ -69,6 +76,101 @@ def test_select(
         assert same(
             select(policy.selectors, "element", inputs), select(policy.selectors, "element", inputs, compiled)
         ), (keep, largest)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "infinite", "nan"])
+@pytest.mark.parametrize("strategy", ["random", "gradient-mask"])
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
+def test_other_scores(
+    strategy: Any, kind: str, dtype: torch.dtype, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "MANY", many)
+    for keep, scale, share in ((0.6, 0.7, 0.0), (0.3, 1.0, 0.0), (1e-9, 0.7, 0.3), (1.0, 1.0, 0.3)):
+        inputs = step_inputs(kind, [1000, 0, 33, 70_001], dtype, scale, share)
+        config = RoseConfig(strategy=strategy, keep_first=keep)
+        for histograms in (False, True):
+            found = outcome(config, inputs, compiled, histograms=histograms)
+            assert alike(outcome(config, inputs, histograms=histograms), found), (keep, scale, share)
+            assert isinstance(found, str) or all(isinstance(code, BitMask) for code in found.codes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
+def test_random_numbers_by_place(many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of tensors: beyond 2**32 elements, rows, and columns, which the kernels leave to torch. Gradients of any
+    type: nobody reads them.
+    """
+    monkeypatch.setattr(threshold, "MANY", many)
+    far, rows = Block.flat(1 << 34, (1 << 32) - 500, 1200), Block((100, 8), (40, 0), (30, 8))
+    for blocks, ours in (([far, rows], True), ([far, Block((100, 8), (0, 3), (100, 2))], False)):
+        sizes = [block.numel for block in blocks]
+        held = [torch.zeros(n, dtype=torch.float16) for n in sizes]
+        layout = Layout([0, 1], [local_only] * 2, [local_only], 2, sum(sizes), ["a", "b"], blocks)
+        inputs = StepInputs(layout, held, held, held, [0.9, 0.9], step=3, seed=7)
+        config = RoseConfig(strategy="random", keep_first=0.4)
+        found = outcome(config, inputs, compiled)
+        assert same(outcome(config, inputs), found)
+        assert all(isinstance(code, BitMask) == ours for code in found.codes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("strategy", ["ensemble", "random", "gradient-mask"])
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
+def test_ranks_may_differ_in_having_kernels(
+    strategy: Any, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, each with a part of every tensor, and one with nothing."""
+    monkeypatch.setattr(threshold, "MANY", many)
+    whole, config = step_inputs("ties", [1000, 70_001, 33], torch.float32), RoseConfig(strategy=strategy)
+    policy = policy_of(config)
+    assert policy is not None
+
+    def select_with(*of_rank: Any) -> list[Selection]:
+        group = Group([0, 1, 2])
+
+        def job(rank: int) -> Selection:
+            exchange = group.exchange_of(rank)
+            sizes = [g.numel() for g in whole.grads]
+            ends = [((0, n // 3), (n // 3, n), (n, n))[rank] for n in sizes]
+            mine = range(3) if rank < 2 else range(0)
+            layout = Layout(
+                list(mine), [exchange for _ in mine], [exchange], 3, sum(sizes), whole.layout.names,
+                [Block.flat(sizes[i], ends[i][0], ends[i][1] - ends[i][0]) for i in mine],
+            )  # fmt: skip
+
+            def cut(columns: Any) -> list[Any]:
+                return [columns[i][slice(*ends[i])].clone() for i in mine]
+
+            inputs = replace(
+                whole, layout=layout, grads=cut(whole.grads), exp_avgs=cut(whole.exp_avgs), weights=cut(whole.weights),
+                risk_grads=cut(whole.risk_grads), beta1s=[whole.beta1s[i] for i in mine],
+            )  # fmt: skip
+            return select(policy.selectors, "element", inputs, of_rank[rank])
+
+        return at_once(3, job)
+
+    torchs = select_with(None, None, None)
+    for of_rank in ((compiled, None, compiled), (None, compiled, None), (compiled, compiled, compiled)):
+        assert all(map(same, torchs, select_with(*of_rank)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
+def test_masks_of_an_earlier_step(many: int, largest: bool, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is taken, and nothing of them is left."""
+    monkeypatch.setattr(threshold, "MANY", many)
+    inputs = step_inputs("normal", [33, 0, 70_001, 64], torch.float32)
+    policy = policy_of(RoseConfig(keep_first=0.2, keep_second=0.9, keep_largest=largest))
+    assert policy is not None
+    used = [BitMask.empty(g.numel(), (1, 2)) for g in inputs.grads]
+    for mask in used:
+        mask.words.fill_(-1)
+    found = select(policy.selectors, "element", inputs, compiled, used=used)
+    assert same(select(policy.selectors, "element", inputs), found)
+    assert all(code.words is mask.words for code, mask in zip(found.codes, used, strict=True))
 
 
 @needs_compiler
@@ -122,13 +224,15 @@ def test_update(kind: str, decay: float, dtype: torch.dtype, compiled: Any) -> N
     group = {**GROUP, "weight_decay": decay}
     for step, table in itertools.product((1, 1000), ((0.0, 1.0, 1.0, 1.0), (0.0, 0.3, 0.7, 1.0), (0.0, 0.5, 0.5, 1.0))):
         codes, runs = codes_of(sizes, step, table), []
-        for found in (None, compiled):
+        packed = [as_bits(code) if isinstance(code, Tensor) else code for code in codes]
+        for found, masks in ((None, codes), (compiled, codes), (compiled, packed)):
             held = tensors(kind, sizes, dtype)
-            batch = batch_of(held, codes, group, step, table, kernels=found)
+            batch = batch_of(held, masks, group, step, table, kernels=found)
             assert len(batch.compiled) == (len(sizes) if found else 0)
             batch.flush()
             runs.append(held)
-        check_same_bits(*runs, (step, table))
+        for run in runs[1:]:
+            check_same_bits(runs[0], run, (step, table))
 
 
 @needs_compiler
@@ -162,7 +266,7 @@ def test_a_kernel_that_was_asked_for(theirs: str, compiled: Any) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("values", [(0.0, 2.5, 1.0, 1.0), (0.0, 0.3, 0.7, 1.0)], ids=str)
-@pytest.mark.parametrize("kind", ["bits", "codes", "one code"])
+@pytest.mark.parametrize("kind", ["bits", "one plane", "codes", "one code"])
 def test_a_mask_of_the_gradient(kind: str, values: Any, dtype: torch.dtype, compiled: Any) -> None:
     """Bit for bit AdamW of the masked gradient; moments and weight decay go on where it is 0. Torch's loop is near."""
     n = 5000
@@ -172,11 +276,10 @@ def test_a_mask_of_the_gradient(kind: str, values: Any, dtype: torch.dtype, comp
     if kind == "one code":
         mask, codes = 1, torch.ones_like(codes)
     if kind == "bits":
-        mask = BitMask.empty(n, (1, 2))
-        for plane, bit in enumerate((1, 2)):
-            ones = (codes & bit != 0).tolist()
-            words = [sum(one << j for j, one in enumerate(ones[i : i + 64])) for i in range(0, n, 64)]
-            mask.words[:, plane] = torch.tensor([w - (1 << 64) * (w >> 63) for w in words])
+        mask = as_bits(codes)
+    if kind == "one plane":
+        codes = codes & 2
+        mask = as_bits(codes, (2,))
     factor = torch.tensor(values)[codes.int()]
     results = []
     for rule, code, gradient, kernels_ in (
@@ -214,7 +317,7 @@ def test_places_and_threads_change_nothing(compiled: Any) -> None:
             results.append(held)
             marked = BitMask.empty(len(codes), (1, 2))
             marked.words.fill_(0)
-            risks = compiled.Risks([held[1]], [held[2]], [0.1], 1.0, [], 0.0, [marked.words], 1, False)
+            risks = compiled.Risks(grads=[held[1]], exp_avgs=[held[2]], alphas=[0.1], masks=[marked.words], plane=1)
             results[-1] += [risks.histogram(0, 20, 12), risks.sample(31), risks.zoom(8000, 8060)]
             results[-1] += [risks.scan(512000, 515000)]
             risks.mark(0.9)
@@ -225,8 +328,9 @@ def test_places_and_threads_change_nothing(compiled: Any) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("what", ["strided", "fp64", "fp16 gradient"])
-def test_what_does_not_fit_is_left_to_torch(what: str, compiled: Any) -> None:
+def test_what_does_not_fit_is_left_to_torch(what: str, packed: bool, compiled: Any) -> None:
     dtype = torch.float64 if what == "fp64" else torch.float32
     held = [torch.rand(50, dtype=dtype) for _ in range(4)]
     if what == "strided":
@@ -236,7 +340,7 @@ def test_what_does_not_fit_is_left_to_torch(what: str, compiled: Any) -> None:
     mine = [t.clone() for t in held]
     mask = torch.randint(0, 2, (50,), dtype=torch.uint8)
     batch = UpdateBatch(GROUP, 5, (0.0, 1.0, 1.0, 1.0), kernels=compiled)
-    batch.add(mask, tuple(held))
+    batch.add(as_bits(mask) if packed else mask, tuple(held))
     assert not batch.compiled
     batch.flush()
     beta1, beta2 = GROUP["betas"]  # type: ignore[misc]

@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "scores.h"
 #include "sift.h"
 
 namespace {
@@ -11,39 +12,23 @@ namespace {
 // The risks of one kind, of this rank: as bits, which sort as the values do. `rose_ds.core.threshold.Counted`.
 class Risks {
  public:
-  // Eq. 2: |gradient|. With exp_avgs, Eq. 4: | alpha |scale * gradient - share * other| / |exp_avg| - 1 |, 0 where exp_avg
-  // is 0; no others where share is 0. Masks are bits, set where risk <= tau, or >= tau: the given plane of `masks`, each
-  // of (words, planes); without masks there are none.
+  // Masks are bits, set where risk <= tau, or >= tau: the given plane of `masks`, each of (words, planes); without masks
+  // there are none. The others: what risks are computed from, as for Scores.
   Risks(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, std::vector<double> alphas, double scale,
-        std::vector<at::Tensor> others, double share, std::vector<at::Tensor> masks, int64_t plane, bool largest)
-      : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), others_(std::move(others)), masks_(std::move(masks)),
-        scale_(float(scale)), share_(float(share)), largest_(largest), threads_(at::get_num_threads()) {
-    TORCH_CHECK(exp_avgs_.empty() || exp_avgs_.size() == grads_.size());
-    TORCH_CHECK(others_.empty() || (others_.size() == grads_.size() && !exp_avgs_.empty()));
-    TORCH_CHECK(masks_.empty() || masks_.size() == grads_.size());
-    auto& sizes = sizes_;
-    for (size_t i = 0; i < grads_.size(); ++i) {
-      sizes.push_back(grads_[i].numel());
-      if (!exp_avgs_.empty()) {
-        TORCH_CHECK(exp_avgs_[i].numel() == sizes.back());
-        moments_.push_back(data_of<float>(exp_avgs_[i], at::kFloat));
-        alphas_.push_back(float(alphas[i]));
-        TORCH_CHECK(others_.empty() || others_[i].numel() == sizes.back());
-        other_.push_back(others_.empty() ? nullptr : data_of<float>(others_[i], at::kFloat));
-      }
-      if (!masks_.empty()) {
-        TORCH_CHECK(masks_[i].dim() == 2 && masks_[i].size(0) == (sizes.back() + kWord - 1) / kWord);
-        TORCH_CHECK(0 <= plane && plane < masks_[i].size(1));
-        planes_ = masks_[i].size(1);
-        auto* words = reinterpret_cast<uint64_t*>(data_of<int64_t>(masks_[i], at::kLong));
-        words_.push_back(words ? words + plane : nullptr);
-      }
-      const bool half = grads_[i].scalar_type() == at::kBFloat16;
-      pointers_.push_back(data_of<void>(grads_[i], half ? at::kBFloat16 : at::kFloat));
-      halves_.push_back(half);
+        std::vector<at::Tensor> others, double share, std::vector<Draw> draws, std::vector<at::Tensor> masks,
+        int64_t plane, bool largest)
+      : scores_(std::move(grads), std::move(exp_avgs), alphas, scale, std::move(others), share, std::move(draws)),
+        sizes_(scores_.sizes), masks_(std::move(masks)), largest_(largest), threads_(at::get_num_threads()) {
+    TORCH_CHECK(masks_.empty() || masks_.size() == sizes_.size());
+    for (size_t i = 0; i < masks_.size(); ++i) {
+      TORCH_CHECK(masks_[i].dim() == 2 && masks_[i].size(0) == (sizes_[i] + kWord - 1) / kWord);
+      TORCH_CHECK(0 <= plane && plane < masks_[i].size(1));
+      planes_ = masks_[i].size(1);
+      auto* words = reinterpret_cast<uint64_t*>(data_of<int64_t>(masks_[i], at::kLong));
+      words_.push_back(words ? words + plane : nullptr);
     }
-    size_ = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
-    chunks_ = chunks_of(sizes);
+    size_ = std::accumulate(sizes_.begin(), sizes_.end(), int64_t(0));
+    chunks_ = chunks_of(sizes_);
     if (!spare().empty()) found_ = std::move(spare().back()), spare().pop_back();
   }
 
@@ -94,8 +79,8 @@ class Risks {
       const auto [first, end] = drawn_by(t);
       Place next(*this, first * stride), far = next;
       for (int64_t asked = first, j = first; j < end; ++j, next.move(*this, stride)) {
-        for (; asked < std::min(end, j + kSampleAhead); ++asked, far.move(*this, stride)) ask_for(far.piece, far.at);
-        risks<false>(next.piece, next.at, 1, &drawn_[j]);
+        for (; asked < std::min(end, j + kSampleAhead); ++asked, far.move(*this, stride)) scores_.ask_for(far.piece, far.at);
+        scores_.compute<false>(next.piece, next.at, 1, &drawn_[j]);
         ++counts[std::clamp((drawn_[j] >> kSampleShift) - kLowest, 0, 0xfff)];
       }
     });
@@ -175,7 +160,7 @@ class Risks {
     int32_t bits[kBlock];
     for (int64_t b = 0; b < size; b += kBlock) {
       const int n = int(std::min<int64_t>(kBlock, size - b));
-      risks<true>(piece, begin + b, n, bits);
+      scores_.compute<true>(piece, begin + b, n, bits);
       body(piece, begin + b, bits, n);
     }
   }
@@ -215,7 +200,7 @@ class Risks {
 
   void collect_block(int t, size_t piece, int64_t from, int at, int n) {
     int32_t bits[kBlock];
-    risks<true>(piece, from, n, bits);
+    scores_.compute<true>(piece, from, n, bits);
     Found& f = found_[t];
     const auto [into, where] = f.room(kBlock);
     uint64_t* words = sure_ ? words_[piece] + from / kWord * planes_ : nullptr;
@@ -235,59 +220,17 @@ class Risks {
     Place(const Risks& risks, int64_t number) : at(number) { settle(risks); }
     void move(const Risks& risks, int64_t by) { at += by, settle(risks); }
     void settle(const Risks& risks) {
-      for (; piece < risks.grads_.size() && at >= risks.sizes_[piece]; ++piece) at -= risks.sizes_[piece];
+      for (; piece < risks.sizes_.size() && at >= risks.sizes_[piece]; ++piece) at -= risks.sizes_[piece];
     }
     size_t piece = 0;
     int64_t at;
   };
 
-  // Fetches what one risk is computed from.
-  void ask_for(size_t piece, int64_t i) const {
-    __builtin_prefetch(static_cast<const char*>(pointers_[piece]) + i * (halves_[piece] ? 2 : 4));
-    if (moments_.empty()) return;
-    __builtin_prefetch(moments_[piece] + i);
-    if (other_[piece]) __builtin_prefetch(other_[piece] + i);
-  }
-
-  // kFetch: blocks after this one will be asked for.
-  template <bool kFetch>
-  void risks(size_t piece, int64_t from, int n, int32_t* out) const {
-    if (halves_[piece]) risks_of<kFetch>(static_cast<const uint16_t*>(pointers_[piece]) + from, piece, from, n, out);
-    else risks_of<kFetch>(static_cast<const float*>(pointers_[piece]) + from, piece, from, n, out);
-  }
-
-  template <bool kFetch, class G>
-  void risks_of(const G* grad, size_t piece, int64_t from, int n, int32_t* __restrict out) const {
-    if constexpr (kFetch) ahead(grad, n);
-    if (moments_.empty()) {
-      for (int i = 0; i < n; ++i) out[i] = as_bits(load(grad, i)) & 0x7fffffff;
-      return;
-    }
-    const float* m = moments_[piece] + from;
-    if constexpr (kFetch) ahead(m, n);
-    const float alpha = alphas_[piece], scale = scale_, share = share_;
-    const auto risk = [&](float g, float moment) {
-      const float magnitude = std::fabs(moment);
-      const int32_t bits = as_bits(std::fabs(g) * alpha / magnitude - 1.0f) & 0x7fffffff;
-      return magnitude == 0.0f ? 0 : bits;
-    };
-    if (const float* other = other_[piece]) {
-      if constexpr (kFetch) ahead(other + from, n);
-      for (int i = 0; i < n; ++i) out[i] = risk(load(grad, i) * scale - other[from + i] * share, m[i]);
-      return;
-    }
-    for (int i = 0; i < n; ++i) out[i] = risk(load(grad, i) * scale, m[i]);
-  }
-
-  std::vector<at::Tensor> grads_, exp_avgs_, others_, masks_;
+  Scores scores_;
   std::vector<int64_t> sizes_;
-  std::vector<const void*> pointers_;
-  std::vector<bool> halves_;
-  std::vector<const float*> moments_, other_;
+  std::vector<at::Tensor> masks_;
   std::vector<uint64_t*> words_;  // of the plane
   int64_t planes_ = 1;
-  std::vector<float> alphas_;
-  float scale_, share_;
   bool largest_;
   int threads_;
   int64_t size_;
