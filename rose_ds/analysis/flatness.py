@@ -14,6 +14,10 @@ from rose_ds.analysis.directions import restored
 from rose_ds.analysis.load import Batch, logits_of, loss_and_accuracy
 
 
+class NotConverged(RuntimeError):
+    """Eigenvalues that were not found."""
+
+
 def low_area(losses: Sequence[Sequence[float]], delta: float) -> float:
     """Fraction of a landscape's points whose loss is below its minimum + ``delta``."""
     surface = np.asarray(losses)
@@ -41,7 +45,7 @@ def largest_eigenvalues(
         tolerance: relative accuracy of an eigenvalue.
 
     Raises:
-        RuntimeError: the iteration did not converge in 200 restarts.
+        NotConverged: the iteration did not converge in 200 restarts.
     """
     params = _trainable(module)
     rows = sum(len(batch["labels"]) for batch in batches)
@@ -75,7 +79,7 @@ def largest_eigenvalues(
             maxiter=200,
         )
     except ArpackNoConvergence as error:
-        raise RuntimeError(
+        raise NotConverged(
             f"the Hessian's largest {count} eigenvalues were not found to {tolerance}: take fewer"
         ) from error
     return sorted(map(float, values), reverse=True)

@@ -27,6 +27,7 @@ from rose_ds.experiments.models import (
     load_model,
     load_tokenizer,
 )
+from rose_ds.experiments.resumable import digest
 from rose_ds.experiments.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,15 @@ class Opened:
         ]
         return [{name: value.to(self.device) for name, value in part.items()} for part in parts]
 
-    @property
-    def fingerprint(self) -> str:
-        """See ``rose_ds.experiments.models.fingerprint``."""
-        return fingerprint(self.model)
+    def subject(self, *splits: str) -> dict[str, Any]:
+        """What a log that goes on is of: the weights, and the rows of these splits as the model reads them."""
+        rows = {split: self.rows(split) for split in splits}
+        return {
+            "task": self.data.spec.name,
+            "weights": fingerprint(self.model),
+            "max_length": self.settings.max_length,
+            **{split: digest(r[name] for name in ("label", *self.data.spec.fields)) for split, r in rows.items()},
+        }
 
     def rows(self, split: str) -> Any:
         """A split of the task's data. Raises ValueError where there is none."""

@@ -92,10 +92,12 @@ def attack(
 
         active: list[_Active] = []
         while True:
-            active += _begin(list(islice(waiting, _ACTIVE - len(active))), predict, settings, ended)
-            if not active:
+            taken = list(islice(waiting, _ACTIVE - len(active)))
+            active += _begin(taken, predict, settings, ended)
+            if active:
+                active = _round(active, predict, settings, ended)
+            elif not taken:
                 return
-            active = _round(active, predict, settings, ended)
 
 
 def _begin(

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.experiments.metrics import FILE as METRICS
     from rose_ds.experiments.metrics import Metrics, write_whole
     from rose_ds.experiments.models import label_names
-    from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
+    from rose_ds.experiments.resumable import all_ranks, digest, logs_of, rank_and_world
 
     settings = settings_of(settings.model, given)
     rank, world = rank_and_world()
@@ -72,6 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar,
     ):
         subject = {"task": data.spec.name, "weights": model.fingerprint, "max_length": settings.max_length}
+        subject["data"] = digest(data.validation[name] for name in ("idx", "label", *data.spec.fields))
         attack(rows, model.predict, how, logs[rank], subject=subject, progress=bar)
     if first_rank():
         found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,6 +83,10 @@ class Rounds:
             path = getattr(self, name)
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+        if self.plot is not None and Path(self.plot).suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"--plot {self.plot} must end in .png, .pdf or .svg")
+        if self.plot is not None and find_spec("matplotlib") is None:
+            raise ValueError("--plot draws with matplotlib: pip install 'rose_ds[analysis]'")
 
     @property
     def chosen(self) -> list[str]:
@@ -138,6 +143,6 @@ def run(arguments: Sequence[str]) -> None:
     found = {"command": shlex.join(["rose-ds", "bench", *arguments]), **found}
     if how.output is not None:
         write_whole(Path(how.output), json.dumps(found, indent=1) + "\n")
+    print(table(found["methods"]))
     if how.plot is not None:
         plot(found["methods"], Path(how.plot))
-    print(table(found["methods"]))

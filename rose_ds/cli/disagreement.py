@@ -45,6 +45,8 @@ def run(arguments: Sequence[str]) -> None:
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         opened = open_run(model, given, splits=splits_for(how.split))
+        if opened.name in found:
+            raise ValueError(f"two of the models have the same name, {opened.name}: rename a folder")
         batches = opened.batches(how.split, rows.rows, rows.batch_size)
         found[opened.name] = {
             "model": model,

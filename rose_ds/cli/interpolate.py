@@ -48,7 +48,8 @@ def run(arguments: Sequence[str]) -> None:
     names = ("validation", "perturbed", *(["adversarial"] if one.data.adversarial is not None else []))
     sets = {name: one.batches(name, rows.rows, rows.batch_size) for name in names}
     logs = logs_of(folder / "points", "interpolation" if whole else f"interpolation-{engine}", world)
-    subject = {"task": one.data.spec.name, "rows": rows.rows, "weights": [one.fingerprint, other.fingerprint]}
+    ends = one.subject(*names), other.subject()
+    subject = {**ends[0], "rows": rows.rows, "weights": [end["weights"] for end in ends]}
     with all_ranks():
         with placed(other.model, engine, other.device) as model:
             last = weights_of(model)

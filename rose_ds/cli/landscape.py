@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
@@ -10,6 +11,8 @@ from rose_ds.analysis.landscape import Plane
 from rose_ds.analysis.sharded import SHARDINGS, placed, start_ranks
 from rose_ds.cli import first_rank
 from rose_ds.cli.analyses import parse
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """The loss around trained models in a plane of filter-normalised directions (Eq. 6), and how flat it is.
 
@@ -40,6 +43,12 @@ class Flatness:
     )
     hessian_rows: int = field(default=64, metadata={"help": "Rows that the Hessian is of."})
 
+    def __post_init__(self) -> None:
+        if self.eigenvalues is not None and self.eigenvalues < 0:
+            raise ValueError(f"eigenvalues={self.eigenvalues} must be at least 0")
+        if self.hessian_rows < 1:
+            raise ValueError(f"hessian_rows={self.hessian_rows} must be at least 1")
+
 
 def run(arguments: Sequence[str]) -> None:
     """Measure, draw, and print the flatness."""
@@ -59,9 +68,9 @@ def run(arguments: Sequence[str]) -> None:
     if flat.eigenvalues and not whole:
         raise ValueError(f"eigenvalues={flat.eigenvalues} are found of whole models: leave them out with {engine=}")
     from rose_ds.analysis import pictures
-    from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
+    from rose_ds.analysis.flatness import NotConverged, largest_eigenvalues, low_area, sharpness
     from rose_ds.analysis.landscape import gathered, surface
-    from rose_ds.analysis.load import Opened, open_run, output_folder, same_data, splits_for, write_result
+    from rose_ds.analysis.load import Batch, Opened, open_run, output_folder, same_data, splits_for, write_result
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world
 
     start_ranks(engine)
@@ -76,12 +85,19 @@ def run(arguments: Sequence[str]) -> None:
     batches = {run.name: run.batches(flat.split, rows.rows, rows.batch_size) for run in opened}
     with all_ranks():
         for run in opened:
-            subject = {"name": run.name, "split": flat.split, "rows": rows.rows, "task": run.data.spec.name}
-            subject["weights"] = run.fingerprint
+            subject = {"name": run.name, "split": flat.split, "rows": rows.rows, **run.subject(flat.split)}
             with placed(run.model, engine, run.device) as model:
                 surface(model, batches[run.name], plane, logs[run.name], subject)
     if not first_rank():
         return
+
+    def eigenvalues(run: Opened, few: Sequence[Batch]) -> list[float]:
+        try:
+            return largest_eigenvalues(run.model, few, flat.eigenvalues) if flat.eigenvalues else []
+        except NotConverged as error:  # the surface is there, and took as long
+            logger.warning("%s: %s", run.name, error)
+            return []
+
     found = {}
     for run in opened:
         measured = gathered(logs[run.name], plane.points)
@@ -91,7 +107,7 @@ def run(arguments: Sequence[str]) -> None:
             "loss_at_model": measured["loss"][plane.points // 2][plane.points // 2],
             "low_area": low_area(measured["loss"], flat.delta),
             "sam_sharpness": sharpness(run.model, batches[run.name], flat.rho) if whole else None,
-            "hessian_eigenvalues": largest_eigenvalues(run.model, few, flat.eigenvalues) if flat.eigenvalues else [],
+            "hessian_eigenvalues": eigenvalues(run, few),
             **measured,
         }
     settings = {**asdict(rows), **asdict(plane), **asdict(flat), "task": opened[0].data.spec.name}

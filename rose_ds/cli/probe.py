@@ -60,6 +60,7 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.analysis.load import fresh_classifier, output_folder, write_result
     from rose_ds.analysis.msgs import probes
     from rose_ds.analysis.probing import linguistic_bias
+    from rose_ds.experiments.models import weights_digest
     from rose_ds.experiments.resumable import ResumableLog, all_ranks, logs_of, rank_and_world, records_of
 
     names = [Path(model).name for model in models]
@@ -70,6 +71,7 @@ def run(arguments: Sequence[str]) -> None:
     work = [(m, s, seed) for seed in how.seeds for s in what.surface for m in range(len(models))][rank::world]
     settings = {**asdict(what), **asdict(how), "models": models}
     fixed = {name: value for name, value in settings.items() if name != "output_dir"}
+    fixed["weights"] = [weights_digest(model) for model in models]
     msgs, counts = None if what.msgs is None else Path(what.msgs), (how.train_items, how.test_items)
     items = {surface: probes(surface, msgs, counts, what.item_seed) for surface in what.surface}
     with all_ranks(), ResumableLog(logs[rank], fixed) as log:

@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", help="How many settings of the grid each method tries on a task; full: all, however unequal.")
     add("--jobs", type=int, default=1, help="Runs side by side on this machine; its cores are shared out among them.")
     add("--launcher", choices=list(LAUNCHERS), default="local", help="How a run is started.")
-    add("--launcher_args", default="", help='More words for the launcher, e.g. "--num_gpus 2" or "--gres=gpu:1".')
+    add(
+        "--launcher_args",
+        default="",
+        help='More words for it: --launcher_args="--num_gpus 2", --launcher_args=--gres=gpu:1.',
+    )
     add("--retry_failed", action="store_true", help="Try failed runs again.")
     add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")
     add("--attack", choices=list(SEARCHES), help="Attack each trained model with this search; see rose-ds attack.")
@@ -114,10 +118,20 @@ def _sweep(options: argparse.Namespace, flags: dict[str, Any]) -> Sweep:
         if not content.get(name):
             raise ValueError(f"no {name}: give --{name}, or a --config that has them")
     content["settings"] = {**(content.get("settings") or {}), **flags}
-    for own in content["tasks"].values() if isinstance(content["tasks"], dict) else ():
-        for name in flags:
-            (own or {}).pop(name, None)  # a flag goes before what the config says of a task
+    for name in flags:  # a flag goes before what the config says of a task or a method
+        for own in content["tasks"].values() if isinstance(content["tasks"], dict) else ():
+            (own or {}).pop(name, None)
+        for method, own in content["methods"].items() if isinstance(content["methods"], dict) else ():
+            if isinstance(own, dict):
+                (own.get("settings") or {}).pop(name, None)
+                _refuse_both(name, f"methods: {method}: grid", own.get("grid"))
+        _refuse_both(name, "grid", content.get("grid"))
     return Sweep(**{name: value for name, value in content.items() if value is not None})
+
+
+def _refuse_both(flag: str, where: str, grid: Any) -> None:
+    if isinstance(grid, dict) and flag in grid:
+        raise ValueError(f"--{flag} is one value and {where} tries several of {flag}: leave one of the two out")
 
 
 def _grid(words: Sequence[str]) -> Any:

@@ -187,6 +187,8 @@ def _labels(rows: Rows, column: str) -> list[str]:
         if isinstance(value, (list, dict)):
             raise DataError(f"{rows.where(number)}: expected one label in {column!r}, found {value!r:.80}")
         if rows.label_names is not None:
+            if not 0 <= value < len(rows.label_names):  # -1 is how data sets of the hub mark an unlabelled row
+                raise DataError(f"{rows.where(number)}: no label in {column!r} ({value}): leave such rows out")
             found.append(rows.label_names[value])
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value).strip()

@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rose_ds.doctor.finding import Finding
+from rose_ds.kernels import build as kernels
 
 #: Whose versions change what a run computes; their pins are in rose_ds's own metadata.
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
@@ -98,6 +99,7 @@ def check_extension_locks(folder: Path, now: float | None = None) -> list[Findin
         now: seconds since the epoch; default: the clock's.
     """
     locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    locks = [path for path in locks if not path.parent.name.startswith(kernels.PREFIX)]  # which removes its own
     if not locks:
         built = sorted({path.stem for pattern in ("*/*.so", "*/*/*.so") for path in folder.glob(pattern)})
         return [Finding("extensions", "ok", f"{folder}: {', '.join(built) or 'nothing built yet'}, no lock")]

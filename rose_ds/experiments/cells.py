@@ -247,6 +247,11 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def settings_key(settings: Settings) -> str:
+    """A text that is the same for the same settings."""
+    return json.dumps(_whole(settings), sort_keys=True)
+
+
 def _whole(value: Any) -> Any:
     """100.0 and 100 are one setting."""
     if isinstance(value, Mapping):

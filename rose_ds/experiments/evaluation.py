@@ -91,13 +91,18 @@ class Evaluator:
             tokens = tokenize(sets[name], data.spec, tokenizer, run.max_length, order)
             self._order[name] = np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable")
             self.rows[name] = tokens.select(self._order[name])
+        self._labels = {name: self._in_task_order(rows["labels"]) for name, rows in self.rows.items()}
         self._latest: Any = None
         self._at_step: tuple[int, dict[str, Predictions]] | None = None
+
+    def _in_task_order(self, labels: Any) -> _Array:
+        """The task's ids of the model's."""
+        return np.asarray(np.argsort(self._ids)[np.asarray(labels)])
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """A Trainer's ``compute_metrics``; keeps the answers themselves."""
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        labels = np.argsort(self._ids)[np.asarray(prediction.label_ids)]
+        labels = self._in_task_order(prediction.label_ids)
         self._latest = np.asarray(logits, dtype=np.float32)[:, self._ids], labels
         return Predictions([], self._latest[1], self._latest[0]).scores()
 
@@ -106,6 +111,9 @@ class Evaluator:
 
         Args:
             clean_is_latest: the Trainer has just evaluated the clean set, with this object's ``compute_metrics``.
+
+        Raises:
+            RuntimeError: the Trainer's labels are not the rows', so that its answers would be other rows' answers.
         """
         found = {}
         with replay(RngState.now()):  # a DataLoader draws a seed
@@ -114,6 +122,11 @@ class Evaluator:
                     trainer.predict(rows)
                 back = np.argsort(self._order[name])
                 logits, labels = self._latest
+                if not np.array_equal(labels, self._labels[name]):
+                    raise RuntimeError(
+                        f"{type(trainer).__name__} evaluated the {name} set in another order, or other rows of it: its "
+                        "evaluation must go through the rows in turn (get_eval_dataloader, _get_eval_sampler)"
+                    )
                 found[name] = Predictions(self._idx[name], labels[back], logits[back])
         return found
 

@@ -47,7 +47,9 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
     )
 
 
-#: Fields of RunSettings that say which rows are read; one of them given, none is taken over from a run.
+#: Fields of RunSettings that name what is read: one of them given, nothing of _SOURCE is taken over from a run.
+_NAMED = ("task", "train_file", "validation_file", "dataset")
+#: Fields that say which rows are read, and how.
 _SOURCE = (
     "task",
     "data",
@@ -57,14 +59,16 @@ _SOURCE = (
     "dataset",
     "text_columns",
     "label_column",
+    "file_encoding",
 )
 #: Fields that are no business of whoever looks at a finished run.
 _OF_TRAINING = ("model", "engine", "record_masks", "disagreement_steps")
 
 
 def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
-    """What a run was trained on, as its metrics.json has it; ``given`` flags come first, and those that say which rows
-    to read take the place of all that the run says about them.
+    """What a run was trained on, as its metrics.json has it; ``given`` flags come first. A task, a data set or a file
+    takes the place of all that the run says about its rows; another folder of the data, an adversarial file or a column
+    does not.
 
     Raises:
         ValueError: metrics.json cannot be read.
@@ -72,7 +76,7 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
     names, known = {f.name for f in fields(RunSettings)}, dict[str, Any]()
     if (Path(folder) / FILE).is_file():
         config = Metrics.read(Path(folder)).config
-        own = set(given) & set(_SOURCE)
+        own = set(given) & set(_NAMED)
         wanted = names - set(_OF_TRAINING) - set(_SOURCE if own else ())
         known = {name: value for name, value in config.items() if name in wanted}
     return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})

@@ -71,12 +71,14 @@ def label_order(config: Any, spec: TaskSpec) -> list[int]:
     Raises:
         ModelError: the model's labels are other ones.
     """
-    names = [_plain(name) for _, name in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
-    wanted = [_plain(name) for name in spec.labels]
+    exact = [str(name) for _, name in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
+    if sorted(exact) == sorted(spec.labels):
+        return [exact.index(name) for name in spec.labels]
+    names, wanted = list(map(_plain, exact)), list(map(_plain, spec.labels))
     if names == [f"label_{i}" for i in range(len(names))]:
         return list(range(len(wanted)))
-    if sorted(names) != sorted(wanted):
-        raise ModelError(f"the model's labels are {names}, those of task {spec.name} are {wanted}")
+    if sorted(names) != sorted(wanted) or len(set(wanted)) < len(wanted):
+        raise ModelError(f"the model's labels are {exact}, those of task {spec.name} are {list(spec.labels)}")
     return [names.index(name) for name in wanted]
 
 
@@ -133,14 +135,28 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def default_device() -> torch.device:
-    """The accelerator, if there is one."""
-    return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    """The accelerator, if there is one; this rank's, under a launcher."""
+    found = torch.accelerator.current_accelerator()
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
 
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Of the weights of a classifier's head, which no two trainings share."""
     head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(model.parameters())[-2:])
     return hashlib.sha256(head).hexdigest()[:12]
+
+
+def weights_digest(model: str) -> str:
+    """Of the files with a folder's weights; of a hub id, the id."""
+    folder = Path(resolve(model))
+    found = hashlib.sha256(b"" if folder.is_dir() else model.encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                found.update(part)
+    return found.hexdigest()[:12]
 
 
 def _plain(name: object) -> str:

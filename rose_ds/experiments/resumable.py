@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ class ResumableLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def digest(columns: Iterable[Sequence[Any]]) -> str:
+    """Twelve hexadecimal digits of rows' columns: what a log is of."""
+    found = hashlib.sha256()
+    for column in columns:
+        found.update(json.dumps(list(column), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:12]
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

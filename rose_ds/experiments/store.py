@@ -155,10 +155,8 @@ class Store:
             return Status.DONE
         if not folder.is_dir():
             return Status.NOT_STARTED
-        claim = self._lock(folder)
-        if claim is None:
+        if self._is_claimed(folder):
             return Status.RUNNING
-        claim.release()
         if (folder / "failed.json").is_file():
             return Status.FAILED
         return Status.INCOMPLETE if self.log(cell).is_file() else Status.NOT_STARTED
@@ -235,13 +233,37 @@ class Store:
 
     @staticmethod
     def _lock(folder: Path) -> Claim | None:
-        descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return Claim(descriptor)
+            descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"cannot claim {folder}: {error.strerror}") from error
+        return Claim(descriptor) if _locked(descriptor, fcntl.LOCK_EX, folder) else None
+
+    @staticmethod
+    def _is_claimed(folder: Path) -> bool:
+        """For whoever only looks, and may not write."""
+        try:
+            descriptor = os.open(folder / "claim", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise ValueError(f"cannot see whether {folder} is claimed: {error.strerror}") from error
+        if not _locked(descriptor, fcntl.LOCK_SH, folder):
+            return True
+        os.close(descriptor)
+        return False
+
+
+def _locked(descriptor: int, kind: int, folder: Path) -> bool:
+    """Whether the lock was to be had; closes the file where it was not."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return False
+        raise ValueError(f"no lock on a file in {folder} ({error.strerror}): use a file system with flock") from error
+    return True
 
 
 def _portable(cell: Cell) -> dict[str, Any]:
@@ -257,8 +279,8 @@ def _whole_lines(path: Path) -> list[str]:
 def _append(path: Path, text: str) -> None:
     """Add lines, in place of a last one without its end."""
     content = path.read_bytes() if path.is_file() else b""
-    if not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.launchers import LAUNCHERS
 from rose_ds.experiments.metrics import Metrics
-from rose_ds.experiments.store import Claim, Status, Store
+from rose_ds.experiments.store import RESULTS, Claim, Status, Store
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Runner:
             raise ValueError(f"jobs={jobs} must be at least 1")
         if launcher not in LAUNCHERS:
             raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
-        self.store, self.cells = store, list(cells)
+        self.store, self.cells = store, list({cell.key: cell for cell in cells}.values())
         self.jobs, self.launcher, self.launcher_args = jobs, LAUNCHERS[launcher], launcher_args
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
         self._running: list[_Running] = []
@@ -103,6 +103,7 @@ class Runner:
                 self.store.forgive(cell)
             elif status in (Status.DONE, Status.FAILED):
                 self._settled.add(cell.key)
+        self._tell_of_attacks_not_made(results)
         bar = tqdm(total=len(self.cells), initial=len(self._settled), desc="sweep", bar_format=_BAR, dynamic_ncols=True)
         pause = 1.0 if sys.stderr.isatty() else 600.0  # a log file needs no moving clock
         shown = -pause
@@ -118,6 +119,18 @@ class Runner:
         results = self.store.results()
         return {cell.key: self.store.status(cell, results) for cell in self.cells}
 
+    def _tell_of_attacks_not_made(self, results: Mapping[str, Any]) -> None:
+        if self.attack is None:
+            return
+        search = self.attack.search
+        done = [cell for cell in self.cells if cell.key in results]
+        without = [cell for cell in done if search not in results[cell.key]["metrics"]["under_attack"]]
+        if without:
+            tqdm.write(
+                f"{len(without)} finished cells were not attacked by {search} ({without[0].name}, ...), and a sweep "
+                f"trains none again: take their lines out of {self.store.root / RESULTS} to train and attack them"
+            )
+
     # --- cells ---
 
     def _start(self) -> int:
@@ -131,9 +144,14 @@ class Runner:
             if claim is None:
                 self._look_after(cell)
                 continue
-            left = self._left(cell)
-            if not left:  # by a process that was killed before it could record it
-                self.store.record(cell, None, keep_models=self.keep_models)
+            try:
+                left = self._left(cell)
+                if not left:  # by a process that was killed before it could record it
+                    self.store.record(cell, None, keep_models=self.keep_models)
+            except ValueError as error:
+                self._failed(cell, 0, str(error))
+                left = []
+            if not left:
                 claim.release()
                 self._settled.add(cell.key)
                 continue
@@ -191,29 +209,41 @@ class Runner:
             run.log.close()
             code = run.process.returncode
             trained = code == 0 and self.store.finished(run.cell)
-            left = self._left(run.cell) if trained else []
-            if left and not self._stop:
-                run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
-                continue
-            self._running.remove(run)
             try:
+                left = self._left(run.cell) if trained else []
+                if left and not self._stop:
+                    run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
+                    continue
                 if trained and not left:
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
                 elif not trained and code not in _STOPPED:
-                    self.store.fail(run.cell, code)
-                    tqdm.write(f"failed: {run.cell.name} (exit code {code}); {self.store.log(run.cell)}")
-            finally:
-                run.claim.release()
+                    self._failed(run.cell, code)
+            except ValueError as error:  # its metrics.json cannot be read
+                self._failed(run.cell, code, str(error))
+            self._running.remove(run)
+            run.claim.release()
             self._settled.add(run.cell.key)
         return len(ended)
+
+    def _failed(self, cell: Cell, code: int, why: str | None = None) -> None:
+        if why is not None:
+            with self.store.log(cell).open("a", encoding="utf-8") as log:
+                log.write(f"{why}\n")
+        self.store.fail(cell, code)
+        tqdm.write(f"failed: {cell.name} ({why or f'exit code {code}'}); {self.store.log(cell)}")
 
     def _end(self) -> None:
         """Let the runs that are under way save and end."""
         for run in self._running:
             if run.process.poll() is None:
-                run.process.terminate()
+                if self.launcher is LAUNCHERS["deepspeed"]:  # it ends at once, and tells its ranks nothing
+                    os.killpg(run.process.pid, signal.SIGTERM)
+                else:
+                    run.process.terminate()
         for run in self._running:
             run.process.wait()
+            while self.launcher is LAUNCHERS["deepspeed"] and _any_left(run.process.pid):
+                time.sleep(_POLL_SECONDS)
         self._reap()
 
     @contextmanager
@@ -236,6 +266,15 @@ class Runner:
             [c for c in self.cells if c.key not in self._settled], self.store.results().values(), self.jobs
         )
         return f"{names}{'' if left is None else f'; about {_clock(left)} to go'}"
+
+
+def _any_left(group: int) -> bool:
+    """Of a group of processes that this one started."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def remaining_seconds(cells: Sequence[Cell], results: Any, jobs: int) -> float | None:

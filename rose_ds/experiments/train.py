@@ -156,6 +156,10 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     Raises:
         DataError, ModelError: the data or model cannot be loaded or do not fit each other.
     """
+    if Path(args.output_dir).resolve() == Path(run.model).resolve():
+        raise ValueError(
+            f"--output_dir {args.output_dir} is the model's own folder, whose record of its training stays"
+        )
     labels = label_names(run.model) if run.own_files else None
     data = load_data(run, ("validation", "adversarial"), labels)
     tokenizer = load_tokenizer(run.model)

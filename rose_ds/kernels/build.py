@@ -18,6 +18,8 @@ from filelock import FileLock
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
+#: Of an extension's name.
+PREFIX = "rose_ds_kernels_"
 _FLAGS = [
     "-O3",
     "-march=native",
@@ -37,7 +39,7 @@ def name() -> str:
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))  # no editor's files
     parts = [*(path.read_text() for path in sources), " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
-    return "rose_ds_kernels_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return PREFIX + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def folder() -> Path:

@@ -207,6 +207,21 @@ class ResumableTrainer(Trainer):
             return _SeededLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
         return sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """None: in the rows' order, on any number of ranks. Trainer's would shuffle what it evaluates, and so what
+        ``predict`` returns, where training goes by length.
+        """
+        return None
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and bool(kwargs.get("is_training"))
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""
         if self._resumed is None or self._resumed.world_size == self.args.world_size:

@@ -15,13 +15,16 @@ from launching import ROOT, run
 
 from rose_ds.cli import main
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY
+from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.metrics import VERSION, Metrics
+from rose_ds.experiments.settings import RunSettings
 from rose_ds.experiments.store import Store
 
 #: Three steps to an epoch, so that a resumed run goes through an epoch that it has not begun.
 FLAGS = ["--max_train_samples", "24", "--max_eval_samples", "32", "--per_device_train_batch_size", "8"]
 FLAGS += ["--max_length", "48", "--learning_rate", "1e-4", "--max_steps", "7", "--save_steps", "2"]
 FLAGS += ["--eval_steps", "2", "--train_sampling_strategy", "group_by_length", "--logging_steps", "1"]
+FLAGS += ["--per_device_eval_batch_size", "5", "--dataloader_drop_last", "true"]  # evaluation goes through all rows
 
 
 def children(pid: int) -> list[int]:
@@ -73,6 +76,9 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
     assert metrics.version == VERSION
     assert list(metrics.under_attack) == ["pruthi"] and (8 * metrics.under_attack["pruthi"]).is_integer()
     clean = answers["clean"]
+    data = load_data(RunSettings(task=snippets, max_eval_samples=32), ("validation",)).validation
+    assert data is not None
+    assert (clean["idx"], clean["label"]) == (data["idx"], data["label"]), "each answer under its own row"
     right = sum(p == y for p, y in zip(clean["prediction"], clean["label"], strict=True))
     assert metrics.glue_accuracy == pytest.approx(right / 32)
     assert all(

@@ -100,6 +100,8 @@ def test_limits(tmp_path: Path) -> None:
     assert [o["outcome"] for o in run(tmp_path / "a.jsonl", [ROWS[1]], max_words=1).values()] == ["held"]
     found = run(tmp_path / "b.jsonl", [ROWS[0]], query_budget=10)[0]
     assert (found["outcome"], found["texts"], found["queries"]) == ("budget", ["a good film with music"], 1)
+    many = [row(i, "a good film with music") for i in range(300)]  # more than share a batch, all out of budget at once
+    assert len(run(tmp_path / "many.jsonl", many, query_budget=2)) == 300
     long = row(0, " ".join(["bad"] * 40), label=0)
     edits = run(tmp_path / "c.jsonl", [long])[0]["edits"]
     assert MAX_DISTANCE / 2 <= len(edits) <= MAX_DISTANCE < 40

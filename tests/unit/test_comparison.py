@@ -138,6 +138,19 @@ def test_settings_are_chosen_by_the_clean_set_and_the_oracle_stands_apart(store:
     assert len(named(store, "settings").rows) == 3
 
 
+def test_runs_of_other_settings_are_another_candidate(store: Store) -> None:
+    """Whether or not a grid varied them: a longer run is no second run of a shorter one's seed."""
+    for steps, hits in ((200, "1100"), (2000, "1110")):
+        for seed in (0, 1):
+            add(store, Cell("sst2", "vanilla", seed, {"max_steps": steps, "warmup_steps": 9}), "1100", None)
+            add(store, Cell("sst2", "smart", seed, {"max_steps": steps, "warmup_steps": 9}), hits, None)
+    choices = named(store, "choices")
+    assert column(choices, "settings tried") == ["2", "2"]
+    assert column(choices, "chosen") == ["max_steps=200", "max_steps=2000"]
+    found = gather(store).difference("sst2", "smart", "clean")
+    assert found is not None and (found.seeds, found.points) == (2, 25.0)
+
+
 def test_unequal_numbers_of_settings_are_said(store: Store) -> None:
     for rate in (1e-4, 2e-4):
         varied = {"learning_rate": rate}
@@ -237,6 +250,10 @@ def test_seeds_are_paired_and_items_must_agree(store: Store) -> None:
     assert (found.seeds, found.points) == (2, pytest.approx(100 * (2 + 1) / 8))
     assert gather(store).difference("sst2", "vanilla", "clean") is None
     assert gather(store).difference("sst2", "smart", "AdvGLUE") is None
+    other = Cell("sst2", "smart", 0, {})
+    add(store, other, "11", None)
+    with pytest.raises(ValueError, match=f"was measured on other clean items than run {other.key}"):
+        gather(store).difference("sst2", "smart", "clean")
     with pytest.raises(ValueError, match="cannot pair answers"):
         compare(np.ones((2, 3), bool), np.ones((2, 4), bool))
 

@@ -339,4 +339,11 @@ def test_a_finished_run_says_what_its_data_is(tmp_path: Path) -> None:
     assert run.model == str(tmp_path)
     run = settings_of(str(tmp_path), {"validation_file": "b.csv", "max_length": 32, "search": "pruthi"})
     assert (run.task, run.data, run.validation_file, run.max_length) == ("snippets", None, "b.csv", 32)
+    run = settings_of(str(tmp_path), {"adversarial_file": "hard.csv", "data": "elsewhere"})  # of the same task
+    assert (run.task, run.data, run.adversarial_file, run.max_eval_samples) == ("sst2", "elsewhere", "hard.csv", 7)
+    config = {"train_file": "a.csv", "validation_file": "a-dev.csv", "file_encoding": "latin-1", "task": "mine"}
+    Metrics(task="mine", model="minilm", config=config).write(tmp_path)
+    assert settings_of(str(tmp_path), {"text_columns": ["body"]}).file_encoding == "latin-1"
+    run = settings_of(str(tmp_path), {"validation_file": "b.csv"})
+    assert (run.train_file, run.file_encoding) == (None, "utf-8")
     assert settings_of("minilm", {"task": "rte"}).task == "rte"

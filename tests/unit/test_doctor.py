@@ -14,6 +14,7 @@ from rose_ds.cli import main
 from rose_ds.doctor import disk, environment, memory, ranks
 from rose_ds.doctor.config import check_config
 from rose_ds.doctor.finding import Finding, merged, record
+from rose_ds.kernels import build
 
 pytestmark = pytest.mark.fast
 
@@ -54,6 +55,10 @@ def test_a_compiler_is_missed_where_it_is_needed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("age", "status"), [(5, "warning"), (3600, "failed")])
 def test_a_lock_of_a_killed_build(tmp_path: Path, age: float, status: str) -> None:
     (tmp_path / "py311_cpu" / "deepspeed_shm_comm").mkdir(parents=True)
+    assert environment.check_extension_locks(tmp_path)[0].status == "ok"
+    ours = tmp_path / build.name()  # whose build waits for no dead one
+    ours.mkdir()
+    (ours / "lock").touch()
     assert environment.check_extension_locks(tmp_path)[0].status == "ok"
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.touch()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from rose_ds.data import TASKS, tokenize
+from rose_ds.data import TASKS, TaskSpec, tokenize
 from rose_ds.data.loading import TaskData
 from rose_ds.experiments.evaluation import Evaluator
 from rose_ds.experiments.models import ModelError, check_length, label_order, load_model
@@ -48,6 +48,15 @@ def test_labels_by_name(labels: tuple[str, ...], order: list[int], tmp_path: Pat
             model.classifier.weight, BertForSequenceClassification.from_pretrained(where).classifier.weight
         )
         assert [model.config.id2label[i] for i in order] == list(RTE.labels)
+
+
+def test_labels_that_only_case_tells_apart(tmp_path: Path) -> None:
+    """By their exact names, or not at all."""
+    own = TaskSpec("mine", ("text",), ("Bug", "Feature", "bug"))
+    model = load_model(saved(tmp_path / "exact", "bug", "Feature", "Bug"), own, trained=True)
+    assert label_order(model.config, own) == [2, 1, 0]
+    with pytest.raises(ModelError, match="labels are"):
+        load_model(saved(tmp_path / "plain", "BUG", "feature", "bug"), own, trained=True)
 
 
 def test_other_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

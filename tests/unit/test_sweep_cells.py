@@ -163,6 +163,10 @@ def test_flags_overrule_the_file(tmp_path: Path) -> None:
     found = [(c.task, c.seed, c.settings) for c in sweep.cells()]
     settings = {"max_steps": 4, "weight_decay": 0.1}
     assert found == [(t, 5, {"adam_beta2": b, **settings}) for t in ("sst2", "rte") for b in (0.9, 0.98)]
+    sweep = _sweep(_parser().parse_args(words), {"weight_decay": 0.3})
+    assert {c.settings["weight_decay"] for c in sweep.cells()} == {0.3}
+    with pytest.raises(ValueError, match="--adam_beta2 is one value and grid tries several"):
+        _sweep(_parser().parse_args(words), {"adam_beta2": 0.95})
 
 
 def test_the_grid_on_a_command_line() -> None:

@@ -218,6 +218,69 @@ def test_a_failed_run_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
     assert (store.folder(cells[1]) / "starts").read_text() == "xx"
 
 
+def test_a_cell_that_is_named_twice_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    again = Cell("sst2", "vanilla", 0, {"max_steps": 100.0})
+    assert Runner(store, [Cell("sst2", "vanilla", 0, {"max_steps": 100}), again]).run() == {again.key: Status.DONE}
+
+
+def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = _RUN.replace('"version": 3', '"version": 3, "glue_accuracy": float("nan")')
+    module = __import__("rose_ds.experiments.sweep", fromlist=["x"])
+    monkeypatch.setitem(module.LAUNCHERS, "local", fake_launcher(script))
+    cells = [Cell("sst2", "vanilla", seed, {}) for seed in (0, 2)]
+    found = Runner(store, cells).run()
+    assert set(found.values()) == {Status.FAILED}
+    assert "metrics.json" in store.failure(cells[0])["log"][-1]
+    assert set(Runner(store, cells, retry_failed=True).run().values()) == {Status.FAILED}
+
+
+def test_the_deepspeed_launchers_ranks_are_told_to_stop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first process ends on SIGTERM and tells nobody; the sweep waits for those that it started."""
+    module = __import__("rose_ds.experiments.sweep", fromlist=["x"])
+    rank = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1]).write_text('started')\ntime.sleep(60)\n"
+    )
+    runner = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]])\ntime.sleep(60)\n"
+    )
+    marker = store.root / "marker"
+    monkeypatch.setitem(
+        module.LAUNCHERS, "deepspeed", lambda words, extra: [sys.executable, "-c", runner, rank, str(marker)]
+    )
+    sweep = Runner(store, [CELL], launcher="deepspeed")
+
+    def stop_when_started() -> None:
+        while not marker.is_file() or marker.read_text() != "started":
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_started, daemon=True).start()
+    assert sweep.run() == {CELL.key: Status.INCOMPLETE}
+    assert marker.read_text() == "saved"
+
+
+def test_whoever_only_looks_needs_no_right_to_write(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = store.claim(CELL)
+    assert claim is not None
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if str(path).endswith("claim") and flags != os.O_RDONLY:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert store.status(CELL, {}) is Status.RUNNING
+    claim.release()
+    assert store.status(CELL, {}) is Status.NOT_STARTED
+    with pytest.raises(ValueError, match="cannot claim .*Permission denied"):
+        store.claim(CELL)
+
+
 def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

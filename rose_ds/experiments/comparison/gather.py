@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from rose_ds.experiments.cells import Cell, settings_key
 from rose_ds.experiments.comparison.statistics import Difference, compare
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import Status, Store
-
-_Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,9 @@ class Run:
     task: str
     method: str
     seed: int
+    settings: Mapping[str, Any]
     varied: Mapping[str, Any]
+    """Those that a grid varied."""
     metrics: Metrics
     trajectory: Sequence[Mapping[str, Any]]
 
@@ -46,6 +47,7 @@ class Candidate:
     """One setting that a method tried on a task, over its finished seeds."""
 
     varied: Mapping[str, Any]
+    """What sets it apart: settings that a grid varied, or in which the method's candidates on the task differ."""
     runs: tuple[Run, ...]
     planned: int
     """Seeds that it should have."""
@@ -104,11 +106,18 @@ class Comparison:
         if ours is None or base is None or method == self.baseline:
             return None
         pairs = [(run, other) for run in ours.runs for other in base.runs if run.seed == other.seed]
-        answers = [(self._hits(run, name), self._hits(other, name)) for run, other in pairs]
-        if not answers or any(a is None or b is None for a, b in answers):
+        answers = [self._answers(run, name) for pair in pairs for run in pair]
+        records = [answer for answer in answers if answer is not None]
+        if not answers or len(records) < len(answers):
             return None
-        left, right = zip(*answers, strict=True)
-        return compare(np.stack(left), np.stack(right))
+        for run, record in zip((run for pair in pairs for run in pair), records, strict=True):
+            if any(record[what] != records[0][what] for what in ("idx", "label")):
+                raise ValueError(
+                    f"{task}: run {run.key} ({run.method}, seed {run.seed}) was measured on other {name} items than "
+                    f"run {pairs[0][0].key}: compare runs with the same data and --max_eval_samples"
+                )
+        hits = [np.equal(record["prediction"], record["label"]) for record in records]
+        return compare(np.stack(hits[::2]), np.stack(hits[1::2]))
 
     def every_run(self) -> Iterator[tuple[Candidate, Run]]:
         """All finished runs, also of settings that were not chosen."""
@@ -123,9 +132,8 @@ class Comparison:
             return None
         return float(np.unique(record["prediction"], return_counts=True)[1].max() / len(record["label"]))
 
-    def _hits(self, run: Run, name: str) -> _Array | None:
-        record = self.store.predictions(run.key).get(RECORDED[name])
-        return None if record is None else np.equal(record["prediction"], record["label"])
+    def _answers(self, run: Run, name: str) -> Mapping[str, Any] | None:
+        return self.store.predictions(run.key).get(RECORDED[name])
 
 
 def gather(store: Store, baseline: str | None = None) -> Comparison:
@@ -151,7 +159,7 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
         for method in methods:
             candidates = _candidates(
                 [run for run in runs if (run.task, run.method) == (task, method)],
-                [cell.varied for cell in plan if (cell.task, cell.method) == (task, method)],
+                [cell for cell in plan if (cell.task, cell.method) == (task, method)],
             )
             if candidates:
                 entries[task, method] = _entry(candidates)
@@ -175,23 +183,27 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
 def _run(line: Mapping[str, Any]) -> Run:
     metrics = Metrics(**line["metrics"])
     trajectory = line.get("trajectory", [])
-    where = line["task"], line["method"], line["seed"], line["varied"]
+    where = line["task"], line["method"], line["seed"], line["settings"], line["varied"]
     return Run(line["cell"], *where, metrics, trajectory)
 
 
-def _candidates(runs: Sequence[Run], planned: Sequence[Mapping[str, Any]]) -> list[Candidate]:
-    def key(varied: Mapping[str, Any]) -> str:
-        return json.dumps(varied, sort_keys=True)
-
-    found: dict[str, list[Run]] = {key(varied): [] for varied in planned}
-    for run in runs:
-        found.setdefault(key(run.varied), []).append(run)
-    wanted = [key(varied) for varied in planned]
-    return [
-        Candidate(group[0].varied, tuple(sorted(group, key=lambda run: run.seed)), wanted.count(name) or len(group))
-        for name, group in found.items()
-        if group
-    ]
+def _candidates(runs: Sequence[Run], planned: Sequence[Cell]) -> list[Candidate]:
+    """By all of their settings: a sweep may have been asked for more, or for something else, later."""
+    settings: dict[str, Mapping[str, Any]] = {settings_key(cell.portable): cell.portable for cell in planned}
+    settings |= {settings_key(run.settings): run.settings for run in runs}
+    by_grid = [cell.varied for cell in planned] + [run.varied for run in runs]
+    names = list(dict.fromkeys(name for varied in by_grid for name in varied))
+    for name in sorted({name for one in settings.values() for name in one} - set(names)):
+        if len({settings_key({name: one.get(name)}) for one in settings.values()}) > 1:
+            names.append(name)
+    wanted = Counter(settings_key(cell.portable) for cell in planned)
+    found = []
+    for key, one in settings.items():
+        group = sorted((run for run in runs if settings_key(run.settings) == key), key=lambda run: run.seed)
+        if group:
+            varied = {name: one.get(name, "default") for name in names}
+            found.append(Candidate(varied, tuple(group), wanted[key] or len(group)))
+    return found
 
 
 def _entry(candidates: Sequence[Candidate]) -> Entry:
