@@ -55,6 +55,8 @@ class Engine(ABC):
     slices: list[Slice]
     layout: Layout
 
+    gradients_may_be_dropped = False
+    """Whether a loop can drop a step's gradients by itself (zero_grad)."""
     retains_graphs = True
     """Whether a pass can be pulled back twice; otherwise it is run again for the second time."""
     single_graph = False
@@ -243,6 +245,9 @@ class Engine(ABC):
         """Whatever was kept apart is of no use any more."""
         self._risk_grads, self.share = None, 0.0
 
+    def begin_step(self) -> None:  # noqa: B027  most engines have nothing to do
+        """No gradient waits, where the loop may have dropped one: what comes is a step's first micro-batch."""
+
     def has_gradients(self) -> bool:
         """Whether any wait for a step, in an engine whose gradients a loop may drop."""
         return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
@@ -301,26 +306,29 @@ def _held(engine: Engine) -> list[Tensor]:
     return [local(p) for p in (*in_groups, *(piece.param for piece in engine.slices))]
 
 
-def refuse_checkpointing(module: nn.Module) -> None:
-    """Activation checkpointing under which a second gradient of a micro-batch is wrong.
+def refuse_checkpointing(module: nn.Module, *, random: bool, twice: bool) -> None:
+    """Activation checkpointing under which gradients are wrong.
+
+    Args:
+        random: the model draws random numbers, which then are others when a layer is recomputed.
+        twice: a micro-batch has a second gradient, which reentrant checkpoints hide weights from.
 
     Raises:
-        RefusedConfiguration: dropout masks are drawn anew when a layer is recomputed, or weights are hidden from the
-            graph (reentrant).
+        RefusedConfiguration: there is one of the two.
     """
     for name, part in module.named_modules():
         for attribute in ("checkpoint_fn", "_gradient_checkpointing_func"):  # torch's wrapper, Hugging Face's layers
             function = getattr(part, attribute, None)
             if not isinstance(function, partial):
                 continue
-            if function.keywords.get("preserve_rng_state") is False:
+            if random and function.keywords.get("preserve_rng_state") is False:
                 raise RefusedConfiguration(
                     f"{unwrapped_name(name)!r} is checkpointed with preserve_rng_state=False: its dropout masks in the "
                     "backward pass are not those of the forward pass, so the gradients are wrong. Checkpoint with "
                     "preserve_rng_state=True; under accelerate's FSDP2 turn fsdp_activation_checkpointing off and use "
                     "gradient_checkpointing=True"
                 )
-            if function.keywords.get("use_reentrant") is True:
+            if twice and function.keywords.get("use_reentrant") is True:
                 raise RefusedConfiguration(
                     f"{unwrapped_name(name)!r} is checkpointed with use_reentrant=True, which hides its weights from a "
                     "second gradient of the same micro-batch: set use_reentrant=False (TrainingArguments: "

@@ -285,8 +285,11 @@ class PassBatch:
 
     def average_logits(self) -> Tensor:
         assert self.average is not None, "an objective that asks for it has an average_decay()"
+        torch.clear_autocast_cache()  # of the weights that are about to change, and then of these
         with torch.no_grad(), self.average.shown(), still_statistics(self.engine.module):
-            return self.forward().detach().float()
+            logits = self.forward().detach().float()
+        torch.clear_autocast_cache()
+        return logits
 
     def pulls_of(self, value: Tensor, passes: Sequence[ForwardPass]) -> list[Pull]:
         """The gradient of ``value``, a micro-batch's share of the step, at the passes' outputs."""
@@ -304,5 +307,6 @@ class PassBatch:
         if exact or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
             raise RuntimeError(
                 "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
-                'dropout > 0, or choose strategy="second"'
+                'dropout > 0, or choose strategy="second" (LoRA with no other dropout than its own starts so, as its '
+                "second matrix is 0: mask_warmup_steps=1 masks from the second step on)"
             )

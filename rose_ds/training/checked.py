@@ -41,6 +41,12 @@ class CheckedTrainer(ResumableTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
                 "deepspeed, torchrun or accelerate launch"
             )
+        split = getattr(self.accelerator, "parallelism_config", None)
+        if split is not None and split.cp_size > 1:
+            raise RefusedConfiguration(
+                f"parallelism_config.cp_size={split.cp_size} splits sequences over ranks, which RoseTrainer does not "
+                "do, and its losses would be divided for a split that is not there: use cp_size=1"
+            )
         rose = self._settings_of_masks()
         if rose.uses_first and rose.first_order == "halves" and self.args.gradient_accumulation_steps == 1:
             raise RefusedConfiguration(

@@ -68,6 +68,24 @@ class MethodState:
         torch.save(found, temporary)
         temporary.replace(path)
 
+    def require(self, folder: Path) -> None:
+        """Before a checkpoint is loaded that somebody has converted.
+
+        Raises:
+            RefusedConfiguration: the method keeps something and the folder does not have it.
+        """
+        if self._keeps_something and not _files_in(folder):
+            raise RefusedConfiguration(
+                f"{folder} has no rose_state files, which hold what this method keeps over a run, and ds_to_universal "
+                "does not copy them: copy rose_state-*.pt from the checkpoint that was converted into this folder"
+            )
+
+    def forget(self) -> None:
+        """What a run that begins anew, or goes on from another place, must not have."""
+        self.selection = self.average = None
+        if self.risk is not None:
+            self.risk.values = None
+
     def load(self, folder: Path) -> None:
         """Read what belongs to this rank's slices.
 
@@ -76,6 +94,7 @@ class MethodState:
         """
         if not self._keeps_something:
             return
+        self.forget()
         files = _files_in(folder)
         if not files:
             if self.engine.optimizer.steps_taken() == 0:

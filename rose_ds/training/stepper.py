@@ -21,7 +21,7 @@ from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training.describe import describe
+from rose_ds.training.describe import describe, find_dropout
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.halves import halves_of
 from rose_ds.training.masking import Masking
@@ -88,8 +88,8 @@ class Stepper:
         self._unstepped = 0
         """Last micro-batches since the optimizer stepped."""
         self._told: set[str] = set()
-        if self.config.compares_passes or not isinstance(self.objective, Task):
-            refuse_checkpointing(engine.module)
+        twice = self.config.compares_passes or not isinstance(self.objective, Task)
+        refuse_checkpointing(engine.module, random=twice or bool(find_dropout(engine.module)), twice=twice)
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -103,6 +103,7 @@ class Stepper:
             engine.checkpoints.state = self.state
         self.halves = halves_of(self.config, engine)
         self.masking = Masking(engine, self.policy, self.state, self._tell, self.halves)
+        self._versions: list[int] = []
 
     @property
     def eligible(self) -> list[str]:
@@ -165,10 +166,11 @@ class Stepper:
             raise RuntimeError("call step() after every backward(), also off the accumulation boundary")
         if self.engine.failure is not None:
             raise RuntimeError(
-                f"an earlier backward() failed ({self.engine.failure}) while the {self.engine.name} engine held its "
-                "gradients half-way, and it cannot go on from there: build model and engine anew, or resume the run"
+                f"an earlier backward() or step() failed ({self.engine.failure}) while the {self.engine.name} engine "
+                "held its gradients half-way, and it cannot go on: build model and engine anew, or resume the run"
             )
-        if self._unstepped and not self.engine.has_gradients():  # the loop has dropped a step that it had announced
+        if self.engine.gradients_may_be_dropped and not self.engine.has_gradients():  # the loop has, or a step begins
+            self.engine.begin_step()
             self._forget_step()
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
@@ -200,6 +202,7 @@ class Stepper:
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
         self._awaiting_step = True
+        self._versions = self._gradient_versions() if self._needs_clip else []
         return {"loss": value, "kl": batch.divergence, "disagreement": batch.disagreed}
 
     def step(self) -> StepReport | None:
@@ -212,9 +215,14 @@ class Stepper:
             raise RuntimeError("step() must follow a backward()")
         self._awaiting_step = False
         self.masking.selection = None
+        self._check_untouched()
         try:
             with explaining_lost_ranks(self._next_step):
                 outcome = self.engine.step(self.masking.decide)
+        except BaseException as error:
+            self.engine.abandon(error)
+            self._forget_step()
+            raise
         finally:
             self.optimizer.plan = None
         if outcome is None:
@@ -238,10 +246,10 @@ class Stepper:
         Raises:
             TypeError: it was.
         """
-        if grad_norm is None and self.halves is not None:
+        if grad_norm is None and self._needs_clip:
             raise TypeError(
-                'first_order="halves" compares a step\'s gradient before clipping with that of its first half: give '
-                "grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop does not clip)"
+                f"{self._needs_clip}: give grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop does "
+                "not clip)"
             )
         norm_of = grad_norm or (lambda: None)
         if not self._awaiting_step:
@@ -312,6 +320,27 @@ class Stepper:
         return self.engine.gather_parameters()
 
     # --- inside a step ---
+
+    @property
+    def _needs_clip(self) -> str:
+        """Why the factor must be known by which the gradient is clipped; empty where it does not matter."""
+        if self.halves is not None:
+            return 'first_order="halves" compares a step\'s gradient before clipping with that of its first half'
+        if self.objective.trains_on_risk and self.policy is not None and self.policy.ranks_task:
+            return f"objective {self.objective.name!r} trains on more than the task's gradient, which alone is ranked"
+        return ""
+
+    def _gradient_versions(self) -> list[int]:
+        """Of the gradients that wait, where they lie in the parameters: what changes one in place counts its up."""
+        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [p.grad._version for p in held if p.grad is not None]
+
+    def _check_untouched(self) -> None:
+        if self._needs_clip and self._versions != self._gradient_versions():
+            raise RuntimeError(
+                f"{self._needs_clip}, and gradients were changed between backward() and step() (clip_grad_norm_?): let "
+                "prepare(max_grad_norm=...) clip"
+            )
 
     def _next_step(self) -> str:
         return f"optimizer step {self.optimizer.steps_taken() + 1}"

@@ -182,8 +182,9 @@ class RoseTrainer(CheckedTrainer):
         compare = self._positions(stepper, inputs, count)
         if stepper.halves is not None and self._loss_is_whole(count):
             labels = labels_in(inputs, self.label_names)
-            if labels is not None:
-                compare["weight"] = labels.ne(-100).sum()  # as Trainer counts
+            if labels is not None:  # as Trainer counts
+                shifted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+                compare["weight"] = inputs.get("shift_labels", shifted).ne(-100).sum()
         if stepper.samples_now:
             some, rows = sample_rows(inputs, stepper.config.risk_rows)
             compare["sample"] = Sample(self._passes(model, some, count)[0], rows)
@@ -199,7 +200,7 @@ class RoseTrainer(CheckedTrainer):
                 grad_norm=lambda: self._grad_norm,
                 max_grad_norm=self.args.max_grad_norm,
             )
-        if micro["disagreement"] is not None:
+        if micro["disagreement"] is not None and self.args.logging_strategy != "no":  # which empties the list
             self.disagreements.append(micro["disagreement"])
         return micro["loss"] / accumulation
 
@@ -277,7 +278,10 @@ class RoseTrainer(CheckedTrainer):
 
     def before_first_epoch(self, model: nn.Module) -> None:
         """What a method does before training: Child-Tuning_D's pass over the training data."""
+        earlier = self.stepper
         stepper = self._stepper_for(model)
+        if stepper is earlier and self.resumed_folder is not None and not self.is_deepspeed_enabled:
+            stepper.load_state(self.resumed_folder)  # an earlier train() of this process has gone further
         if not stepper.needs_fisher_pass:
             return
         loader = self.get_train_dataloader()

@@ -14,10 +14,12 @@ from plain_jobs import build, one_step
 from reference import reference
 from tiny import GLOBAL_BATCH, Case, make_model, micro_batch, rows
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rose_ds
 from rose_ds import RefusedConfiguration, RoseAdamW, RoseConfig, prepare
 from rose_ds.core.mask import keep_count
+from rose_ds.objectives import RDrop
 
 pytestmark = pytest.mark.fast
 
@@ -99,6 +101,76 @@ def test_no_dropout(strategy: str) -> None:
             one_step(model, stepper, 1)
     model, stepper = build(Case("second", dropout=0.0))
     assert one_step(model, stepper, 1).kept_second > 0
+
+
+def micro(model: Any, stepper: Any, case: Case, t: int, i: int) -> None:
+    """Gradients of a micro-batch, with its own random numbers."""
+    ids, labels = micro_batch(case, t, i)
+    torch.manual_seed(100 * t + i)
+    with rows(len(ids), slice(0, len(ids))):
+        stepper.backward(lambda: model(ids), lambda logits: F.cross_entropy(logits, labels))
+
+
+def equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["zero_grad", "a step that fails"])
+def test_what_a_dropped_step_leaves(how: str) -> None:
+    """Nothing: neither its gradient, nor its risk, nor its place in the accumulation."""
+    case = Case("ensemble", accumulation=2)
+    (model, stepper), (twin, undisturbed) = build(case), build(case)
+    micro(model, stepper, case, 1, 0)
+    stepper.step()
+    if how == "zero_grad":
+        stepper.optimizer.zero_grad()
+    else:
+        micro(model, stepper, case, 1, 1)
+        decide = stepper.masking.decide
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise MemoryError("no memory for masks")
+
+        stepper.masking.decide = fail
+        with pytest.raises(MemoryError):
+            stepper.step()
+        stepper.masking.decide = decide
+    for t in (2, 3):
+        for i in (0, 1):
+            for m, s in ((model, stepper), (twin, undisturbed)):
+                micro(m, s, case, t, i)
+                report = s.step()
+        assert report is not None and equal_weights(model, twin)
+    assert not equal_weights(model, make_model(case))
+
+
+def test_clipping_behind_the_steppers_back() -> None:
+    """Where the task's gradient is told from R-Drop's by its share, which clipping changes."""
+    case = Case("ensemble", clip=0.0, objective=RDrop())
+    model, stepper = build(case)
+    micro(model, stepper, case, 1, 0)
+    with pytest.raises(TypeError, match="'r-drop' trains on more than the task's gradient.*give grad_norm="):
+        stepper.leave_step_to_optimizer(last=True)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"gradients were changed between backward\(\) and step\(\)"):
+        stepper.step()
+    model, stepper = build(Case("second", clip=0.0))
+    micro(model, stepper, Case("second"), 1, 0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert stepper.step() is not None
+
+
+def test_checkpoints_that_draw_dropout_anew() -> None:
+    """Wrong gradients under any strategy; without dropout there is nothing to draw."""
+    for dropout, strategy in ((0.1, "second"), (0.1, "none"), (0.0, "second")):
+        model = make_model(Case(strategy, dropout=dropout))
+        model.layer[0] = checkpoint_wrapper(model.layer[0], preserve_rng_state=False)
+        optimizer = RoseAdamW(model.named_parameters(), strategy=strategy)
+        if dropout:
+            with pytest.raises(RefusedConfiguration, match="preserve_rng_state=False"):
+                prepare(model, optimizer)
+        else:
+            prepare(model, optimizer)
 
 
 class Net(nn.Module):

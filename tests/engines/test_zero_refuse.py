@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from reference import reference, train
 from spawn import run_ranks
-from tiny import Case, make_model, micro_batch, rows
+from tiny import HYPER, Case, make_model, micro_batch, rows
 from zero_jobs import Job, ds_config, quiet, start
 
 #: DeepSpeed configs that reach prepare() on a CPU: (stage, zero_optimization, the rest, words of the message)
@@ -168,6 +168,9 @@ def misuse(rank: int, world: int) -> dict[str, Outcome]:
             stepper.step()
             with caught(found, f"step-twice-{stage}"):
                 stepper.step()
+            if stage == 0:
+                with caught(found, "no-sync-0"), engine.no_sync():
+                    stepper.backward(lambda engine=engine: engine(ids), loss)
             with caught(found, f"bare-step-{stage}"):  # around the stepper
                 engine.backward(loss(engine(ids)))
                 engine.step()
@@ -182,6 +185,32 @@ def misuse(rank: int, world: int) -> dict[str, Outcome]:
         engine, stepper = start(Job(Case("second", dropout=0.0), 3), world)
         with caught(found, "second-without-dropout"):
             stepper.backward(lambda: engine(ids), loss)
+    return found
+
+
+def unreached(rank: int, world: int) -> dict[str, float]:
+    """A parameter that the first step reaches and the second does not: its moment's change in the second."""
+    found = {}
+    for stage in (1, 2, 3):
+        model, used = make_model(Case("none")), [True]
+        model.extra = torch.nn.Parameter(torch.ones(8))
+        whole = model.forward
+        model.forward = lambda ids, m=model, f=whole, u=used: f(ids) + (m.extra.sum() if u[0] else 0)
+        case = Case("none", steps=2)
+        engine, stepper = start(Job(case, stage), world, model)
+        (piece,) = (s for s in stepper.engine.trainable_slices() if s.name == "extra")
+        moments = []
+        for t, use in ((1, True), (2, False)):
+            used[0] = use
+            ids, labels = micro_batch(case, t, 0)
+            with rows(len(ids), slice(0, len(ids))):
+                stepper.backward(
+                    lambda engine=engine, ids=ids: engine(ids),
+                    lambda z, y=labels: F.cross_entropy(torch.cat([z, z.mean(1, True).square()], 1), y),
+                )
+                stepper.step()
+            moments.append(piece.view(stepper.optimizer.init_state(piece.param)["exp_avg"]).clone())
+        found[f"zero{stage}"] = float((moments[1] / moments[0]).mean())
     return found
 
 
@@ -213,6 +242,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "refusals": refusals(rank, world),
         "misuse": misuse(rank, world),
         "passes": passes(rank, world),
+        "unreached": unreached(rank, world),
         "described": descriptions(rank, world),
     }
 
@@ -276,6 +306,17 @@ def test_irreproducible_forward(outcomes: Any) -> None:
     assert kind == "RuntimeError" and "replayed forward pass gave other logits" in message
     assert outcomes["misuse"]["irreproducible-2"] == ("nothing", "")
     assert outcomes["misuse"]["second-without-dropout"] == ("nothing", "")
+
+
+def test_no_sync_is_refused(outcomes: Any) -> None:
+    kind, message = outcomes["misuse"]["no-sync-0"]
+    assert kind == "RefusedConfiguration" and "inside no_sync()" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_parameter_that_a_step_does_not_reach(outcomes: Any, stage: int) -> None:
+    """Has no gradient in it, and not the last step's: its moment decays by beta1."""
+    assert outcomes["unreached"][f"zero{stage}"] == pytest.approx(HYPER[0].betas[0])
 
 
 @pytest.mark.parametrize("strategy", ["none", "first", "second", "ensemble"])

@@ -19,6 +19,8 @@ from rose_ds.optimizer import RoseAdamW, Slice, local
 class TorchEngine(Engine):
     """Base of the engines whose backward passes fill in ``grad`` of what the optimizer holds."""
 
+    gradients_may_be_dropped = True
+
     def __init__(
         self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int, max_grad_norm: float | None
     ) -> None:
@@ -34,6 +36,9 @@ class TorchEngine(Engine):
         self.max_grad_norm = max_grad_norm
         self._micro_batches = 0
         self._locate()
+
+    def begin_step(self) -> None:
+        self._micro_batches = 0
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
         roots, cotangents = roots_of(pulls)

@@ -68,6 +68,12 @@ class ShardedEngine(TorchEngine):
 
     # --- shared ---
 
+    def _what_is_trainable(self) -> tuple[list[bool], list[int]]:
+        for m in self.managed:  # what stands for the whole parameter may be another tensor
+            if m.whole.requires_grad != m.param.requires_grad:
+                m.whole.requires_grad_(m.param.requires_grad)
+        return super()._what_is_trainable()
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(m.name, m.whole) for m in self.managed]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rose_ds.engines.base import Decision
+from rose_ds.engines.base import Decision, unwrapped_name
 from rose_ds.engines.torch.plain import clip_factor
 from rose_ds.optimizer import RoseAdamW, Slice
 
@@ -36,7 +36,8 @@ class Adapter(ABC):
     def find_slices(self, names: Sequence[str]) -> list[tuple[Slice, nn.Parameter]]:
         """This rank's slices of the named parameters, each with the model's parameter."""
         index = {name: i for i, name in enumerate(names)}
-        named = [(name, p) for name, p in self.ds.module.named_parameters() if name in index]
+        every = ((unwrapped_name(name), p) for name, p in self.ds.module.named_parameters())
+        named = [(name, p) for name, p in every if name in index]
         found = [(self._slice_of(name, index[name], param), param) for name, param in named]
         return [(piece, param) for piece, param in found if piece is not None]
 
@@ -63,6 +64,9 @@ class Adapter(ABC):
     def micro_batch(self) -> AbstractContextManager[object]:
         """Around all passes of one."""
         return nullcontext()
+
+    def after_step(self) -> None:  # noqa: B027  most have nothing to do
+        """After an optimizer step, or one that was skipped."""
 
     def rearmed(self) -> Callable[[], None]:
         """Called after a forward pass; the result is called before the backward pass of it."""

@@ -20,6 +20,7 @@ from rose_ds.engines.zero.partitioned import PartitionedAdapter
 from rose_ds.engines.zero.refuse import check_engine, rose_optimizer_of
 from rose_ds.engines.zero.replicated import Fp32Adapter, ReplicatedAdapter, UnfusedAdapter
 from rose_ds.engines.zero.stage3 import Stage3Adapter
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import group_exchange
 from rose_ds.optimizer import RoseAdamW, Slice
 
@@ -47,6 +48,11 @@ class ZeroEngine(Engine):
     # --- passes ---
 
     def micro_batch(self) -> AbstractContextManager[object]:
+        if self.ds.inside_no_sync_ctxt:
+            raise RefusedConfiguration(
+                "inside no_sync() ranks do not reduce the gradient that is ranked apart, and their masks would differ: "
+                "leave it out; gradient_accumulation_steps in the DeepSpeed config reduces a step's task gradient once"
+            )
         return self.adapter.micro_batch()
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
@@ -146,6 +152,7 @@ class ZeroEngine(Engine):
             self.adapter.on_gradients = None
         if not boundary:
             return None
+        self.adapter.after_step()
         self.accumulating = False
         # DeepSpeed returns before the decision when the gradient is not finite
         return Outcome(norm, skipped=not decided or self.optimizer.skips)

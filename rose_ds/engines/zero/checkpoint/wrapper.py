@@ -120,6 +120,9 @@ class Checkpoints:
                 saved = self._converted(saved)
         else:
             on_first_rank(lambda: compare_for_weights(self.engine, saved, load_module_only))
+        with_state = self.state is not None and load_optimizer_states and not load_module_only
+        if with_state and found.layout == "universal":
+            on_first_rank(lambda: self.state.require(found.folder))  # type: ignore[union-attr]
         finish = self._prepare_universal(saved, load_module_strict) if saved.layout == "universal" else None
         # whatever the configuration says: it is now known what the checkpoint is
         self.engine._config.load_universal_checkpoint = finish is not None
@@ -141,7 +144,7 @@ class Checkpoints:
         if finish is not None:
             finish()
         self._after_load()
-        if self.state is not None and load_optimizer_states and not load_module_only:
+        if with_state:
             # a converted checkpoint has its files beside the one that it was made of
             everywhere(lambda: self.state.load(Path(load_dir) / found.tag))  # type: ignore[union-attr]
         self._look_at_clipping()
