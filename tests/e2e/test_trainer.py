@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from rose_ds import RefusedConfiguration, RoseConfig
@@ -193,3 +195,37 @@ def test_dropout_zero_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RefusedConfiguration, match="every dropout probability"):
         RoseTrainer(model=model, args=args, rose=RoseConfig(strategy="first"))
     RoseTrainer(model=model, args=args, rose=RoseConfig(strategy="second"))
+
+
+def test_sequences_split_over_ranks_are_refused(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = make(RoseTrainer, parts, tmp_path, {})
+    monkeypatch.setattr(Accelerator, "parallelism_config", SimpleNamespace(cp_size=2))
+    with pytest.raises(RefusedConfiguration, match=r"parallelism_config\.cp_size=2 splits sequences"):
+        trainer._refuse()
+
+
+def test_resumed_where_the_run_went_further(parts: dict[str, Any], tmp_path: Path) -> None:
+    """In one process: what the method keeps goes back to the checkpoint too."""
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "save_total_limit": 2}
+    trainer = make(RoseTrainer, parts, tmp_path, more, rose=RoseConfig(strategy="first", risk_ema=0.9))
+    trainer.train()
+    first = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    log = [e["rose/tau_first"] for e in trainer.state.log_history if "loss" in e]
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = [e["rose/tau_first"] for e in trainer.state.log_history if "loss" in e]
+    assert again == log
+    assert all(torch.equal(p, first[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_rows_are_evaluated_in_their_order(drop_last: bool, parts: dict[str, Any], tmp_path: Path) -> None:
+    """All of them, also where training goes by length and leaves an incomplete batch out."""
+    more = {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 3}
+    trainer = make(RoseTrainer, parts, tmp_path, {**more, "dataloader_drop_last": drop_last})
+    rows = parts["train_dataset"].select(range(16))
+    assert trainer.predict(rows).label_ids.tolist() == rows["labels"]
+    steps = len(trainer.get_train_dataloader())
+    assert steps == len(parts["train_dataset"]) // 4 + (not drop_last and len(parts["train_dataset"]) % 4 > 0)
+    assert trainer.args.dataloader_drop_last is drop_last
