@@ -93,6 +93,8 @@ class RoseAdamW(torch.optim.Optimizer):
 
     kernels: Any | None = None
     """Compiled ones, where all ranks have them (``rose_ds.kernels``); not of copies."""
+    zeroed = False
+    """Gradients were dropped since somebody last set this to False."""
 
     def __init__(
         self,
@@ -181,6 +183,11 @@ class RoseAdamW(torch.optim.Optimizer):
         return self.plan is not None and self.plan.skip
 
     # --- the step ---
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Torch's, which a stepper notices: what it kept apart for these gradients goes too."""
+        super().zero_grad(set_to_none)
+        self.zeroed = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

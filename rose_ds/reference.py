@@ -269,12 +269,15 @@ class Reference:
 Minimised = tuple[Tensor, Tensor | None, float]
 
 
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL(P_a || P_b), for each row of logits."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def kl_both_ways(a: Tensor, b: Tensor) -> Tensor:
     """Eq. 1, written out, for each row."""
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    there = (log_p.exp() * (log_p - log_q)).sum(-1)
-    back = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return there + back
+    return kl(a, b) + kl(b, a)
 
 
 def task(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimised:
@@ -292,7 +295,9 @@ def r_drop(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimis
 
 
 def smart(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimised:
-    """CE + weight * KL(clean, adversarial) + proximal * KL(clean, averaged weights), both symmetric."""
+    """CE + weight * KL(clean, adversarial) + proximal * KL(clean, averaged weights), both symmetric; in the first, what
+    stands first in either direction is a target that stands still.
+    """
     o = run.objective
     if o.proximal:
         with run.averaged(), torch.no_grad():
@@ -301,14 +306,14 @@ def smart(run: Reference, forward: Forward, loss: Loss, first: bool) -> Minimise
     divergence = run.divergence(forward, clean) if first else None
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     shift: Any = lambda shape, g: o.init_std * torch.randn(shape, generator=g)  # noqa: E731
-    target = clean.detach().log_softmax(-1)
     for _ in range(o.steps):
         logits, start = run.shifted(forward, shift, generator)
-        there = (target.exp() * (target - logits.log_softmax(-1))).sum()
-        shift = start.detach() + o.step_size * torch.autograd.grad(there, start)[0]
+        uphill = torch.autograd.grad(kl(logits, clean.detach()).sum(), start)[0]
+        shift = start.detach() + o.step_size * uphill
         shift = o.radius * shift / (shift.abs().amax(-1, keepdim=True) + 1e-6)
     adversarial, _ = run.shifted(forward, shift)
-    value = loss(clean) + o.weight * kl_both_ways(clean, adversarial).mean()
+    smoothness = kl(adversarial.detach(), clean) + kl(clean.detach(), adversarial)
+    value = loss(clean) + o.weight * smoothness.mean()
     if o.proximal:
         value = value + o.proximal * kl_both_ways(clean, under_average).mean()
     return value, divergence, 0.0

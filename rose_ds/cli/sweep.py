@@ -12,6 +12,7 @@ from rose_ds.attack.searches import SEARCHES
 from rose_ds.cli.arguments import HelpFormatter, Parser, RunArguments
 from rose_ds.experiments.cells import Sweep
 from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.methods import method_named
 from rose_ds.experiments.settings import MethodSettings, RunSettings
 
 _DESCRIPTION = """Methods x tasks x seeds x settings, each a run of rose-ds train that can be killed and goes on.
@@ -126,6 +127,10 @@ def _sweep(options: argparse.Namespace, flags: dict[str, Any]) -> Sweep:
                 (own.get("settings") or {}).pop(name, None)
                 _refuse_both(name, f"methods: {method}: grid", own.get("grid"))
         _refuse_both(name, "grid", content.get("grid"))
+        if content.get("grid") == "published":
+            for method in content["methods"]:
+                tried = {flag: None for axis in method_named(method).search for choice in axis for flag in choice}
+                _refuse_both(name, f"{method}'s published grid", tried)
     return Sweep(**{name: value for name, value in content.items() if value is not None})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rose_ds.core.layout import Layout
 from rose_ds.core.threshold import Exchange
 from rose_ds.eligible import eligible_names
+from rose_ds.engines.dropout import find_dropout
 from rose_ds.engines.passes import ForwardPass, Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
@@ -306,22 +307,22 @@ def _held(engine: Engine) -> list[Tensor]:
     return [local(p) for p in (*in_groups, *(piece.param for piece in engine.slices))]
 
 
-def refuse_checkpointing(module: nn.Module, *, random: bool, twice: bool) -> None:
+def refuse_checkpointing(module: nn.Module, *, twice: bool) -> None:
     """Activation checkpointing under which gradients are wrong.
 
     Args:
-        random: the model draws random numbers, which then are others when a layer is recomputed.
-        twice: a micro-batch has a second gradient, which reentrant checkpoints hide weights from.
+        twice: a micro-batch has several passes and gradients.
 
     Raises:
-        RefusedConfiguration: there is one of the two.
+        RefusedConfiguration: a part that draws dropout masks draws others when it is recomputed; or, of several
+            gradients, weights are hidden from one (reentrant).
     """
     for name, part in module.named_modules():
         for attribute in ("checkpoint_fn", "_gradient_checkpointing_func"):  # torch's wrapper, Hugging Face's layers
             function = getattr(part, attribute, None)
             if not isinstance(function, partial):
                 continue
-            if random and function.keywords.get("preserve_rng_state") is False:
+            if function.keywords.get("preserve_rng_state") is False and (twice or find_dropout(part)):
                 raise RefusedConfiguration(
                     f"{unwrapped_name(name)!r} is checkpointed with preserve_rng_state=False: its dropout masks in the "
                     "backward pass are not those of the forward pass, so the gradients are wrong. Checkpoint with "

@@ -268,9 +268,11 @@ class PassBatch:
             for p in passes:
                 p.outputs = None
 
-    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+    def symmetric_kl(
+        self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean", fixed_targets: bool = False
+    ) -> Tensor:
         assert self.compare is not None, "of a pass that only finds gradients of the loss"
-        return self.compare.symmetric_kl(logits_a, logits_b, reduction=reduction)
+        return self.compare.symmetric_kl(logits_a, logits_b, reduction=reduction, fixed_targets=fixed_targets)
 
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
         assert self.compare is not None

@@ -136,7 +136,7 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 def default_device() -> torch.device:
     """The accelerator, if there is one; this rank's, under a launcher."""
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
     return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())

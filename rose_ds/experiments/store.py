@@ -226,6 +226,10 @@ class Store:
         """Let a failed cell be tried again."""
         (self.folder(cell) / "failed.json").unlink(missing_ok=True)
 
+    def restart(self, cell: Cell) -> None:
+        """Let a cell be trained from its beginning: nothing of its run stays."""
+        shutil.rmtree(self.run_folder(cell), ignore_errors=True)
+
     def _add(self, key: str, line: str) -> None:
         with FileLock(self.cells / "results.lock"):
             if key not in self.results():

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -124,7 +125,7 @@ class Runner:
             return
         search = self.attack.search
         done = [cell for cell in self.cells if cell.key in results]
-        without = [cell for cell in done if search not in results[cell.key]["metrics"]["under_attack"]]
+        without = [cell for cell in done if search not in results[cell.key]["metrics"].get("under_attack", {})]
         if without:
             tqdm.write(
                 f"{len(without)} finished cells were not attacked by {search} ({without[0].name}, ...), and a sweep "
@@ -144,14 +145,12 @@ class Runner:
             if claim is None:
                 self._look_after(cell)
                 continue
-            try:
-                left = self._left(cell)
-                if not left:  # by a process that was killed before it could record it
+            left, damage = self._left_of(cell)
+            if not left:  # by a process that was killed before it could record it
+                if damage is None:
                     self.store.record(cell, None, keep_models=self.keep_models)
-            except ValueError as error:
-                self._failed(cell, 0, str(error))
-                left = []
-            if not left:
+                else:
+                    self._failed(cell, 0, damage)
                 claim.release()
                 self._settled.add(cell.key)
                 continue
@@ -170,10 +169,22 @@ class Runner:
         folder = self.store.run_folder(cell)
         if not self.store.finished(cell):
             return ["train", *cell.flags(folder)]
-        if self.attack is None or self.attack.search in Metrics.read(folder).under_attack:
+        metrics = Metrics.read(folder)
+        if self.attack is None or self.attack.search in metrics.under_attack:
             return []
+        if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
+            self.store.restart(cell)
+            return ["train", *cell.flags(folder)]
         # of the run's own task and data: one flag of those given, the others would be taken for left out
         return ["attack", "--model", str(folder), *self.attack.words()]
+
+    def _left_of(self, cell: Cell) -> tuple[list[str], str | None]:
+        """The same, and what is wrong with the figures of a run that has ended; it is then left to be trained anew."""
+        try:
+            return self._left(cell), None
+        except ValueError as error:
+            self.store.restart(cell)
+            return [], str(error)
 
     def _launch(self, words: Sequence[str], cell: Cell, claim: Claim, slot: int) -> tuple[subprocess.Popen[bytes], Any]:
         """Start a ``rose-ds`` command; its process, and its log."""
@@ -209,19 +220,20 @@ class Runner:
             run.log.close()
             code = run.process.returncode
             trained = code == 0 and self.store.finished(run.cell)
+            left, damage = self._left_of(run.cell) if trained else ([], None)
+            if left and not self._stop:
+                run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
+                continue
+            self._running.remove(run)
             try:
-                left = self._left(run.cell) if trained else []
-                if left and not self._stop:
-                    run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
-                    continue
-                if trained and not left:
+                if damage is not None:
+                    self._failed(run.cell, code, damage)
+                elif trained and not left:
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
                 elif not trained and code not in _STOPPED:
                     self._failed(run.cell, code)
-            except ValueError as error:  # its metrics.json cannot be read
-                self._failed(run.cell, code, str(error))
-            self._running.remove(run)
-            run.claim.release()
+            finally:
+                run.claim.release()
             self._settled.add(run.cell.key)
         return len(ended)
 
@@ -269,12 +281,14 @@ class Runner:
 
 
 def _any_left(group: int) -> bool:
-    """Of a group of processes that this one started."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Of a group of processes that this one started; where nobody reaps them, the dead stay in it."""
+    for process in psutil.process_iter(["pid", "status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
 
 
 def remaining_seconds(cells: Sequence[Cell], results: Any, jobs: int) -> float | None:

@@ -31,11 +31,15 @@ class Pass(Protocol):
 class Comparing(Protocol):
     """How two predictions of a micro-batch are compared."""
 
-    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Divergence of two predictions (Eq. 1), over what counts as one: mean, or sum, over the batch."""
+    def symmetric_kl(
+        self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean", fixed_targets: bool = False
+    ) -> Tensor:
+        """Divergence of two predictions (Eq. 1), over what counts as one: mean, or sum, over the batch. With
+        ``fixed_targets`` either direction moves its second argument alone.
+        """
 
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``KL(target || prediction)``, summed over the batch."""
+        """``KL(prediction || target)``, summed over the batch."""
 
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the batch for which two predictions give two answers (Table 4)."""

@@ -15,16 +15,17 @@ LARGE, _CHUNK = 1 << 22, 1 << 20
 
 class ChunkedSymmetricKl(torch.autograd.Function):
     """``sum (p - q) (log p - log q)``, which is KL(p || q) + KL(q || p), over rows of logits: (rows, classes), fp32.
+    With ``fixed_targets`` each divergence's gradient is that of its second argument.
 
     Some rows at a time, and their gradients at once: beside the logits there are their gradients and nothing else of
     that size, where the composed form holds both log-probabilities and what autograd keeps of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor, fixed_targets: bool = False) -> Tensor:
         total = torch.zeros((), device=logits_a.device, dtype=torch.float64)
         inputs = (logits_a, logits_b)
-        grads = [torch.empty_like(z) if n else None for z, n in zip(inputs, ctx.needs_input_grad, strict=True)]
+        grads = [torch.empty_like(z) if n else None for z, n in zip(inputs, ctx.needs_input_grad, strict=False)]
         rows = max(1, _CHUNK // logits_a.shape[-1])
         for at in range(0, len(logits_a), rows):
             part = slice(at, at + rows)
@@ -33,7 +34,9 @@ class ChunkedSymmetricKl(torch.autograd.Function):
             ratio, difference = log_p.sub_(log_q), p - q
             total += (difference * ratio).sum(dtype=torch.float64)
             for grad, probability, sign in zip(grads, (p, q), (1.0, -1.0), strict=True):
-                if grad is not None:
+                if grad is not None and fixed_targets:
+                    grad[part] = difference * sign
+                elif grad is not None:
                     centred = ratio - (probability * ratio).sum(-1, keepdim=True)
                     grad[part] = centred.mul_(probability).add_(difference).mul_(sign)
         ctx.grads = grads
@@ -42,4 +45,4 @@ class ChunkedSymmetricKl(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return tuple(None if g is None else g * grad for g in ctx.grads)
+        return (*(None if g is None else g * grad for g in ctx.grads), None)

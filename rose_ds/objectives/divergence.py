@@ -32,18 +32,21 @@ class Comparison:
     count: Tensor | float | None = None
     """What a mean over the positions divides by; None: their number."""
 
-    def symmetric_kl(self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean") -> Tensor:
+    def symmetric_kl(
+        self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean", fixed_targets: bool = False
+    ) -> Tensor:
         """Eq. 1; see the function of this name."""
         return symmetric_kl(
             *(self._selected(z) for z in (logits_a, logits_b)),
             reduction=reduction,
+            fixed_targets=fixed_targets,
             distribution=self.distribution(),
             count=self.count,
         )
 
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``KL(target || prediction)`` summed over the batch, so that it does not depend on the number of ranks."""
-        return _kl(*_rows(self._selected(target), self._selected(logits), self.distribution()))
+        """``KL(prediction || target)`` summed over the batch, so that it does not depend on the number of ranks."""
+        return _kl(*_rows(self._selected(logits), self._selected(target), self.distribution()))
 
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the predictions that give two answers (Table 4): another class, or any other label."""
@@ -74,6 +77,7 @@ def symmetric_kl(
     logits_b: Tensor,
     *,
     reduction: str = "mean",
+    fixed_targets: bool = False,
     distribution: Distribution = "categorical",
     count: Tensor | float | None = None,
 ) -> Tensor:
@@ -82,6 +86,8 @@ def symmetric_kl(
     Args:
         logits_a, logits_b: shape (..., classes), the same; leading dimensions are all batch.
         reduction: ``mean`` or ``sum`` over the batch.
+        fixed_targets: each divergence moves its second argument alone, towards a first that stands still. The value is
+            the same, its gradient about half.
         distribution: ``categorical``: a softmax over the last dimension; ``bernoulli``: a sigmoid of each, whose
             divergences add up (multi-label classification).
         count: what the mean divides by; None: the number of rows.
@@ -99,10 +105,11 @@ def symmetric_kl(
         raise ValueError(f"logits have {classes} class(es): the KL between two passes needs at least 2 (regression?)")
     if distribution == "categorical" and logits_a.numel() >= LARGE:
         a, b = (z.float().reshape(-1, classes) for z in (logits_a, logits_b))
-        total: Tensor = ChunkedSymmetricKl.apply(a, b)
+        total: Tensor = ChunkedSymmetricKl.apply(a, b, fixed_targets)
     else:
         a, b = _rows(logits_a, logits_b, distribution)
-        total = _kl(b, a) + _kl(a, b)
+        first_a, first_b = (a.detach(), b.detach()) if fixed_targets else (a, b)
+        total = _kl(first_b, a) + _kl(first_a, b)
     if reduction == "sum":
         return total
     if reduction != "mean":

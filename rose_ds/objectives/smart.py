@@ -17,8 +17,9 @@ from rose_ds.objectives.divergence import dropout_risk
 class Smart(Objective):
     """``L = CE(x) + weight * KL_sym(f(x), f(x + d)) + proximal * KL_sym(f(x), f_average(x))``.
 
-    d starts as normal noise, takes ``steps`` ascent steps on the *summed* KL(f(x + d) || f(x)), and is scaled to
-    L-infinity norm ``radius`` at each token, as in the authors' code. Where the ascent's gradient is not finite on any
+    In the smoothness term each of the two divergences moves one prediction towards the other, which stands still, as in
+    the authors' code. d starts as normal noise, takes ``steps`` ascent steps on the *summed* KL(f(x + d) || f(x)), and
+    is scaled to L-infinity norm ``radius`` at each token, as there. Where the ascent's gradient is not finite on any
     rank, all ranks leave the regulariser out of that micro-batch.
     """
 
@@ -65,7 +66,7 @@ class Smart(Objective):
             batch.backward(value, clean)
         else:
             adversarial = batch.run(shift)
-            value = value + self.weight * batch.symmetric_kl(clean.logits, adversarial.logits)
+            value = value + self.weight * batch.symmetric_kl(clean.logits, adversarial.logits, fixed_targets=True)
             batch.backward(value, clean, adversarial)
         return value.detach()
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rose_ds.config import RoseConfig
+from rose_ds.engines.dropout import find_dropout
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training.describe import find_dropout
 from rose_ds.training.resuming import ResumableTrainer
 
 #: Trainer's spellings of the AdamW that RoseAdamW is.
@@ -47,6 +47,8 @@ class CheckedTrainer(ResumableTrainer):
                 f"parallelism_config.cp_size={split.cp_size} splits sequences over ranks, which RoseTrainer does not "
                 "do, and its losses would be divided for a split that is not there: use cp_size=1"
             )
+        if self.is_fsdp_enabled:
+            self._refuse_other_blocks()
         rose = self._settings_of_masks()
         if rose.uses_first and rose.first_order == "halves" and self.args.gradient_accumulation_steps == 1:
             raise RefusedConfiguration(
@@ -59,6 +61,17 @@ class CheckedTrainer(ResumableTrainer):
             raise RefusedConfiguration(
                 f"the DeepSpeed config's optimizer is {block.get('type')!r}: remove the block (RoseTrainer brings "
                 'RoseAdamW), or set its "type" to "RoseAdamW"'
+            )
+
+    def _refuse_other_blocks(self) -> None:
+        """A class that accelerate would look for in vain when it shards."""
+        classes = {type(module).__name__ for module in self.model.modules()}
+        wanted = self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or []
+        if set(wanted) - classes:
+            own = [name for name in getattr(self.model, "_no_split_modules", None) or [] if "Embedding" not in name]
+            raise RefusedConfiguration(
+                f"the accelerate config's fsdp_transformer_layer_cls_to_wrap names {', '.join(wanted)}, and this model "
+                f"has no such layers: set it to {', '.join(own) or 'the class of its blocks'}"
             )
 
     def _refuse_other_optimizers(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rose_ds.config import RoseConfig
 from rose_ds.engines.base import Engine
+from rose_ds.engines.dropout import find_dropout
 from rose_ds.masks import policy_of
 
 _MIB = 2**20
@@ -92,22 +93,3 @@ def describe_dropout(model: nn.Module, *, needed: bool = True) -> str:
     found = find_dropout(model)
     listed = ", ".join(f"{kind} {p:g}" for kind, p in found.items())
     return f"  dropout: {listed or 'none found' + ', so there is no first-order risk' * needed}"
-
-
-def find_dropout(model: nn.Module) -> dict[str, float]:
-    """Probabilities of dropout, stochastic depth and the like that are above 0, by the kind of layer (the largest).
-
-    Attention layers keep theirs as a number, and so do the layers of stochastic depth.
-    """
-    found: dict[str, float] = {}
-    for module in model.modules():
-        numbers = [float(module.p)] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-        numbers += [
-            float(value)
-            for name, value in vars(module).items()
-            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
-        ]
-        if max(numbers, default=0.0) > 0:
-            kind = type(module).__name__
-            found[kind] = max(found.get(kind, 0.0), *numbers)
-    return found

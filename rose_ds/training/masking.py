@@ -152,7 +152,7 @@ class Masking:
                 "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "
                 "would keep all of them: the eligible parameters are hidden from the graph (computed under no_grad, "
                 "detached, in a custom or reentrant checkpoint), are not used by the logits, or the gradient is too "
-                "small for the precision"
+                "small for the precision (LoRA, whose second matrix starts at 0: mask_warmup_steps=1)"
             )
         else:
             self._tell("zero", "first-order risk is zero everywhere: every parameter was kept")

@@ -216,7 +216,8 @@ class ResumableTrainer(Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too."""
         drops = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drops and bool(kwargs.get("is_training"))
+        # without even_batches ranks would have unequally many, and wait for each other
+        self.args.dataloader_drop_last = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:

@@ -21,7 +21,7 @@ from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training.describe import describe, find_dropout
+from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.halves import halves_of
 from rose_ds.training.masking import Masking
@@ -88,8 +88,8 @@ class Stepper:
         self._unstepped = 0
         """Last micro-batches since the optimizer stepped."""
         self._told: set[str] = set()
-        twice = self.config.compares_passes or not isinstance(self.objective, Task)
-        refuse_checkpointing(engine.module, random=twice or bool(find_dropout(engine.module)), twice=twice)
+        several = self.config.compares_passes or not isinstance(self.objective, Task)
+        refuse_checkpointing(engine.module, twice=several)
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -104,6 +104,8 @@ class Stepper:
         self.halves = halves_of(self.config, engine)
         self.masking = Masking(engine, self.policy, self.state, self._tell, self.halves)
         self._versions: list[int] = []
+        self._gradients_wait = False
+        """After the last micro-batch."""
 
     @property
     def eligible(self) -> list[str]:
@@ -169,9 +171,11 @@ class Stepper:
                 f"an earlier backward() or step() failed ({self.engine.failure}) while the {self.engine.name} engine "
                 "held its gradients half-way, and it cannot go on: build model and engine anew, or resume the run"
             )
-        if self.engine.gradients_may_be_dropped and not self.engine.has_gradients():  # the loop has, or a step begins
-            self.engine.begin_step()
-            self._forget_step()
+        if self.engine.gradients_may_be_dropped:
+            if self.optimizer.zeroed or (self._gradients_wait and not self.engine.has_gradients()):  # the loop's doing
+                self.engine.begin_step()
+                self._forget_step()
+            self.optimizer.zeroed = False
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self.masking.ranks_now() else None
@@ -202,6 +206,7 @@ class Stepper:
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
         self._awaiting_step = True
+        self._gradients_wait = self.engine.gradients_may_be_dropped and self.engine.has_gradients()
         self._versions = self._gradient_versions() if self._needs_clip else []
         return {"loss": value, "kl": batch.divergence, "disagreement": batch.disagreed}
 
@@ -215,8 +220,8 @@ class Stepper:
             raise RuntimeError("step() must follow a backward()")
         self._awaiting_step = False
         self.masking.selection = None
-        self._check_untouched()
         try:
+            self._check_untouched()
             with explaining_lost_ranks(self._next_step):
                 outcome = self.engine.step(self.masking.decide)
         except BaseException as error:
@@ -241,7 +246,8 @@ class Stepper:
         Call after every ``backward()``. After the ``last`` micro-batch, the masks are made when the optimizer steps,
         from the gradients it then holds; ``last_report`` tells of it. ``grad_norm`` gives the norm that the loop found
         before it clipped to ``max_grad_norm``: where it is not finite the step changes nothing. It may be left out
-        where the loop does not clip, and must not with first_order="halves", which compares gradients of before.
+        where the loop does not clip, and must not with first_order="halves", or with R-Drop under a mask that ranks the
+        task's gradient: both need to know what clipping did.
 
         Raises:
             TypeError: it was.
@@ -331,8 +337,8 @@ class Stepper:
         return ""
 
     def _gradient_versions(self) -> list[int]:
-        """Of the gradients that wait, where they lie in the parameters: what changes one in place counts its up."""
-        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        """Of the eligible gradients that wait in the parameters: what changes one in place counts its up."""
+        held = dict.fromkeys(piece.param for piece in self.engine.slices)
         return [p.grad._version for p in held if p.grad is not None]
 
     def _check_untouched(self) -> None:

@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launching import ROOT, accelerate, deepspeed, rows_file, run, torchrun
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -84,8 +85,8 @@ def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: 
 def test_rose_ds_train_under_accelerate(
     config: str, two_layers: str, roberta: str, snippets: str, tmp_path: Path
 ) -> None:
-    """The same flags and metrics.json as under deepspeed, and a model that loads, whatever its classes are called."""
-    model = roberta if "hsdp" in config else two_layers
+    """The same flags and metrics.json as under deepspeed, and a model that loads."""
+    model = roberta if config == "fsdp1.yaml" else two_layers
     flags = [
         "--task",
         snippets,
@@ -105,9 +106,28 @@ def test_rose_ds_train_under_accelerate(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["world_size"] == (4 if "hsdp" in config else 2)
     assert 0.59 < metrics["kept_fraction"] < 0.85
-    files = (Path(folder) / "model.safetensors" for folder in (tmp_path / "out", model))
-    saved, want = ({name: tensor.shape for name, tensor in load_file(path).items()} for path in files)
-    assert saved == want
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    want = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    assert sum(tensor.numel() for tensor in saved.values()) == sum(p.numel() for p in want.parameters())
+
+
+def test_another_models_blocks(roberta: str, snippets: str, tmp_path: Path) -> None:
+    """What the config file names is not there: the refusal says what is."""
+    flags = [
+        "--task",
+        snippets,
+        "--model",
+        roberta,
+        "--max_steps",
+        "1",
+        "--max_train_samples",
+        "50",
+        "--max_length",
+        "32",
+    ]
+    done = run([*accelerate("fsdp2.yaml", tmp_path), "rose_ds", "train", *flags, "--output_dir", str(tmp_path / "out")])
+    assert done.returncode != 0
+    assert "names BertLayer, and this model has no such layers: set it to RobertaLayer" in done.stderr
 
 
 def test_accumulation_under_fsdp_needs_synchronisation(two_layers: str, snippets: str, tmp_path: Path) -> None:

@@ -188,16 +188,23 @@ def misuse(rank: int, world: int) -> dict[str, Outcome]:
     return found
 
 
+UNREACHED = [
+    (f"zero{stage}{how}", stage, zero)
+    for how, zero in (("", {}), ("-offload", {"offload_optimizer": {"device": "cpu"}}))
+    for stage in (1, 2, 3)
+]
+
+
 def unreached(rank: int, world: int) -> dict[str, float]:
     """A parameter that the first step reaches and the second does not: its moment's change in the second."""
     found = {}
-    for stage in (1, 2, 3):
+    for name, stage, zero in UNREACHED:
         model, used = make_model(Case("none")), [True]
         model.extra = torch.nn.Parameter(torch.ones(8))
         whole = model.forward
         model.forward = lambda ids, m=model, f=whole, u=used: f(ids) + (m.extra.sum() if u[0] else 0)
         case = Case("none", steps=2)
-        engine, stepper = start(Job(case, stage), world, model)
+        engine, stepper = start(Job(case, stage, zero), world, model)
         (piece,) = (s for s in stepper.engine.trainable_slices() if s.name == "extra")
         moments = []
         for t, use in ((1, True), (2, False)):
@@ -210,7 +217,7 @@ def unreached(rank: int, world: int) -> dict[str, float]:
                 )
                 stepper.step()
             moments.append(piece.view(stepper.optimizer.init_state(piece.param)["exp_avg"]).clone())
-        found[f"zero{stage}"] = float((moments[1] / moments[0]).mean())
+        found[name] = float((moments[1] / moments[0]).mean())
     return found
 
 
@@ -313,10 +320,10 @@ def test_no_sync_is_refused(outcomes: Any) -> None:
     assert kind == "RefusedConfiguration" and "inside no_sync()" in message
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_parameter_that_a_step_does_not_reach(outcomes: Any, stage: int) -> None:
+@pytest.mark.parametrize("name", [name for name, *_ in UNREACHED])
+def test_a_parameter_that_a_step_does_not_reach(outcomes: Any, name: str) -> None:
     """Has no gradient in it, and not the last step's: its moment decays by beta1."""
-    assert outcomes["unreached"][f"zero{stage}"] == pytest.approx(HYPER[0].betas[0])
+    assert outcomes["unreached"][name] == pytest.approx(HYPER[0].betas[0])
 
 
 @pytest.mark.parametrize("strategy", ["none", "first", "second", "ensemble"])

@@ -46,9 +46,20 @@ def test_symmetric_kl_is_a_mean_with_both_gradients(dtype: torch.dtype) -> None:
     assert leading.item() == pytest.approx(value.item(), rel=1e-6)
 
 
+def test_fixed_targets() -> None:
+    """The same value; each prediction is moved towards the other, which is taken as it is."""
+    a, b = (randn(6, 4, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+    value = symmetric_kl(a, b, fixed_targets=True)
+    assert torch.equal(value, symmetric_kl(a, b))
+    found = torch.autograd.grad(value, (a, b))
+    p, q = a.detach().softmax(-1), b.detach().softmax(-1)
+    torch.testing.assert_close(found, ((p - q) / 6, (q - p) / 6))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("constant", ["neither", "a", "b"])
 @pytest.mark.parametrize("rows", [1, 7, 64])
-def test_large_logits_in_chunks(rows: int, constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_logits_in_chunks(rows: int, constant: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Value and gradients of the composed form, whatever the chunks; a second backward pass too."""
     whole = [4 * randn(rows, 3, 50, seed=s, dtype=torch.float32) for s in (1, 2)]
     results = []
@@ -56,7 +67,7 @@ def test_large_logits_in_chunks(rows: int, constant: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(divergence, "LARGE", large)
         monkeypatch.setattr(chunked, "_CHUNK", 170)
         pair = [z.clone().requires_grad_(name != constant) for z, name in zip(whole, "ab", strict=True)]
-        value = symmetric_kl(*pair)
+        value = symmetric_kl(*pair, fixed_targets=fixed)
         leaves = [z for z in pair if z.requires_grad]
         twice = [torch.autograd.grad(2 * value, leaves, retain_graph=True) for _ in range(2)]
         assert all(torch.equal(x, y) for x, y in zip(*twice, strict=True))

@@ -224,6 +224,15 @@ def test_a_cell_that_is_named_twice_is_one(store: Store, monkeypatch: pytest.Mon
     assert Runner(store, [Cell("sst2", "vanilla", 0, {"max_steps": 100}), again]).run() == {again.key: Status.DONE}
 
 
+def test_a_cell_to_be_attacked_whose_model_is_gone_is_trained_anew(store: Store) -> None:
+    runner = Runner(store, [CELL], attack=AttackFlags("pruthi", 8))
+    store.folder(CELL).mkdir()
+    finish(store, CELL)
+    (store.run_folder(CELL) / "model.safetensors").unlink()
+    assert runner._left(CELL)[0] == "train"
+    assert not store.run_folder(CELL).exists()
+
+
 def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     script = _RUN.replace('"version": 3', '"version": 3, "glue_accuracy": float("nan")')
     module = __import__("rose_ds.experiments.sweep", fromlist=["x"])

@@ -48,11 +48,6 @@ class ZeroEngine(Engine):
     # --- passes ---
 
     def micro_batch(self) -> AbstractContextManager[object]:
-        if self.ds.inside_no_sync_ctxt:
-            raise RefusedConfiguration(
-                "inside no_sync() ranks do not reduce the gradient that is ranked apart, and their masks would differ: "
-                "leave it out; gradient_accumulation_steps in the DeepSpeed config reduces a step's task gradient once"
-            )
         return self.adapter.micro_batch()
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
@@ -65,6 +60,11 @@ class ZeroEngine(Engine):
             self._backward(part, boundary=False if more or i < len(parts) - 1 else None)
 
     def pull_apart(self, pulls: Sequence[Pull]) -> None:
+        if self.ds.inside_no_sync_ctxt:
+            raise RefusedConfiguration(
+                "inside no_sync() ranks do not reduce the gradient that is ranked apart, and their masks would differ: "
+                "leave it out; gradient_accumulation_steps in the DeepSpeed config reduces a step's task gradient once"
+            )
         if self._risk_grads is None:
             self._risk_grads, self._risk_scale = self.adapter.risk_sums(), self.adapter.loss_scale
         for part in self._parts(pulls):

@@ -58,6 +58,13 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
                 for flat in z.single_partition_of_fp32_groups:
                     flat.grad.zero_()
 
+    def after_step(self) -> None:
+        if (
+            self.ds_optimizer.cpu_offload
+        ):  # a parameter that the next step does not reach would find this one's gradient
+            for flat in self.ds_optimizer.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+
     def so_far(self, i: int) -> Tensor:
         z, piece, param = self.ds_optimizer, self.slices[i], self.params[i]
         mapping: Any = param._hp_mapping  # type: ignore[attr-defined]

@@ -106,8 +106,12 @@ class Stage3Adapter(ScaledAdapter):
     def after_step(self) -> None:
         # DeepSpeed copies a step's first gradients into its buffer and adds the others. A parameter without a part in
         # the first, or in the whole step, would go on with what the last step has left there.
-        if self.ds_optimizer.grad_partitions_flat_buffer is not None:
-            self.ds_optimizer.grad_partitions_flat_buffer.zero_()
+        z = self.ds_optimizer
+        if z.grad_partitions_flat_buffer is not None:
+            z.grad_partitions_flat_buffer.zero_()
+        if z.offload_optimizer:
+            for partition in z.fp32_partitioned_groups_flat:
+                partition.grad.zero_()
 
     def rearmed(self) -> Callable[[], None]:
         # A module's gathered parameters go when its backward pass has counted this down to 0; a forward pass sets it,
