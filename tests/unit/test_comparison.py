@@ -197,6 +197,12 @@ def test_matched_at_a_clean_accuracy_that_all_reach(store: Store) -> None:
         "rose-first": [3],
     }
     assert column(named(store, "matched"), "AdvGLUE") == ["40.00", "30.00"]
+    run = Cell("sst2", "freelb", 0, {})
+    add(store, run, "1", "1", [{"step": 3, "clean": 0.5, "adversarial": 0.5}])
+    path = store.root / "predictions" / f"{run.key}.jsonl"  # one answer to both labels: it has learned nothing
+    path.write_text('{"set":"clean","idx":[0,1],"label":[0,1],"prediction":[1,1]}\n')
+    again = matched(gather(store), "sst2")
+    assert again is not None and again[0] == found[0]
 
 
 # --- tests of significance ---

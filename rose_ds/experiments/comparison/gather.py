@@ -38,6 +38,8 @@ ACCURACY: dict[str, Callable[[Run], float | None]] = {
     "perturbed": lambda run: run.metrics.perturbed_accuracy,
     "under attack": lambda run: min(run.metrics.under_attack.values(), default=None),
 }
+#: From this share of one answer on, a run counts as collapsed.
+ONE_ANSWER = 0.98
 #: The same sets in a run's answers and along its training.
 RECORDED = {"clean": "clean", "AdvGLUE": "adversarial", "perturbed": "perturbed"}
 
@@ -131,6 +133,10 @@ class Comparison:
         if record is None or len(set(record["label"])) < 2:
             return None
         return float(np.unique(record["prediction"], return_counts=True)[1].max() / len(record["label"]))
+
+    def has_collapsed(self, run: Run) -> bool:
+        """Whether it gives nearly all clean items one answer."""
+        return (self.commonest_answer(run) or 0.0) >= ONE_ANSWER
 
     def _answers(self, run: Run, name: str) -> Mapping[str, Any] | None:
         return self.store.predictions(run.key).get(RECORDED[name])
@@ -229,7 +235,7 @@ def matched(comparison: Comparison, task: str) -> tuple[float, dict[str, list[Ma
     """Checkpoints of all methods at one clean accuracy, so that robustness is not traded for it unseen.
 
     The level is the lowest, over methods, of the mean best clean accuracy along training: one that every method gets
-    to. Each run gives the checkpoint nearest to it, the earliest of equals. None where no run was evaluated on its way.
+    to; methods of which a run has collapsed do not count. Each run gives the checkpoint nearest to it, the earliest of equals. None where no run was evaluated on its way.
     """
     along: dict[str, list[Run]] = {}
     for method in comparison.methods:
@@ -239,7 +245,8 @@ def matched(comparison: Comparison, task: str) -> tuple[float, dict[str, list[Ma
             along[method] = runs
     if not along:
         return None
-    level = min(float(np.mean([max(p["clean"] for p in run.trajectory) for run in runs])) for runs in along.values())
+    sound = [runs for runs in along.values() if not any(map(comparison.has_collapsed, runs))] or list(along.values())
+    level = min(float(np.mean([max(p["clean"] for p in run.trajectory) for run in runs])) for runs in sound)
     return level, {
         method: [Matched(min(run.trajectory, key=lambda p: abs(p["clean"] - level)), run) for run in runs]
         for method, runs in along.items()

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rose_ds.experiments.comparison.gather import ACCURACY, RECORDED, Candidate, Comparison, Entry, matched
+from rose_ds.experiments.comparison.gather import (
+    ACCURACY,
+    ONE_ANSWER,
+    RECORDED,
+    Candidate,
+    Comparison,
+    Entry,
+    matched,
+)
 from rose_ds.experiments.comparison.statistics import mean_sd
 
 #: ROSE's Table 1, by model and method: means over its four tasks of GLUE and AdvGLUE accuracy, in percent.
 PAPER = {("roberta-base", "vanilla"): (89.19, 24.78)}
-
-#: From this share of one answer on, a run counts as collapsed.
-ONE_ANSWER = 0.98
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def collapsed(c: Comparison) -> Table:
     rows = []
     for candidate, run in c.every_run():
         share = c.commonest_answer(run)
-        if share is not None and share >= ONE_ANSWER:
+        if share is not None and c.has_collapsed(run):
             cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
             rows.append((run.task, run.method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
     note = (
@@ -168,7 +173,7 @@ def matched_accuracy(c: Comparison) -> Table:
             rows.append((task, method, f"{100 * level:.2f}", steps, *cells))
     note = (
         "Each run's checkpoint whose clean accuracy is nearest to a level that every method reaches (the lowest, over "
-        "methods, of the mean best one along training). A method that only trains more slowly shows no gain here."
+        "methods none of whose runs collapsed, of the mean best one along training). A method that only trains more slowly shows no gain here."
     )
     return Table("matched", "At equal clean accuracy", note, header, rows)
 
