@@ -235,7 +235,8 @@ def matched(comparison: Comparison, task: str) -> tuple[float, dict[str, list[Ma
     """Checkpoints of all methods at one clean accuracy, so that robustness is not traded for it unseen.
 
     The level is the lowest, over methods, of the mean best clean accuracy along training: one that every method gets
-    to; methods of which a run has collapsed do not count. Each run gives the checkpoint nearest to it, the earliest of equals. None where no run was evaluated on its way.
+    to; methods of which a run has collapsed do not count. Each run gives the checkpoint nearest to it, the earliest of
+    equals. None where no run was evaluated on its way.
     """
     along: dict[str, list[Run]] = {}
     for method in comparison.methods:

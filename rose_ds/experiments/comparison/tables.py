@@ -173,7 +173,8 @@ def matched_accuracy(c: Comparison) -> Table:
             rows.append((task, method, f"{100 * level:.2f}", steps, *cells))
     note = (
         "Each run's checkpoint whose clean accuracy is nearest to a level that every method reaches (the lowest, over "
-        "methods none of whose runs collapsed, of the mean best one along training). A method that only trains more slowly shows no gain here."
+        "methods none of whose runs collapsed, of the mean best one along training). A method that only trains more "
+        "slowly shows no gain here."
     )
     return Table("matched", "At equal clean accuracy", note, header, rows)
 
