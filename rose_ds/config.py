@@ -134,6 +134,11 @@ class RoseConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be an integer >= 0")
+        if self.strategy == "gallop" and self.mask_warmup_steps:
+            raise ValueError(
+                'strategy="gallop" ranks by the pretrained weights, which '
+                f"mask_warmup_steps={self.mask_warmup_steps} would train first: leave it at 0"
+            )
         if not isinstance(self.keep_largest, bool):
             raise TypeError(f"keep_largest={self.keep_largest!r} must be true or false")
         if self.keep_largest and self.strategy not in _ROSE:

@@ -182,6 +182,7 @@ def test_a_strategys_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"strategy": "gallop", "mask_warmup_steps": 5}, "ranks by the pretrained weights"),
         ({"strategy": "random", "keep_largest": True}, "keep_largest=True inverts a risk of ROSE"),
         ({"strategy": "child-tuning", "granularity": "tensor"}, 'use granularity="element"'),
         ({"strategy": "cautious", "granularity": "tensor"}, 'use granularity="element"'),
