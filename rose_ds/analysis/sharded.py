@@ -28,9 +28,11 @@ def start_ranks(engine: str) -> None:
     Raises:
         ValueError: there is no launcher.
     """
-    if torch.accelerator.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.accelerator.set_device_index(local_rank % torch.accelerator.device_count())
+    from rose_ds.experiments.models import default_device  # with transformers, which --help does not need
+
+    device = default_device()
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     if engine not in SHARDINGS:
         return
     if "RANK" not in os.environ:

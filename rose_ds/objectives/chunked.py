@@ -25,7 +25,7 @@ class ChunkedSymmetricKl(torch.autograd.Function):
     def forward(ctx: Any, logits_a: Tensor, logits_b: Tensor, fixed_targets: bool = False) -> Tensor:
         total = torch.zeros((), device=logits_a.device, dtype=torch.float64)
         inputs = (logits_a, logits_b)
-        grads = [torch.empty_like(z) if n else None for z, n in zip(inputs, ctx.needs_input_grad, strict=False)]
+        grads = [torch.empty_like(z) if n else None for z, n in zip(inputs, ctx.needs_input_grad[:2], strict=True)]
         rows = max(1, _CHUNK // logits_a.shape[-1])
         for at in range(0, len(logits_a), rows):
             part = slice(at, at + rows)

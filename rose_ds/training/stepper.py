@@ -200,8 +200,7 @@ class Stepper:
             try:
                 value = self.objective(batch)
             except BaseException as error:
-                self.engine.abandon(error)
-                self._forget_step()
+                self._abandon_step(error)
                 raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
@@ -225,8 +224,7 @@ class Stepper:
             with explaining_lost_ranks(self._next_step):
                 outcome = self.engine.step(self.masking.decide)
         except BaseException as error:
-            self.engine.abandon(error)
-            self._forget_step()
+            self._abandon_step(error)
             raise
         finally:
             self.optimizer.plan = None
@@ -356,6 +354,11 @@ class Stepper:
         if what not in self._told:
             self._told.add(what)
             logger.warning("%s (optimizer step %d; told once)", message, self.optimizer.steps_taken() + 1)
+
+    def _abandon_step(self, error: BaseException) -> None:
+        """The step under way has failed."""
+        self.engine.abandon(error)
+        self._forget_step()
 
     def _forget_step(self) -> None:
         """What was kept apart for the step under way, or is left of it."""

@@ -80,6 +80,13 @@ def test_engines_lose_alike(minilm: str, glue: str, tmp_path: Path, extensions: 
         assert results[engine]["taus"] == pytest.approx(results["plain"]["taus"], rel=1e-2), engine
 
 
+def train_flags(task: str, model: str, **more: int) -> list[str]:
+    """Of a short run."""
+    short = {"max_steps": 2, "max_train_samples": 100, "report_to": "none", "disable_tqdm": "true"}
+    given = {"task": task, "model": model, **short, **more}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
 @pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp1.yaml", "fsdp2_hsdp.yaml"])  # fsdp2.yaml: test_job_faults.py
 def test_rose_ds_train_under_accelerate(
@@ -87,20 +94,8 @@ def test_rose_ds_train_under_accelerate(
 ) -> None:
     """The same flags and metrics.json as under deepspeed, and a model that loads."""
     model = roberta if config == "fsdp1.yaml" else two_layers
-    flags = [
-        "--task",
-        snippets,
-        "--model",
-        model,
-        "--max_steps",
-        "2",
-        "--max_eval_samples",
-        "16",
-        "--max_length",
-        "32",
-    ]
-    flags += ["--max_train_samples", "100", "--per_device_train_batch_size", "2", "--report_to", "none"]
-    flags += ["--disable_tqdm", "true", "--engine", config.split(".")[0].split("_")[0]]
+    flags = train_flags(snippets, model, max_eval_samples=16, max_length=32, per_device_train_batch_size=2)
+    flags += ["--engine", config.split(".")[0].split("_")[0]]
     done = run([*launcher(config, tmp_path), *flags, "--output_dir", str(tmp_path / "out")])
     assert done.returncode == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -113,37 +108,14 @@ def test_rose_ds_train_under_accelerate(
 
 def test_another_models_blocks(roberta: str, snippets: str, tmp_path: Path) -> None:
     """What the config file names is not there: the refusal says what is."""
-    flags = [
-        "--task",
-        snippets,
-        "--model",
-        roberta,
-        "--max_steps",
-        "1",
-        "--max_train_samples",
-        "50",
-        "--max_length",
-        "32",
-    ]
+    flags = train_flags(snippets, roberta, max_length=32)
     done = run([*accelerate("fsdp2.yaml", tmp_path), "rose_ds", "train", *flags, "--output_dir", str(tmp_path / "out")])
     assert done.returncode != 0
     assert "names BertLayer, and this model has no such layers: set it to RobertaLayer" in done.stderr
 
 
 def test_accumulation_under_fsdp_needs_synchronisation(two_layers: str, snippets: str, tmp_path: Path) -> None:
-    flags = [
-        "--task",
-        snippets,
-        "--model",
-        two_layers,
-        "--max_steps",
-        "2",
-        "--max_train_samples",
-        "100",
-        "--report_to",
-        "none",
-    ]
-    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"]
+    flags = train_flags(snippets, two_layers, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     command = [*accelerate("fsdp2.yaml", tmp_path), "rose_ds", "train", *flags, "--output_dir", str(tmp_path / "out")]
     done = run([*command, "--max_eval_samples", "8"])
     assert done.returncode != 0

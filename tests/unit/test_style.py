@@ -107,3 +107,12 @@ def test_only_the_front_ends_know_the_trainer() -> None:
     # those of experiments only name the type of their arguments
     experiments = {"experiments/train.py", "experiments/rehearsal.py", "experiments/saving.py"}
     assert found == {"cli/arguments.py", "training/resuming.py"} | experiments
+
+
+def test_no_large_file_is_tracked() -> None:
+    """A model that a run has left in the folder it was started from, say."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+    assert files and not [str(path) for path in files if path.stat().st_size > 1 << 20]

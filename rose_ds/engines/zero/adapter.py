@@ -167,6 +167,12 @@ def finite_norm(norm: Any) -> float | None:
     return value if value >= 0 else float("nan")
 
 
+def clear_grads(partitions: Iterable[Tensor]) -> None:
+    """Of offloaded partitions: DeepSpeed copies into them what a step reaches, and clears nothing."""
+    for partition in partitions:
+        partition.grad.zero_()  # type: ignore[union-attr]  # an offloaded partition has one
+
+
 def stash_grads(params: Iterable[nn.Parameter]) -> Callable[[], None]:
     """Take ``grad`` and ``grad_accum`` off the parameters; the result puts them back."""
     saved = [(p, p.grad, getattr(p, "grad_accum", None)) for p in params]

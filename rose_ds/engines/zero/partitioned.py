@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rose_ds.engines.zero.adapter import ScaledAdapter, stash_grads
+from rose_ds.engines.zero.adapter import ScaledAdapter, clear_grads, stash_grads
 from rose_ds.engines.zero.flat import FlatAdapter
 from rose_ds.optimizer import RoseAdamW
 
@@ -55,15 +55,12 @@ class PartitionedAdapter(FlatAdapter, ScaledAdapter):
             if offloaded is not None:
                 z.reset_cpu_buffers()
                 z._offload_accumulated_param_ids, z.local_overflow = offloaded
-                for flat in z.single_partition_of_fp32_groups:
-                    flat.grad.zero_()
+                clear_grads(z.single_partition_of_fp32_groups)
 
     def after_step(self) -> None:
-        if (
-            self.ds_optimizer.cpu_offload
-        ):  # a parameter that the next step does not reach would find this one's gradient
-            for flat in self.ds_optimizer.single_partition_of_fp32_groups:
-                flat.grad.zero_()
+        # a parameter that the next step does not reach would find this one's gradient
+        if self.ds_optimizer.cpu_offload:
+            clear_grads(self.ds_optimizer.single_partition_of_fp32_groups)
 
     def so_far(self, i: int) -> Tensor:
         z, piece, param = self.ds_optimizer, self.slices[i], self.params[i]

@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from rose_ds.core.layout import Block
-from rose_ds.engines.zero.adapter import ScaledAdapter
+from rose_ds.engines.zero.adapter import ScaledAdapter, clear_grads
 from rose_ds.engines.zero.trace import LongestTrace
 from rose_ds.optimizer import RoseAdamW, Slice
 
@@ -100,8 +100,7 @@ class Stage3Adapter(ScaledAdapter):
             z.micro_step_id, z._epilogue_ran_this_backward = micro_step_id, epilogue_ran
             if z.offload_optimizer:
                 z.reset_cpu_buffers()
-                for partition in z.fp32_partitioned_groups_flat:
-                    partition.grad.zero_()
+                clear_grads(z.fp32_partitioned_groups_flat)
 
     def after_step(self) -> None:
         # DeepSpeed copies a step's first gradients into its buffer and adds the others. A parameter without a part in
@@ -110,8 +109,7 @@ class Stage3Adapter(ScaledAdapter):
         if z.grad_partitions_flat_buffer is not None:
             z.grad_partitions_flat_buffer.zero_()
         if z.offload_optimizer:
-            for partition in z.fp32_partitioned_groups_flat:
-                partition.grad.zero_()
+            clear_grads(z.fp32_partitioned_groups_flat)
 
     def rearmed(self) -> Callable[[], None]:
         # A module's gathered parameters go when its backward pass has counted this down to 0; a forward pass sets it,

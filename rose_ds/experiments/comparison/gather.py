@@ -108,15 +108,15 @@ class Comparison:
         if ours is None or base is None or method == self.baseline:
             return None
         pairs = [(run, other) for run in ours.runs for other in base.runs if run.seed == other.seed]
-        answers = [self._answers(run, name) for pair in pairs for run in pair]
-        records = [answer for answer in answers if answer is not None]
-        if not answers or len(records) < len(answers):
+        measured = [run for pair in pairs for run in pair]
+        records = [record for run in measured if (record := self._answers(run, name)) is not None]
+        if not records or len(records) < len(measured):
             return None
-        for run, record in zip((run for pair in pairs for run in pair), records, strict=True):
+        for run, record in zip(measured, records, strict=True):
             if any(record[what] != records[0][what] for what in ("idx", "label")):
                 raise ValueError(
                     f"{task}: run {run.key} ({run.method}, seed {run.seed}) was measured on other {name} items than "
-                    f"run {pairs[0][0].key}: compare runs with the same data and --max_eval_samples"
+                    f"run {measured[0].key}: compare runs with the same data and --max_eval_samples"
                 )
         hits = [np.equal(record["prediction"], record["label"]) for record in records]
         return compare(np.stack(hits[::2]), np.stack(hits[1::2]))

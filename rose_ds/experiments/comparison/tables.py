@@ -147,7 +147,7 @@ def collapsed(c: Comparison) -> Table:
     rows = []
     for candidate, run in c.every_run():
         share = c.commonest_answer(run)
-        if share is not None and c.has_collapsed(run):
+        if share is not None and share >= ONE_ANSWER:
             cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
             rows.append((run.task, run.method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
     note = (
