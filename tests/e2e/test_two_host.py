@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -69,7 +70,7 @@ def test_two_host_slurm_fsdp(cluster: Cluster) -> None:
 
 
 def test_two_host_slurm_preemption(cluster: Cluster) -> None:
-    """SIGTERM to the batch script: a checkpoint, back into the queue, and the run goes on as if nothing had been."""
+    """The time limit is near: a checkpoint, back into the queue, and the run goes on as if nothing had been."""
     name = "slurm-preempted"
     out = cluster.folder / "pauses"
     out.mkdir()
@@ -100,14 +101,14 @@ def test_two_host_slurm_preemption(cluster: Cluster) -> None:
 
 
 def signal_batch_script(host: Host, script: str) -> None:
-    """SIGTERM to the job's shell alone, as --signal=B: and a preemption send it."""
+    """SIGUSR1 to the job's shell alone, as --signal=B: sends it."""
     shells = [
         process
         for process in host.processes()
         if process.name() == "bash" and any(argument.endswith(script) for argument in process.cmdline())
     ]
     assert len(shells) == 1, shells
-    shells[0].terminate()
+    shells[0].send_signal(signal.SIGUSR1)
 
 
 def test_two_host_kubeflow_command(cluster: Cluster) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -75,10 +78,123 @@ def test_the_manifest_trains() -> None:
 
 def test_ranks_get_less_time_than_slurm_leaves() -> None:
     (seconds,) = set(
-        re.findall(r"--signal=B:TERM@(\d+)", "".join(p.read_text() for p in LAUNCH.glob("slurm/*.sbatch")))
+        re.findall(r"--signal=B:USR1@(\d+)", "".join(p.read_text() for p in LAUNCH.glob("slurm/*.sbatch")))
     )
     (limit,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-(\d+)", (LAUNCH / "slurm" / "job.sh").read_text())
     assert int(limit) < int(seconds)
+
+
+#: Programs of a Slurm of one node: what they were told, and when the step ends, is in files of the working folder.
+_SLURM = {
+    "srun": """
+echo "$@" >srun
+echo "cpus $SRUN_CPUS_PER_TASK address $MASTER_ADDR port $MASTER_PORT" >environment
+echo >started
+trap 'touch interrupted' TERM # which a step's tasks get, and this program of theirs does not
+until [ -f ended ]; do sleep 0.02; done
+exit "$(cat ended)"
+""",
+    "scancel": 'echo "$@" >scancel',
+    "scontrol": """
+case "$*" in
+"show hostnames node[1-2]") printf 'node1\\nnode2\\n' ;;
+"show job 4711") printf 'JobId=4711\\n   PreemptEligibleTime=Unknown PreemptTime=%s\\n' "$(cat preempted)" ;;
+*) echo "$@" >scontrol ;;
+esac
+""",
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts deepspeed.sbatch; returns once its step runs."""
+    (tmp_path / "bin").mkdir()
+    for name, text in _SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    (tmp_path / "preempted").write_text("None")
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str, **variables: str) -> subprocess.Popen[str]:
+        env = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_ID": "4711",
+            "SLURM_GPUS_PER_NODE": "a100:8",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "MASTER_PORT": "1",  # of whatever was in the shell of sbatch
+            **variables,
+        }
+        command = ["bash", "launch/slurm/deepspeed.sbatch", *flags]
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True))
+        _until(tmp_path / "started")
+        return started[0]
+
+    yield start
+    (tmp_path / "ended").write_text("1")
+    for process in started:
+        process.wait(timeout=30)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _until(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() or not path.stat().st_size:
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+Job = Callable[..., "subprocess.Popen[str]"]
+
+
+def test_a_slurm_step_has_the_tasks_cores_and_resumes(job: Job, tmp_path: Path) -> None:
+    process = job("--task", "sst2", SLURM_CPUS_PER_TASK="32", CONTAINER="apptainer exec --nv rose.sif")
+    (tmp_path / "ended").write_text("0")
+    assert process.wait(timeout=30) == 0
+    words = "apptainer exec --nv rose.sif bash launch/slurm/torchrun_task.sh --task sst2 --resume auto"
+    assert (tmp_path / "srun").read_text().split("--export=ALL ")[1].strip() == words
+    assert (tmp_path / "environment").read_text() == "cpus 32 address node1 port 24711\n"
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_a_slurm_step_of_another_command(job: Job, tmp_path: Path) -> None:
+    process = job("--json", COMMAND="doctor", ROSE_MASTER_ADDR="node1i", ROSE_MASTER_PORT="29500")
+    (tmp_path / "ended").write_text("0")
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "srun").read_text().endswith("torchrun_task.sh --json\n")
+    assert (tmp_path / "environment").read_text() == "cpus 1 address node1i port 29500\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "preempted", "requeued"),
+    [
+        pytest.param(signal.SIGUSR1, 143, "None", True, id="time-limit"),
+        pytest.param(signal.SIGUSR1, 0, "None", False, id="time-limit-but-done"),
+        pytest.param(None, 143, "2026-11-29T10:00:00", True, id="preempted-within-its-grace-time"),
+        pytest.param(signal.SIGTERM, 143, "2026-11-29T10:00:00", True, id="preempted"),
+        pytest.param(signal.SIGTERM, 143, "None", False, id="cancelled"),
+        pytest.param(None, 1, "None", False, id="failed"),
+    ],
+)
+def test_which_slurm_jobs_go_back_into_the_queue(
+    job: Job, tmp_path: Path, sent: signal.Signals | None, code: int, preempted: str, requeued: bool
+) -> None:
+    process = job("--task", "sst2")
+    if sent is not None:
+        process.send_signal(sent)
+    if sent is signal.SIGUSR1:
+        _until(tmp_path / "scancel")
+        assert (tmp_path / "scancel").read_text() == "--signal=TERM 4711\n"
+    time.sleep(0.2)
+    assert process.poll() is None  # as long as the step runs
+    (tmp_path / "preempted").write_text(preempted)
+    (tmp_path / "ended").write_text(str(code))
+    assert process.wait(timeout=30) == code
+    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 4711\n"
+    assert requeued or not (tmp_path / "scontrol").exists()
+    assert sent is signal.SIGUSR1 or not (tmp_path / "scancel").exists()
 
 
 def test_the_image_copies_what_is_there() -> None:

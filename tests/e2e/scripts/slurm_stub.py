@@ -2,7 +2,7 @@
 
 sbatch reads a script's #SBATCH lines as Slurm does, and runs it on this node. srun really starts one task on each node,
 through ssh, with the variables of a job's step. scancel signals every process of the tasks. scontrol knows "show
-hostnames" and "requeue", which is written down. SLURM_STUB is a folder for what they must tell each other.
+hostnames", "show job" and "requeue", which is written down. SLURM_STUB is a folder for what they must tell each other.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sbatch(arguments: list[str]) -> int:
         sys.exit("#SBATCH after the first command is not read")
     if int(given["nodes"]) != len(NODES) or given["ntasks-per-node"] != "1" or "requeue" not in given:
         sys.exit(f"not a job for this cluster: {given}")
-    if not re.fullmatch(r"B:TERM@\d+", given["signal"]):
+    if not re.fullmatch(r"B:USR1@\d+", given["signal"]):
         sys.exit(f"--signal={given['signal']} is not what the preemption test sends")
     job = {
         "SLURM_JOB_ID": os.environ.get("SLURM_JOB_ID", "4711"),
@@ -109,10 +109,13 @@ def scancel(arguments: list[str]) -> int:
 
 
 def scontrol(arguments: list[str]) -> int:
-    """``show hostnames`` and ``requeue``."""
+    """``show hostnames``, ``show job`` and ``requeue``."""
     if arguments[:2] == ["show", "hostnames"]:
         assert arguments[2] == f"node[1-{len(NODES)}]"
         print("\n".join(NODES))
+        return 0
+    if arguments[:2] == ["show", "job"]:
+        print(f"JobId={arguments[2]} JobName=rose\n   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None")
         return 0
     verb, job = arguments
     assert (verb, job) == ("requeue", os.environ["SLURM_JOB_ID"])
