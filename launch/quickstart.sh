@@ -11,11 +11,10 @@ out=runs/quickstart
 # CUDA devices, and a config with bf16 where the hardware has it
 hardware=$(python - <<'EOF'
 import torch
+from rose_ds.hardware import has_bf16
 
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-cpu = getattr(torch.cpu, "get_capabilities", dict)()
-bf16 = torch.cuda.is_bf16_supported() if gpus else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-print(gpus, "zero2_bf16.json" if bf16 else "zero2.json")
+print(gpus, "zero2_bf16.json" if has_bf16() else "zero2.json")
 EOF
 )
 read -r gpus config <<<"$hardware"

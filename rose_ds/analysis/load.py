@@ -20,7 +20,6 @@ from rose_ds.experiments.loading import load_data, settings_of
 from rose_ds.experiments.metrics import FILE, Metrics, write_whole
 from rose_ds.experiments.models import (
     check_length,
-    default_device,
     fingerprint,
     label_names,
     label_order,
@@ -29,6 +28,7 @@ from rose_ds.experiments.models import (
 )
 from rose_ds.experiments.resumable import digest
 from rose_ds.experiments.settings import RunSettings
+from rose_ds.hardware import default_device
 
 logger = logging.getLogger(__name__)
 

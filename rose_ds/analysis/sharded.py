@@ -18,6 +18,7 @@ from rose_ds.analysis.movable import Movable, WholeModel
 from rose_ds.engines.base import Engine
 from rose_ds.engines.registry import engine_for
 from rose_ds.exchange import group_exchange
+from rose_ds.hardware import default_device
 
 _Item = TypeVar("_Item")
 
@@ -28,8 +29,6 @@ def start_ranks(engine: str) -> None:
     Raises:
         ValueError: there is no launcher.
     """
-    from rose_ds.experiments.models import default_device  # with transformers, which --help does not need
-
     device = default_device()
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)

@@ -10,12 +10,12 @@ import torch
 from rose_ds.data.tasks import TaskSpec
 from rose_ds.experiments.models import (
     check_length,
-    default_device,
     fingerprint,
     label_order,
     load_model,
     load_tokenizer,
 )
+from rose_ds.hardware import default_device
 
 Texts = tuple[str, ...]
 

@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rose_ds.doctor.finding import Finding
+from rose_ds.hardware import has_bf16
 from rose_ds.kernels import build as kernels
 
 #: Whose versions change what a run computes; their pins are in rose_ds's own metadata.
@@ -133,12 +134,13 @@ def check_device(local_rank: int) -> list[Finding]:
         if built and shutil.which("nvidia-smi"):
             mend = "python -c 'import torch; torch.cuda.init()' says why; the driver must be new enough for this torch"
             return [Finding("device", "failed", f"there is a GPU driver, but torch ({built}) sees no GPU", mend)]
-        return [Finding("device", "ok", "no GPU: ranks train on the CPU, with gloo")]
+        half = "bf16" if has_bf16("cpu") else "no bf16 instructions: use fp32"
+        return [Finding("device", "ok", f"no GPU: ranks train on the CPU, with gloo; {half}")]
     count = torch.cuda.device_count()
     if local_rank >= count:
         mend = "start as many ranks on a host as it has GPUs, or make more of them visible (CUDA_VISIBLE_DEVICES)"
         return [Finding("device", "failed", f"local rank {local_rank} has no GPU: this host has {count}", mend)]
-    half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use fp16"
+    half = "bf16" if has_bf16("cuda") else "no bf16: use fp16"
     return [Finding("device", "ok", f"{count} x {torch.cuda.get_device_name(local_rank)}, {half}")]
 
 

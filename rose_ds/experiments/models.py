@@ -134,14 +134,6 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in network.named_parameters()}
 
 
-def default_device() -> torch.device:
-    """The accelerator, if there is one; this rank's, under a launcher."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
-        return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-
-
 def fingerprint(model: torch.nn.Module) -> str:
     """Of the weights of a classifier's head, which no two trainings share."""
     head = b"".join(p.detach().float().cpu().numpy().tobytes() for p in list(model.parameters())[-2:])

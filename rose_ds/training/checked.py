@@ -1,16 +1,20 @@
-"""What RoseTrainer refuses, and in which words."""
+"""What RoseTrainer refuses or warns of, and in which words."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from rose_ds.config import RoseConfig
 from rose_ds.engines.dropout import find_dropout
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.hardware import slow_bf16
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training.resuming import ResumableTrainer
+
+logger = logging.getLogger(__name__)
 
 #: Trainer's spellings of the AdamW that RoseAdamW is.
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -56,6 +60,8 @@ class CheckedTrainer(ResumableTrainer):
                 "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
                 'first_order="fast"'
             )
+        if self.args.bf16 and self.args.process_index == 0 and (reason := slow_bf16(self.args.device)):
+            logger.warning(reason)
         block = self._deepspeed_optimizer_block()
         if block is not None and block.get("type") != "RoseAdamW":
             raise RefusedConfiguration(

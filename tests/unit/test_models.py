@@ -14,14 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from rose_ds.data import TASKS, TaskSpec, tokenize
 from rose_ds.data.loading import TaskData
 from rose_ds.experiments.evaluation import Evaluator
-from rose_ds.experiments.models import (
-    ModelError,
-    check_length,
-    default_device,
-    label_order,
-    load_model,
-    weights_digest,
-)
+from rose_ds.experiments.models import ModelError, check_length, label_order, load_model, weights_digest
 from rose_ds.experiments.settings import RunSettings
 from rose_ds.experiments.train import evaluate
 
@@ -116,14 +109,6 @@ def test_answers_are_kept_in_the_tasks_order() -> None:
     scores = evaluator.compute_metrics(SimpleNamespace(predictions=logits, label_ids=labels))
     assert scores["accuracy"] == 1.0
     assert evaluator._latest[1].tolist() == [0, 1] and evaluator._latest[0].argmax(1).tolist() == [0, 1]
-
-
-def test_a_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert default_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert default_device() == torch.device("cuda", 1)
 
 
 def test_the_digest_of_a_folders_weights(tmp_path: Path) -> None:

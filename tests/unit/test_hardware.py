@@ -1,0 +1,56 @@
+"""Which device a rank takes, and what it can do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+from rose_ds.doctor.environment import check_device
+from rose_ds.hardware import default_device, has_bf16, slow_bf16
+from rose_ds.training.trainer import RoseTrainer
+
+CPU = torch.device("cpu")
+
+
+def _cpu(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+
+def test_a_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert default_device() == CPU
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert default_device() == torch.device("cuda", 1)
+
+
+def test_bf16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in ({"avx512_f": True, "avx512_bf16": True}, {"amx_bf16": True}, {"neon": True, "bf16": True}):
+        _cpu(monkeypatch, **found)
+        assert has_bf16(CPU) and slow_bf16(CPU) == "" and check_device(0)[0].text.endswith("; bf16")
+    _cpu(monkeypatch, avx2=True, avx512_bf16=False)
+    assert not has_bf16(CPU) and "leave bf16 out" in slow_bf16(CPU)
+    assert "no bf16 instructions" in check_device(0)[0].text
+    assert slow_bf16(torch.device("cuda")) == ""
+
+
+def test_a_gpu_that_emulates_bf16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_bf16("cuda")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_trainer_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bf16: bool
+) -> None:
+    _cpu(monkeypatch, avx2=True)
+    config = BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    args = TrainingArguments(output_dir=str(tmp_path), bf16=bf16, use_cpu=True, report_to="none")
+    with caplog.at_level(logging.WARNING, logger="rose_ds"):
+        RoseTrainer(BertForSequenceClassification(config), args)
+    assert ("many times slower" in caplog.text) is bf16
