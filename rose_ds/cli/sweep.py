@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rose_ds.attack.searches import SEARCHES
 from rose_ds.cli.arguments import HelpFormatter, Parser, RunArguments
-from rose_ds.experiments.cells import Sweep
+from rose_ds.experiments.cells import Cell, Sweep
 from rose_ds.experiments.launchers import LAUNCHERS
-from rose_ds.experiments.methods import method_named
 from rose_ds.experiments.settings import MethodSettings, RunSettings
 
 _DESCRIPTION = """Methods x tasks x seeds x settings, each a run of rose-ds train that can be killed and goes on.
@@ -37,9 +36,10 @@ def run(arguments: Sequence[str]) -> None:
     options, rest = _parser().parse_known_args(arguments)
     train = Parser("sweep", _DESCRIPTION, RunSettings, MethodSettings, RunArguments)
     known = {name for settings in train.dataclass_types for name, f in settings.__dataclass_fields__.items() if f.init}
-    sweep = _sweep(options, train.given(rest) if rest else {})
+    flags = train.given(rest) if rest else {}
+    sweep = _sweep(options, flags)
     sweep.check_names(known)
-    cells = sweep.cells()
+    cells = _cells(sweep, flags)
     from rose_ds.experiments.store import Status, Store
     from rose_ds.experiments.sweep import AttackFlags, Runner, counts
 
@@ -122,21 +122,20 @@ def _sweep(options: argparse.Namespace, flags: dict[str, Any]) -> Sweep:
     for name in flags:  # a flag goes before what the config says of a task or a method
         for own in content["tasks"].values() if isinstance(content["tasks"], dict) else ():
             (own or {}).pop(name, None)
-        for method, own in content["methods"].items() if isinstance(content["methods"], dict) else ():
+        for own in content["methods"].values() if isinstance(content["methods"], dict) else ():
             if isinstance(own, dict):
                 (own.get("settings") or {}).pop(name, None)
-                _refuse_both(name, f"methods: {method}: grid", own.get("grid"))
-        _refuse_both(name, "grid", content.get("grid"))
-        if content.get("grid") == "published":
-            for method in content["methods"]:
-                tried = {flag: None for axis in method_named(method).search for choice in axis for flag in choice}
-                _refuse_both(name, f"{method}'s published grid", tried)
     return Sweep(**{name: value for name, value in content.items() if value is not None})
 
 
-def _refuse_both(flag: str, where: str, grid: Any) -> None:
-    if isinstance(grid, dict) and flag in grid:
-        raise ValueError(f"--{flag} is one value and {where} tries several of {flag}: leave one of the two out")
+def _cells(sweep: Sweep, flags: Iterable[str]) -> list[Cell]:
+    """Those of the sweep. Raises ValueError where a grid tries several values of what a flag sets to one."""
+    cells = sweep.cells()
+    for flag in flags:
+        for cell in cells:
+            if flag in cell.varied:
+                raise ValueError(f"--{flag} is one value, and {cell.method}'s grid has its own: leave one of them out")
+    return cells
 
 
 def _grid(words: Sequence[str]) -> Any:

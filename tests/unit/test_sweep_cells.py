@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rose_ds.cli.arguments import Parser, RunArguments
-from rose_ds.cli.sweep import _grid, _parser, _sweep
+from rose_ds.cli.sweep import _cells, _grid, _parser, _sweep
 from rose_ds.experiments.cells import Cell, Sweep, applies
 from rose_ds.experiments.launchers import LAUNCHERS
 from rose_ds.experiments.methods import METHODS, method_named
@@ -165,8 +165,21 @@ def test_flags_overrule_the_file(tmp_path: Path) -> None:
     assert found == [(t, 5, {"adam_beta2": b, **settings}) for t in ("sst2", "rte") for b in (0.9, 0.98)]
     sweep = _sweep(_parser().parse_args(words), {"weight_decay": 0.3})
     assert {c.settings["weight_decay"] for c in sweep.cells()} == {0.3}
-    with pytest.raises(ValueError, match="--adam_beta2 is one value and grid tries several"):
-        _sweep(_parser().parse_args(words), {"adam_beta2": 0.95})
+    flags = {"adam_beta2": 0.95}
+    with pytest.raises(ValueError, match="--adam_beta2 is one value, and vanilla's grid has its own"):
+        _cells(_sweep(_parser().parse_args(words), flags), flags)
+
+
+def test_a_flag_and_the_grid_of_a_method(tmp_path: Path) -> None:
+    path, flags = tmp_path / "sweep.yaml", {"smart_weight": 3.0}
+    words = ["--store", "s", "--config", str(path), "--budget", "full"]
+    path.write_text(yaml.safe_dump({"methods": ["smart"], "tasks": ["sst2"], "grid": "published"}))
+    with pytest.raises(ValueError, match="--smart_weight is one value, and smart's grid has its own"):
+        _cells(_sweep(_parser().parse_args(words), flags), flags)
+    own = {"smart": {"grid": {"learning_rate": [1e-5, 2e-5]}}}  # in the place of the published one
+    path.write_text(yaml.safe_dump({"methods": own, "tasks": ["sst2"], "grid": "published"}))
+    found = _cells(_sweep(_parser().parse_args(words), flags), flags)
+    assert [(c.settings["smart_weight"], c.settings["learning_rate"]) for c in found] == [(3.0, 1e-5), (3.0, 2e-5)]
 
 
 def test_the_grid_on_a_command_line() -> None:
