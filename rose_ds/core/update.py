@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from rose_ds.core.device import numbers
@@ -240,10 +241,12 @@ class UpdateBatch:
     def flush(self) -> None:
         """Update what was taken."""
         if self.compiled:
-            columns = (list(column) for column in zip(*self.compiled, strict=True))
+            columns = [list(column) for column in zip(*self.compiled, strict=True)]
             x = self.scalars
             numbers = (x["step"], x["lr"], x["beta1"], x["beta2"], x["eps"], x["weight_decay"])
             self.kernels.adamw(*columns, list(self.values), *numbers, *self.told)  # type: ignore[union-attr]
+            # of what was written by address, so that a backward pass through the old weights is refused
+            increment_version([tensor for column in (columns[0], *columns[2:4]) for tensor in column])
             self.compiled = []
         self._flush_masked()
         if self.free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,8 @@ from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
 from rose_ds.kernels import kernels_for
 from rose_ds.optimizer import RoseAdamW, Slice, local
+
+logger = logging.getLogger(__name__)
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.
 _WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -203,13 +206,20 @@ class Engine(ABC):
         expected = sum(self.numel(p) for name, p in self.named_parameters() if name in names)
         found = 0
         for exchange in exchanges:
-            local = sum(s.numel for s, e in zip(self.slices, exchange_of, strict=True) if e is exchange)
-            found += int(exchange(torch.tensor([local])).sum())
+            here = sum(s.numel for s, e in zip(self.slices, exchange_of, strict=True) if e is exchange)
+            found += int(exchange(torch.tensor([here])).sum())
         if found != expected:
             raise RefusedConfiguration(
                 f"the {self.name} engine's ranks hold {found} eligible elements but the model has {expected}: "
                 "parameters are missing from the optimizer, or are sharded in a way rose_ds does not know"
             )
+        for piece in self.slices:
+            if not local(piece.param).is_contiguous():
+                raise RefusedConfiguration(
+                    f"{piece.name!r} lies in memory in another order than its shape's (channels_last, or a transposed "
+                    "view): before the optimizer is made, call model.to(memory_format=torch.contiguous_format), or "
+                    "contiguous() on its data"
+                )
         devices = sorted({str(s.param.device) for s in self.slices})
         if len(devices) > 1:
             raise RefusedConfiguration(
@@ -281,12 +291,15 @@ def agreed_kernels(engine: Engine, *, masks: bool = True) -> Any | None:
     found, problem = None, None
     try:
         elements = engine.layout.element_count if masks else engine.trainable_count()
-        found = kernels_for(elements, _held(engine), masks=masks)
-    except (ValueError, RuntimeError) as error:
+        device = next(iter(map(local, engine.module.parameters()))).device
+        found = kernels_for(elements, _held(engine), masks=masks, device=device)
+    except Exception as error:  # whatever it is: the others wait for this rank's answer
         problem = error
     everywhere = engine.agree(found is not None)
     if problem is not None:
         raise problem
+    if found is not None and not everywhere:
+        logger.warning("another rank has no kernels (its log says why): the optimizer step runs without on all ranks")
     return found if everywhere else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from rose_ds.kernels import build, triton_backend
 from rose_ds.kernels.tensors import readable
 
+logger = logging.getLogger(__name__)
+
 VARIABLE = "ROSE_DS_KERNELS"
 _CHOICES = ("auto", "torch", "cpp", "triton")
 #: Elements, over all ranks, from which auto compiles kernels for CPUs: a step that ranks so many is a third of a second
@@ -19,7 +22,9 @@ _CHOICES = ("auto", "torch", "cpp", "triton")
 LARGE = 1 << 23
 
 
-def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) -> Any | None:
+def kernels_for(
+    elements: int, slices: Sequence[Tensor], *, masks: bool = True, device: torch.device | None = None
+) -> Any | None:
     """The C++ kernels or, on a CUDA device, Triton's, where they are wanted and can be used; None: core's torch
     operations.
 
@@ -28,6 +33,7 @@ def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) 
         slices: the parameters that the optimizer holds.
         masks: whether there are any: AdamW without them has torch's fused kernel on accelerators, and none on CPUs that
             rounds alike on any number of ranks.
+        device: of a rank that holds none.
 
     Raises:
         ValueError: ROSE_DS_KERNELS is no choice.
@@ -38,7 +44,7 @@ def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) 
         raise ValueError(f"{VARIABLE}={choice!r} is not one of {list(_CHOICES)}")
     if choice == "torch":
         return None
-    devices = {p.device for p in slices}
+    devices = {p.device for p in slices} or {d for d in (device,) if d is not None}
     cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
     if not masks and (choice == "triton" or cuda):
         return None
@@ -46,9 +52,11 @@ def kernels_for(elements: int, slices: Sequence[Tensor], *, masks: bool = True) 
         return _triton(devices, slices, must=choice == "triton")
     if choice == "auto" and elements < LARGE:
         return None
-    fit = all(fits(p) for p in slices)
+    fit = all(fits(p) for p in slices) and not cuda
     if choice == "cpp" and not fit:
-        raise RuntimeError(f"{VARIABLE}=cpp: the kernels take fp32 weights on CPUs alone; leave it at auto")
+        raise RuntimeError(f"{VARIABLE}=cpp: the kernels take contiguous fp32 weights on CPUs alone; leave it at auto")
+    if not fit:
+        logger.info("weights that are not contiguous fp32 on a CPU: the optimizer step runs without kernels")
     found = build.extension() if fit else None
     if choice == "cpp" and found is None:
         raise RuntimeError(f"{VARIABLE}=cpp, but the kernels could not be built: the log says why; leave it at auto")
@@ -61,8 +69,8 @@ def _triton(devices: set[torch.device], slices: Sequence[Tensor], *, must: bool)
     fit = fit and len(devices) == 1 and all(map(readable, slices))
     if must and not fit:
         raise RuntimeError(
-            f"{VARIABLE}=triton: the kernels take fp32 weights on one CUDA device (on CPUs, with TRITON_INTERPRET=1 "
-            "and triton installed, to test them); leave it at auto"
+            f"{VARIABLE}=triton: the kernels take contiguous fp32 weights on one CUDA device (on CPUs, with "
+            "TRITON_INTERPRET=1 and triton installed, to test them); leave it at auto"
         )
     found = triton_backend.load(next(iter(devices))) if fit else None
     if must and found is None:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
 #: Of an extension's name.
 PREFIX = "rose_ds_kernels_"
+#: Seconds to wait for another process that builds: a minute's work, on a slow file system a few.
+PATIENCE = 900.0
 _FLAGS = [
     "-O3",
     "-march=native",
     "-std=c++20",
     "-fopenmp",
+    "-fno-fast-math",  # some compilers' default; before those of its parts that change no result
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -38,7 +46,9 @@ def name() -> str:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))  # no editor's files
-    parts = [*(path.read_text() for path in sources), " ".join(_FLAGS), torch.__version__, platform.machine(), flags]
+    parts = [path.read_text(encoding="utf-8") for path in sources]
+    parts += [" ".join(_FLAGS), torch.__version__, str(sys.implementation.cache_tag), os.environ.get("CXX", "")]
+    parts += [platform.machine(), flags, *platform.libc_ver()]
     return PREFIX + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -50,29 +60,62 @@ def folder() -> Path:
 
 @cache
 def extension() -> Any | None:
-    """The compiled module; None, and one line in the log, where it cannot be built."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        logger.warning("no C++ compiler (%s): the optimizer step runs without kernels", os.environ.get("CXX", "c++"))
-        return None
-    from torch.utils.cpp_extension import load
-
-    where = folder()
+    """The compiled module; None, and one line in the log, where there is none and it cannot be built."""
+    where = Path("the cache")
     try:
-        where.mkdir(parents=True, exist_ok=True)
-        # One builder at a time, by a lock that is given back when its holder dies. Torch's own lock file is not, and
-        # every later build would wait for it for ever: whatever lies there now is a dead builder's.
-        with FileLock(where / "alone"):
-            (where / "lock").unlink(missing_ok=True)
-            return load(
-                where.name, [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=str(where)
-            )
+        where = folder()
+        built = where / f"{where.name}.so"
+        return _import(built) if built.is_file() else _build(built)
     except (
         OSError,
         RuntimeError,
         ImportError,
         subprocess.SubprocessError,
-    ) as error:  # no ninja, no headers, a full disk, another compiler
+    ) as error:  # no compiler, no ninja, no headers, no home, a full disk, another C library
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])  # the compiler's, not the command
-        logger.warning("the kernels in %s could not be built (%s): the optimizer step runs without", where, reason)
+        logger.warning("no kernels in %s (%s): the optimizer step runs without", where, reason)
         return None
+
+
+def _import(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(path: Path) -> Any:
+    """Build what is to lie at ``path``, and import it.
+
+    In a folder of its own, and moved once whole: what lies at ``path`` is never half a file, whoever else builds, and
+    needs no compiler, no lock and no right to write. The lock, which goes with its holder, only saves work; a file
+    system may keep it to one host.
+    """
+    from torch.utils.cpp_extension import load
+
+    compiler = os.environ.get("CXX", "c++")  # may be of several words: ccache g++
+    if shutil.which(next(iter(shlex.split(compiler)), "")) is None:
+        raise RuntimeError(f"no C++ compiler: {compiler}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / "alone")
+    try:
+        lock.acquire(timeout=5)
+    except Timeout:
+        logger.info("waiting for another process that builds the kernels in %s", path.parent)
+        lock.acquire(timeout=PATIENCE)
+    try:
+        if path.is_file():
+            return _import(path)
+        for left in path.parent.glob("build-*"):  # by a builder that was killed
+            if time.time() - left.stat().st_mtime > PATIENCE:
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent, ignore_cleanup_errors=True) as own:
+            module = load(
+                path.stem, [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=own
+            )
+            Path(own, path.name).replace(path)
+            return module
+    finally:
+        lock.release()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rose_ds.core.threshold import ROUNDS
 from rose_ds.kernels.tensors import readable
 
 logger = logging.getLogger(__name__)
@@ -190,17 +191,24 @@ class RisksOnDevice:
 
 
 def _try_out(kernels: TritonKernels) -> None:
-    """Compile and run each kernel once."""
+    """Compile each kernel in each of its forms and run it once, on numbers that a device may flush to zero."""
     p, g, m, v = [torch.ones(2, device=kernels.device) for _ in range(4)]
+    g[1], m[1], v[1] = 0.0, 1e-40, 1e-40
     codes = torch.zeros(2, dtype=torch.uint8, device=kernels.device)
-    risks = kernels.risks_on_device(
-        grads=[g], exp_avgs=[m], risk_grads=[p], alphas=[0.1], scale=1.0, share=0.0,
-        codes=[codes], first=1, second=2, largest=(False, False),
-    )  # fmt: skip
-    risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), 20, 12)
-    risks.mark(torch.ones(2, device=kernels.device))
-    kernels.adamw([p], [g], [m], [v], [codes], [0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 1e-8, 0.0)
-    codes.tolist()  # an error of the device shows when it is waited for
+    for share in (0.5, 0.0):
+        risks = kernels.risks_on_device(
+            grads=[g], exp_avgs=[m], risk_grads=[p * (1 - share)], alphas=[0.1], scale=1.0, share=share,
+            codes=[codes], first=1, second=2, largest=(False, False),
+        )  # fmt: skip
+        for shift, width in ROUNDS:
+            risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), shift, width)
+        codes.zero_()
+        risks.mark(torch.ones(2, device=kernels.device))  # the last time |0 * 0.1 / 1e-40 - 1|, which is 1, too
+    for decay in (0.01, 0.0):
+        kernels.adamw([p], [g], [m], [v], [codes], [0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 0.0, decay)
+    # which waits for an error of the device too
+    if codes.tolist() != [3, 3] or not all(map(math.isfinite, p.tolist())):
+        raise RuntimeError("it divides by denormal numbers as if they were zeros: triton 3.6 and later do not")
 
 
 def _fp32_bits(value: float) -> int:

@@ -44,6 +44,7 @@ def describe(engine: Engine, config: RoseConfig, objective: str) -> str:
             *describe_parameters(rows),
             describe_dropout(engine.module, needed=config.compares_passes),
             describe_memory(held, here, masks=masks, risks=config.uses_first + config.keeps_risk),
+            f"  the optimizer step is made of {step_kernels(engine.optimizer.kernels)}",
         ]
     )
 
@@ -86,6 +87,13 @@ def describe_memory(held: int, eligible: int, *, masks: int, risks: int) -> str:
     sizes = {"AdamW's states": 8 * held, "masks": masks, "first-order risk": 4 * eligible * risks}
     parts = [f"{what} {size / _MIB:,.1f} MiB" for what, size in sizes.items() if size]
     return f"  on this rank, beside weights, gradients and activations: {', '.join(parts)}"
+
+
+def step_kernels(kernels: Any | None) -> str:
+    """What an optimizer step runs on."""
+    if kernels is None:
+        return "torch's operations"
+    return "compiled kernels for CPUs" if hasattr(kernels, "Risks") else "triton's kernels"
 
 
 def describe_dropout(model: nn.Module, *, needed: bool = True) -> str:

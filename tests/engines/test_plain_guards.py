@@ -45,12 +45,13 @@ def test_names() -> None:
         [kind, f"{sum(sizes):,}", f"{100 * sum(sizes) / whole:.1f}%", name, *[f"(x{len(sizes)})"] * (len(sizes) > 1)]
         for (kind, name), sizes in kinds.items()
     ]
-    totals, dropout, memory = lines[len(kinds) :]
+    totals, dropout, memory, step = lines[len(kinds) :]
     share = f"{sum(eligible):,} of {whole:,} ({sum(eligible) / whole:.1%})"
     assert totals == f"  masked in all {share}; weights are kept in float32"
     assert dropout == "  dropout: GlobalDropout 0.2"
     states, ranked = 8 * whole / 2**20, 4 * sum(eligible) / 2**20
     assert f"AdamW's states {states:.1f} MiB" in memory and f"first-order risk {ranked:.1f} MiB" in memory
+    assert step == "  the optimizer step is made of torch's operations"
     gathered = stepper.gather_parameters()
     gathered["head.bias"].add_(1)
     assert not torch.equal(gathered["head.bias"], dict(model.named_parameters())["head.bias"]), "copies"
@@ -70,6 +71,15 @@ def test_a_layer_without_gradient_is_kept() -> None:
     assert report.eligible == sum(risk.numel() for risk in twin.values()) + spare.numel()
     assert report.kept_first == keep_count(0.5, report.eligible)
     assert torch.equal(spare, value)
+
+
+def test_weights_in_another_order_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.1), nn.Flatten(), nn.Linear(4, 2))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with pytest.raises(RefusedConfiguration, match=r"'0.weight' lies in memory .*torch.contiguous_format"):
+        prepare(model, RoseAdamW(model.named_parameters(), strategy="second", include=".*weight"))
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    prepare(model, RoseAdamW(model.named_parameters(), strategy="second", include=".*weight"))
 
 
 def test_misuse() -> None:

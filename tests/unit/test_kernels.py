@@ -9,12 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from step_data import (
     GROUP,
     KINDS,
@@ -43,6 +47,7 @@ from rose_ds.core.risk import squared_norms
 from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import local_only
 from rose_ds.core.update import UpdateBatch, masked_adamw_
+from rose_ds.engines.base import agreed_kernels
 from rose_ds.kernels import build
 from rose_ds.masks import policy_of
 
@@ -419,13 +424,122 @@ def test_a_build_that_fails(
 
 
 @needs_compiler
-def test_a_dead_builders_lock(compiled: Any) -> None:
-    """torch's lock file, left behind by a builder that was killed, is waited for by nobody."""
-    lock = build.folder() / "lock"
-    lock.write_text("")
+def test_what_is_built_needs_nothing(compiled: Any, tmp_path: Path) -> None:
+    """No compiler, no ninja, no lock, and nothing is written where it lies."""
+    there = set(build.folder().iterdir())
     code = "from rose_ds.kernels import build; assert build.extension() is not None"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=dict(os.environ))
-    assert not lock.exists()
+    env = {**os.environ, "PATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=env)
+    assert set(build.folder().iterdir()) == there
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_build_is_there_whole_or_not_at_all(fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What killed builders left is in nobody's way."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{sys.executable} c++")  # of two words, and there
+    where = build.folder()
+    for left, age in (("build-old", 2 * build.PATIENCE), ("build-live", 0.0)):
+        (where / left).mkdir(parents=True)
+        (where / left / "lock").touch()
+        os.utime(where / left, (time.time() - age,) * 2)
+    (where / "alone").touch()
+
+    def load(name: str, sources: list[str], *, build_directory: str, **flags: Any) -> str:
+        path = Path(build_directory, f"{name}.so")
+        path.write_text("half")
+        assert path.parent.parent == where and not (where / path.name).exists()
+        if fails:
+            raise RuntimeError("error: no space left")
+        path.write_text("whole")
+        return "module"
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    build.extension.cache_clear()
+    try:
+        assert build.extension() == (None if fails else "module")
+    finally:
+        build.extension.cache_clear()
+    assert {path.name for path in where.iterdir()} == {"alone", "build-live", *[f"{where.name}.so"] * (not fails)}
+    assert fails or (where / f"{where.name}.so").read_text() == "whole"
+
+
+@pytest.mark.fast
+def test_two_builders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second waits, says so, and takes what the first has built."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    built = build.folder() / f"{build.folder().name}.so"
+    built.parent.mkdir(parents=True)
+    first = FileLock(built.parent / "alone")
+    first.acquire()
+
+    class Lock(FileLock):  # type: ignore[misc]
+        def acquire(self, timeout: float | None = None, **how: Any) -> Any:
+            if timeout == build.PATIENCE:
+                built.write_text("by the first")
+                first.release()
+            return super().acquire(timeout=min(timeout or 0, 0.1), **how)
+
+    monkeypatch.setattr(build, "FileLock", Lock)
+    monkeypatch.setattr(build, "_import", lambda path: path.read_text())
+    build.extension.cache_clear()
+    with caplog.at_level(logging.INFO, logger="rose_ds"):
+        assert build.extension() == "by the first"
+    build.extension.cache_clear()
+    assert "waiting for another process that builds the kernels" in caplog.text
+
+
+@pytest.mark.fast
+def test_kernels_are_agreed_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever keeps one rank from its answer, it votes; who has kernels and drops them says why."""
+    model = torch.nn.Linear(2, 2)
+    votes = []
+
+    def agree(vote: bool, others: bool) -> bool:
+        votes.append(vote)
+        return vote and others
+
+    for others in (True, False):
+        engine = SimpleNamespace(
+            layout=SimpleNamespace(element_count=4), module=model, slices=[],
+            optimizer=SimpleNamespace(param_groups=[{"params": list(model.parameters())}]),
+            agree=partial(agree, others=others),
+        )  # fmt: skip
+        monkeypatch.setattr("rose_ds.engines.base.kernels_for", lambda *_, **__: "kernels")
+        with caplog.at_level(logging.WARNING, logger="rose_ds"):
+            assert agreed_kernels(engine) == ("kernels" if others else None)  # type: ignore[arg-type]
+        assert ("another rank has no kernels" in caplog.text) is not others
+    monkeypatch.setattr("rose_ds.engines.base.kernels_for", lambda *_, **__: Path("no such file").read_text())
+    with pytest.raises(FileNotFoundError):
+        agreed_kernels(engine)  # type: ignore[arg-type]
+    assert votes == [True, True, False]
+
+
+@pytest.mark.fast
+def test_a_rank_that_holds_nothing_goes_by_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_triton", lambda devices, slices, must: [str(d) for d in devices])
+    monkeypatch.setattr(build, "extension", lambda: "built")
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    for device, wanted in (("cuda:1", ["cuda:1"]), ("cpu", "built")):
+        assert kernels.kernels_for(kernels.LARGE, [], device=torch.device(device)) == wanted
+
+
+@needs_compiler
+def test_a_graph_of_the_weights_before_is_refused(compiled: Any) -> None:
+    """What compiled kernels write counts as written, to autograd too."""
+    weight = torch.randn(64, requires_grad=True)
+    kept = (weight**3).sum()
+    views = (weight.detach(), torch.ones(64), torch.zeros(64), torch.zeros(64))
+    before = [v._version for v in views]
+    batch = UpdateBatch(GROUP, 1, (0.0, 1.0, 1.0, 1.0), "robust", compiled)
+    batch.add(3, views)
+    assert batch.compiled
+    batch.flush()
+    assert [v._version > b for v, b in zip(views, before, strict=True)] == [True, False, True, True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
 
 
 @pytest.mark.fast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,27 @@ def compiled() -> Any:
     found = triton_backend.load(CPU)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("where", ["risks", "update"])
+def test_a_device_that_flushes_denormals(where: str, compiled: Any) -> None:
+    """Found out before the first step, as some triton's division and square root do."""
+
+    class Flushing(triton_backend.TritonKernels):
+        def risks_on_device(self, **what: Any) -> Any:
+            if where == "risks":  # 0 by what was flushed
+                what["grads"] = [
+                    g.where(m.abs() > 1e-38, math.nan) for g, m in zip(what["grads"], what["exp_avgs"], strict=True)
+                ]
+            return super().risks_on_device(**what)
+
+        def adamw(self, params: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, *rest: Any) -> None:
+            if where == "update":
+                exp_avg_sqs = [v.where(v > 1e-38, 0.0) for v in exp_avg_sqs]
+            super().adamw(params, grads, exp_avgs, exp_avg_sqs, *rest)
+
+    with pytest.raises(RuntimeError, match="divides by denormal numbers"):
+        triton_backend._try_out(Flushing(CPU, compiled.programs))
 
 
 def with_kernels(compiled: Any, config: RoseConfig, inputs: Any) -> Any:

@@ -13,6 +13,9 @@
 #define ROSE_AVX512
 #include <immintrin.h>
 #endif
+#ifdef __FAST_MATH__
+#error "the kernels must round as IEEE 754 says: compile without fast math"
+#endif
 
 namespace {
 
