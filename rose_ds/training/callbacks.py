@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -216,6 +217,25 @@ class StopOnSigterm(TrainerCallback):
         with explaining_lost_ranks(lambda: f"step {state.global_step}"):
             dist.all_reduce(requested, op=dist.ReduceOp.MAX)
         return bool(requested.item())
+
+
+def outlive_sigterm(then: Callable[[int], Any] | None, worker: int) -> None:
+    """When a data loader's worker starts: from now on only its parent ends it by SIGTERM, and no launcher or scheduler.
+
+    Args:
+        then: the worker_init_fn that was there.
+        worker: its number.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_obey_parent, daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _now() -> float:

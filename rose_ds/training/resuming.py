@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.training import checkpoints
-from rose_ds.training.callbacks import StepMeter, StopOnSigterm
+from rose_ds.training.callbacks import StepMeter, StopOnSigterm, outlive_sigterm
 from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.step_report import StepReport
 
@@ -214,14 +215,20 @@ class ResumableTrainer(Trainer):
         return None
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too."""
+        """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too. Its
+        workers outlive a launcher's SIGTERM, which reaches them too, as a step that lacks its batch saves nothing.
+        """
         drops = self.args.dataloader_drop_last
         # without even_batches ranks would have unequally many, and wait for each other
         self.args.dataloader_drop_last = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            loader = super()._get_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drops
+        made = getattr(loader, "base_dataloader", loader)  # in accelerate's, which starts the workers of that one
+        if made.num_workers:
+            made.worker_init_fn = partial(outlive_sigterm, made.worker_init_fn)
+        return loader
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""

@@ -282,6 +282,10 @@ class RoseTrainer(CheckedTrainer):
         stepper = self._stepper_for(model)
         if stepper is earlier and self.resumed_folder is not None and not self.is_deepspeed_enabled:
             stepper.load_state(self.resumed_folder)  # an earlier train() of this process has gone further
+        if (
+            self.record_masks is not None and stepper.policy is not None
+        ):  # now that it is known what the checkpoint holds
+            stepper.masking.recorder = MaskRecorder(stepper, *self.record_masks)
         if not stepper.needs_fisher_pass:
             return
         loader = self.get_train_dataloader()
@@ -325,8 +329,6 @@ class RoseTrainer(CheckedTrainer):
             if self.is_deepspeed_enabled:
                 limit_waiting(self.args.ddp_timeout_delta)
             self._check_agreement(self.stepper.config)
-            if self.record_masks is not None and self.stepper.policy is not None:
-                self.stepper.masking.recorder = MaskRecorder(self.stepper, *self.record_masks)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
         return self.stepper
