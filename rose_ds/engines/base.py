@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rose_ds.core.layout import Layout
 from rose_ds.core.threshold import Exchange
@@ -342,7 +343,9 @@ def refuse_checkpointing(module: nn.Module, *, twice: bool) -> None:
                     "preserve_rng_state=True; under accelerate's FSDP2 turn fsdp_activation_checkpointing off and use "
                     "gradient_checkpointing=True"
                 )
-            if twice and function.keywords.get("use_reentrant") is True:
+            # torch's own is reentrant unless it is told not to be
+            unset = function.func is checkpoint
+            if twice and function.keywords.get("use_reentrant", unset) in (True, None):
                 raise RefusedConfiguration(
                     f"{unwrapped_name(name)!r} is checkpointed with use_reentrant=True, which hides its weights from a "
                     "second gradient of the same micro-batch: set use_reentrant=False (TrainingArguments: "

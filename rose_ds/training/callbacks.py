@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,8 +66,8 @@ class RoseProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Nothing for training steps, whose numbers are on the bar; evaluations are printed as Trainer prints them."""
-        if logs is None or "loss" not in logs:
+        """On a terminal nothing for training steps, whose numbers are on the bar; all else as Trainer prints it."""
+        if logs is None or "loss" not in logs or not sys.stderr.isatty():
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_prediction_step(

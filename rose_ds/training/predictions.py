@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.objectives.divergence import Distribution
@@ -35,8 +36,12 @@ def distribution_of(module: nn.Module) -> Distribution:
 
 
 def labels_in(inputs: Mapping[str, Any], names: list[str]) -> Tensor | None:
-    """The one tensor of labels, without a last dimension of size 1 that class numbers do not need."""
+    """The one tensor of labels, or of several the one of that name; without a last dimension of size 1 that class
+    numbers do not need.
+    """
     found = [inputs[name] for name in names if isinstance(inputs.get(name), Tensor)]
+    if len(found) > 1 and isinstance(inputs.get("labels"), Tensor):
+        found = [inputs["labels"]]  # and others of something else
     if len(found) != 1:
         return None
     labels = found[0]
@@ -116,8 +121,12 @@ def positions_of(labels: Tensor | None, module: nn.Module) -> Tensor | None:
 
 
 def _is_causal(module: nn.Module) -> bool:
-    kind = getattr(module, "loss_type", None) or type(module).__name__
-    return "ForCausalLM" in kind or kind.endswith("LMHeadModel")
+    """Whether the loss is taken of the next token: as transformers tells, with the model under an adapter's."""
+    base = getattr(module, "get_base_model", lambda: module)()
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False  # whose decoder's inputs are shifted
+    kind = getattr(base, "loss_type", None) or type(base).__name__
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss or "ForCausalLM" in kind or kind.endswith("LMHeadModel")
 
 
 def refuse_unclear_labels(logits: Tensor, labels: Tensor | None, module: nn.Module) -> None:

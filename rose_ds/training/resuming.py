@@ -158,7 +158,12 @@ class ResumableTrainer(Trainer):
         if self._stop.stopping:
             if self.is_world_process_zero():
                 step = self.state.global_step
-                logger.warning("SIGTERM received: checkpoint saved at step %d, resume with --resume auto", step)
+                resume = (
+                    "only the model, so nothing can resume"
+                    if self.args.save_only_model
+                    else "resume with --resume auto"
+                )
+                logger.warning("SIGTERM received: checkpoint saved at step %d, %s", step, resume)
             raise SystemExit(128 + signal.SIGTERM)  # the shell's code for it: a job that was stopped has not succeeded
         return result
 
@@ -257,6 +262,11 @@ class ResumableTrainer(Trainer):
     def _restore_counts(self, record: checkpoints.Record) -> None:
         """The loss that is logged next and the meter's totals are those of a run that was never interrupted."""
         steps = max(checkpoints.gather(self.optimizer_steps()))
+        if self.is_deepspeed_enabled and steps == 0 < record.optimizer_steps:
+            raise RefusedConfiguration(
+                "no ROSE state was loaded from the checkpoint: a create_scheduler() of one's own must call super()'s, "
+                "which is where ROSE is attached to the DeepSpeedEngine"
+            )
         if steps != record.optimizer_steps:
             raise RuntimeError(
                 f"the checkpoint was saved after {record.optimizer_steps} optimizer steps, but the optimizer's state "
@@ -285,7 +295,7 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.save_method_state(folder)
             self._write_record(folder)
-        except RankLost:
+        except (RankLost, RefusedConfiguration):
             raise
         except (Exception, CheckpointException) as error:
             raise checkpoints.not_written(folder, run_dir, error) from error

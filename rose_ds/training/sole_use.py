@@ -21,7 +21,7 @@ from rose_ds.training import checkpoints
 
 logger = logging.getLogger(__name__)
 
-FILE = ".rose_ds.lock"
+FILE = "_rose_ds.lock"  # which Trainer does not push to the hub
 #: Seconds that a job waits for another one on this host: a killed job's processes take some to end.
 PATIENCE = 10.0
 #: The same where the other one was on another host: a file server keeps the locks of a host that lost power for as long

@@ -285,6 +285,12 @@ class Stepper:
                 self.optimizer.register_step_post_hook(finish),
             ]
 
+    def detach(self) -> None:
+        """Let the optimizer go: whatever is left of a step under way is not waited for."""
+        for handle in self._left_to_optimizer:
+            handle.remove()
+        self._left_to_optimizer, self.optimizer.plan = [], None
+
     # --- methods that look at the data first, or keep something over the run ---
 
     @property

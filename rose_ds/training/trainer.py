@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
@@ -24,18 +25,17 @@ from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import limit_waiting
 from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import RoseProgressCallback, RoseTensorBoardCallback
-from rose_ds.training.checked import CheckedTrainer
 from rose_ds.training.mask_record import MaskRecorder
-from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
+from rose_ds.training.micro_batch import MicroBatchTrainer
+from rose_ds.training.predictions import labels_in
 from rose_ds.training.risk_average import refuse_together
 from rose_ds.training.sampling import sample_rows
 from rose_ds.training.step_report import StepReport
 from rose_ds.training.stepper import Stepper, prepare
 
 
-class RoseTrainer(CheckedTrainer):
+class RoseTrainer(MicroBatchTrainer):
     """A Trainer that updates only robust parameters.
 
     Args:
@@ -69,12 +69,12 @@ class RoseTrainer(CheckedTrainer):
         if rose is not None and not isinstance(rose, (RoseConfig, Mapping)):
             raise TypeError(f"rose= must be a RoseConfig or a mapping of its settings, got {type(rose).__name__}")
         self.rose = RoseConfig.from_mapping(rose or {}) if not isinstance(rose, RoseConfig) else rose
-        self.objective = self._objective(objective)
-        refuse_together(self._settings_of_masks(), self.objective)
+        self.rose_objective = self._objective(objective)  # Trainer has an ``objective`` of its own, a search's
+        refuse_together(self._settings_of_masks(), self.rose_objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._grad_norm: float | None = None
-        self._loss_uses_count: bool | None = None
+        self._disagreement: float | None = None
         self.record_masks: tuple[Path, int] | None = None
         """A folder, and every how many optimizer steps what the masks kept is written there."""
         self._refuse()
@@ -136,7 +136,7 @@ class RoseTrainer(CheckedTrainer):
         """RoseConfig's fields, the strategy alone where it masks nothing, and the objective with its constants."""
         rose = self._settings_of_masks()
         masks = asdict(rose) if rose.strategy != "none" else {"strategy": "none"}
-        return {**masks, "objective": self.objective.record()}
+        return {**masks, "objective": self.rose_objective.record()}
 
     def save_method_state(self, folder: Path) -> None:
         """Of the stepper; a DeepSpeedEngine has written it by now."""
@@ -177,17 +177,21 @@ class RoseTrainer(CheckedTrainer):
         accumulation = self.current_gradient_accumulation_steps
         stepper.engine.accumulation_steps = accumulation
         inputs = self._prepare_inputs(inputs)
-        count = self._count_that_loss_uses(model, inputs, num_items_in_batch)
-        forward, loss_of = self._passes(model, inputs, count)
-        compare = self._positions(stepper, inputs, count)
-        if stepper.halves is not None and self._loss_is_whole(count):
+        whole = self._loss_is_whole(model, inputs, num_items_in_batch)
+        said = self.loss_is_scaled_for_ga is not None
+        count = num_items_in_batch if whole or said else None  # with it Trainer multiplies the loss by the ranks
+        # a loss that is already a mean over the whole accumulated batch must not be divided again
+        passes = partial(self._passes, model, count=count, compares=stepper.compares)
+        forward, loss_of = passes(inputs, times=accumulation if whole else 1)
+        compare = self._positions(inputs, count) if stepper.compares else {}
+        if stepper.halves is not None and whole:
             labels = labels_in(inputs, self.label_names)
             if labels is not None:  # as Trainer counts
                 shifted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
                 compare["weight"] = inputs.get("shift_labels", shifted).ne(-100).sum()
         if stepper.samples_now:
             some, rows = sample_rows(inputs, stepper.config.risk_rows)
-            compare["sample"] = Sample(self._passes(model, some, count)[0], rows)
+            compare["sample"] = Sample(passes(some, times=1)[0], rows)
         if self.is_deepspeed_enabled:
             model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
             micro = stepper.backward(forward, loss_of, **compare)
@@ -202,79 +206,10 @@ class RoseTrainer(CheckedTrainer):
             )
         if micro["disagreement"] is not None and self.args.logging_strategy != "no":  # which empties the list
             self.disagreements.append(micro["disagreement"])
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return micro["loss"] / accumulation
-
-    def _passes(
-        self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None
-    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        """What a stepper runs for a batch: a forward pass, and the loss that ``compute_loss`` found in it."""
-        # A loss that is already a mean over the whole accumulated batch must not be divided again.
-        whole = self.current_gradient_accumulation_steps if self._loss_is_whole(count) else 1
-        compares = self._stepper_for(model).compares
-        labels = labels_in(inputs, self.label_names)
-        first = (
-            next((x for x in inputs.values() if isinstance(x, Tensor) and x.dim()), None) if labels is None else labels
-        )
-        latest: list[Tensor] = []
-
-        def forward() -> Tensor:
-            with self.compute_loss_context_manager():
-                found = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=count)
-            loss, outputs = found if isinstance(found, tuple) else (found, None)
-            latest[:] = [loss]
-            if not compares:
-                return loss.reshape(1)  # a pass ends somewhere, and nobody looks at logits
-            core = self.accelerator.unwrap_model(model)
-            classes = getattr(getattr(core, "config", None), "num_labels", None)
-            logits = find_logits(outputs, labels, None if first is None else first.shape[0], classes)
-            refuse_unclear_labels(logits, labels, core)
-            if loss.requires_grad and not logits.requires_grad:
-                raise RefusedConfiguration(
-                    f"{type(self).__name__}.compute_loss() returns logits that are cut off from the graph, so their "
-                    'divergence has no gradient: return those that the loss was made of, or use strategy="second"'
-                )
-            return logits
-
-        return forward, lambda logits: latest.pop() * whole
-
-    def _positions(self, stepper: Stepper, inputs: dict[str, Any], count: Tensor | int | None) -> dict[str, Any]:
-        """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is."""
-        core = self.accelerator.unwrap_model(self.model)
-        positions = positions_of(labels_in(inputs, self.label_names), core) if stepper.compares else None
-        if positions is None or count is None:
-            return {"positions": positions}
-        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        return {"positions": positions, "count": count / (self.current_gradient_accumulation_steps * ranks)}
-
-    def _count_that_loss_uses(
-        self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None
-    ) -> Tensor | int | None:
-        """``num_items_in_batch``, where the loss depends on it; None where it is ignored.
-
-        Trainer goes by signatures: a forward() with **kwargs, or any compute_loss_func, is believed to divide its loss
-        by the count of all micro-batches and ranks. Most encoders and adapters do not, and their gradient would be as
-        many times too large. So the first micro-batch's loss is computed for two counts, without dropout.
-        """
-        if count is None or self.loss_is_scaled_for_ga is not None:
-            return count
-        if self.args.gradient_accumulation_steps * self.args.world_size == 1:
-            return count  # one count for both
-        if self._loss_uses_count is None:
-            losses = []
-            model.eval()
-            with torch.no_grad(), replay(RngState.now()), self.compute_loss_context_manager():
-                for times in (1, 2):
-                    found = self.compute_loss(
-                        model, dict(inputs), return_outputs=True, num_items_in_batch=count * times
-                    )
-                    losses.append(float(found[0] if isinstance(found, tuple) else found))
-            model.train()
-            one, two = losses
-            told = checkpoints.gather((bool(one) and math.isfinite(one), not math.isclose(one, two, rel_tol=1e-2)))
-            if not any(known for known, _ in told):
-                return count  # of a loss of zero nothing can be said
-            self._loss_uses_count = any(depends for known, depends in told if known)
-        return count if self._loss_uses_count else None
 
     def before_first_epoch(self, model: nn.Module) -> None:
         """What a method does before training: Child-Tuning_D's pass over the training data."""
@@ -289,9 +224,15 @@ class RoseTrainer(CheckedTrainer):
         if not stepper.needs_fisher_pass:
             return
         loader = self.get_train_dataloader()
-        count = len(loader) if has_length(loader) else self.state.max_steps
         # a run shorter than an epoch looks at as many batches as it trains on
-        count = min(count, self.state.max_steps * self.args.gradient_accumulation_steps)
+        count = self.state.max_steps * self.args.gradient_accumulation_steps
+        if has_length(loader):
+            count = min(count, len(loader))
+        elif self.args.world_size > 1:
+            raise RefusedConfiguration(
+                f'strategy="{stepper.config.strategy}" looks at the training data first, as many batches on each rank, '
+                "and a dataset without a length may have fewer on one: use one with __len__, or one process"
+            )
         model.train()
         bar = tqdm(
             itertools.islice(loader, count),
@@ -302,8 +243,10 @@ class RoseTrainer(CheckedTrainer):
         )
         try:
             with replay(RngState.now()):  # training draws the random numbers that it would have drawn without
+                passes = partial(self._passes, model, times=1, compares=stepper.compares)
+                prepared = (self._prepare_inputs(batch) for batch in bar)
                 stepper.fisher_pass(
-                    (self._passes(model, self._prepare_inputs(batch), None) for batch in bar), self.args.max_grad_norm
+                    (passes(inputs, count=self._own_count(inputs)) for inputs in prepared), self.args.max_grad_norm
                 )
         finally:
             bar.close()
@@ -316,15 +259,27 @@ class RoseTrainer(CheckedTrainer):
         self._grad_norm = None if norm is None else float(norm)
         return norm
 
-    def _loss_is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        return num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+    def _forget_stepper(self) -> None:
+        """Of a model that is about to go, which it would keep in memory."""
+        if self.stepper is not None:
+            self.stepper.detach()
+        self.stepper = self._stepper_model = None
+
+    def _update_auto_batch_size(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, also after a step that ran out of memory half-way."""
+        self._forget_stepper()
+        super()._update_auto_batch_size(*args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Trainer's, before each trial of a search."""
+        if trial is not None:
+            self._forget_stepper()
+        super()._hp_search_setup(trial)
 
     def _stepper_for(self, model: nn.Module) -> Stepper:
         if self.stepper is None or self._stepper_model is not model:
             optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
-            self.stepper = prepare(model, optimizer, objective=self.objective)
+            self.stepper = prepare(model, optimizer, objective=self.rose_objective)
             self._stepper_model = model
             if self.is_deepspeed_enabled:
                 limit_waiting(self.args.ddp_timeout_delta)
@@ -342,8 +297,16 @@ class RoseTrainer(CheckedTrainer):
         report = self.last_report
         if report is not None and "loss" in logs:
             logs = {**logs, **{tag: value for tag, value in report.scalars().items() if tag.startswith("rose/")}}
-            if self.disagreements:
-                mean = self.accelerator.gather(torch.stack(self.disagreements).mean().reshape(1))
-                logs["rose/disagreement"] = float(mean.mean())
-                self.disagreements = []
+            if self._disagreement is not None:
+                logs["rose/disagreement"] = self._disagreement
         super().log(logs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's. What the log needs of other ranks is fetched here, where all come by: one may log by itself."""
+        due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        self._disagreement = None
+        if due and self.disagreements:
+            mean = self.accelerator.gather(torch.stack(self.disagreements).mean().reshape(1))
+            self._disagreement = float(mean.mean())
+            self.disagreements = []
+        super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -66,8 +66,8 @@ class Checkpoints:
         """``DeepSpeedEngine.save_checkpoint``, with ROSE's record in the client state.
 
         Raises:
-            RuntimeError: in the middle of an accumulation, whose gradients no checkpoint holds.
-            RefusedConfiguration: a setting whose checkpoints could not be loaded again.
+            RefusedConfiguration: in the middle of an accumulation, whose gradients no checkpoint holds; a setting whose
+                checkpoints could not be loaded again.
         """
         self._refuse_within_accumulation("save_checkpoint")
         if getattr(self.engine.optimizer, "elastic_checkpoint", False):
@@ -83,9 +83,10 @@ class Checkpoints:
 
     def _refuse_within_accumulation(self, what: str) -> None:
         if self._accumulating():
-            raise RuntimeError(
+            raise RefusedConfiguration(
                 f"{what} in the middle of an accumulation loses the micro-batches since the last optimizer step, which "
-                "no checkpoint holds: call it when stepper.step() has returned a report"
+                "no checkpoint holds: call it when stepper.step() has returned a report (Trainer, with a stream whose "
+                'epochs end so: save_strategy="steps")'
             )
 
     # --- load ---

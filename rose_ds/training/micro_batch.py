@@ -1,0 +1,107 @@
+"""What RoseTrainer runs for a micro-batch: its passes, its loss, and which of its predictions are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rose_ds.engines.rng import RngState, replay
+from rose_ds.errors import RefusedConfiguration
+from rose_ds.training import checkpoints
+from rose_ds.training.checked import CheckedTrainer
+from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
+
+
+class MicroBatchTrainer(CheckedTrainer):
+    """Trainer's ``compute_loss``, as a stepper needs it."""
+
+    _loss_uses_count: bool | None = None
+
+    def _passes(
+        self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None, *, times: int, compares: bool
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """What a stepper runs for a batch: a forward pass, and ``times`` the loss that ``compute_loss`` found in it."""
+        labels = labels_in(inputs, self.label_names)
+        first = (
+            next((x for x in inputs.values() if isinstance(x, Tensor) and x.dim()), None) if labels is None else labels
+        )
+        latest: list[Tensor] = []
+
+        def forward() -> Tensor:
+            with self.compute_loss_context_manager():
+                # outputs that nobody looks at may cost a pass more, or be refused
+                found = self.compute_loss(model, dict(inputs), return_outputs=compares, num_items_in_batch=count)
+            loss, outputs = found if isinstance(found, tuple) else (found, None)
+            latest[:] = [loss]
+            if not compares:
+                return loss.reshape(1)  # a pass ends somewhere, and nobody looks at logits
+            core = self.accelerator.unwrap_model(model)
+            classes = getattr(getattr(core, "config", None), "num_labels", None)
+            logits = find_logits(outputs, labels, None if first is None else first.shape[0], classes)
+            refuse_unclear_labels(logits, labels, core)
+            if loss.requires_grad and not logits.requires_grad:
+                raise RefusedConfiguration(
+                    f"{type(self).__name__}.compute_loss() returns logits that are cut off from the graph, so their "
+                    'divergence has no gradient: return those that the loss was made of, or use strategy="second"'
+                )
+            return logits
+
+        return forward, lambda logits: latest.pop() * times
+
+    def _positions(self, inputs: dict[str, Any], count: Tensor | int | None) -> dict[str, Any]:
+        """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is."""
+        core = self.accelerator.unwrap_model(self.model)
+        positions = positions_of(labels_in(inputs, self.label_names), core)
+        if positions is None or count is None:
+            return {"positions": positions}
+        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return {"positions": positions, "count": count / (self.current_gradient_accumulation_steps * ranks)}
+
+    def _loss_is_whole(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None) -> bool:
+        """Whether the loss is a mean over all micro-batches and ranks: divided by ``num_items_in_batch``.
+
+        Trainer goes by signatures: a forward() with **kwargs, or any compute_loss_func, is believed to divide its loss
+        by the count of all micro-batches and ranks. Most encoders and adapters do not, and their gradient would be as
+        many times too large. So the first micro-batch's loss is computed for two counts, without dropout.
+        """
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        if count is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return False
+        if self.args.gradient_accumulation_steps * self.args.world_size == 1:
+            return True  # one count for both
+        if self._loss_uses_count is None:
+            one, two = self._losses_of_counts(model, inputs, count)
+            told = checkpoints.gather((bool(one) and math.isfinite(one), not math.isclose(one, two, rel_tol=1e-6)))
+            if not any(known for known, _ in told):
+                return True  # of a loss of zero nothing can be said
+            self._loss_uses_count = any(depends for known, depends in told if known)
+        return self._loss_uses_count
+
+    def _losses_of_counts(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> list[float]:
+        losses, now = [], RngState.now()
+        for times in (1, 2):
+            with torch.no_grad(), replay(now), self.compute_loss_context_manager():
+                try:
+                    model.eval()
+                    found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
+                except Exception:  # a model that has a loss in training alone; what is wrong there too is raised
+                    model.train()
+                    now.restore()
+                    found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
+                finally:
+                    model.train()
+            losses.append(float(found[0] if isinstance(found, tuple) else found))
+        return losses
+
+    def _own_count(self, inputs: dict[str, Any]) -> Tensor | None:
+        """A micro-batch's own ``num_items_in_batch``, for a compute_loss_func, which may not do without."""
+        labels = labels_in(inputs, self.label_names) if self.compute_loss_func is not None else None
+        if labels is None:
+            return None
+        # by so many Trainer multiplies
+        return labels.ne(-100).sum() * (self.args.world_size if self.args.average_tokens_across_devices else 1)

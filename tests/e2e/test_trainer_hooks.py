@@ -1,0 +1,239 @@
+"""What Trainer's own code, its searches and its subclasses do to a RoseTrainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from habits import arguments, assert_same, bert, rows, train, trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import BertForSequenceClassification
+
+from rose_ds import RefusedConfiguration, RoseConfig
+from rose_ds.engines.base import refuse_checkpointing
+from rose_ds.engines.passes import PassBatch
+from rose_ds.objectives import RDrop
+from rose_ds.training.predictions import labels_in, positions_of
+from rose_ds.training.trainer import RoseTrainer
+
+NONE, SECOND = RoseConfig(strategy="none"), RoseConfig(strategy="second")
+CHILD = RoseConfig(strategy="child-tuning")
+
+
+@pytest.mark.fast
+def test_one_row_may_be_equal_by_chance_in_bf16() -> None:
+    """accelerate hands out fp32 that was bf16: eight micro-batches in a row, and not the first, mean "no dropout"."""
+    engine: Any = SimpleNamespace(equal_passes=0)
+    batch: Any = SimpleNamespace(engine=engine)
+    rounded = torch.randn(1, 2).bfloat16().float()
+    same: Any = SimpleNamespace(outputs=(rounded,), logits=rounded)
+    for _ in range(7):
+        PassBatch._require_dropout(batch, rounded, same)
+    with pytest.raises(RuntimeError, match="identical logits"):
+        PassBatch._require_dropout(batch, rounded, same)
+    engine.equal_passes = 0
+    exact = torch.tensor([[0.1, 1 / 3]])
+    with pytest.raises(RuntimeError, match="identical logits"):
+        PassBatch._require_dropout(batch, exact, SimpleNamespace(outputs=(exact,), logits=exact))  # type: ignore[arg-type]
+
+
+def test_a_search_sets_trainers_own_objective(tmp_path: Path) -> None:
+    """hyperparameter_search() puts None, and then each trial's figure, where Trainer keeps its own."""
+    made = trainer(tmp_path, more={"save_strategy": "steps", "save_steps": 2}, rose=SECOND, objective="r-drop")
+    made.objective = None
+    train(made)
+    assert made.stepper.objective == RDrop()
+    record = json.loads((tmp_path / "checkpoint-2" / "rose_checkpoint.json").read_text())
+    assert record["fixed"]["objective"]["name"] == "r-drop"
+
+
+def test_what_ran_out_of_memory_is_let_go(tmp_path: Path) -> None:
+    """Before another batch size is tried, or another trial: the stepper, and the hooks of its step under way."""
+    made = trainer(tmp_path, rose=RoseConfig(strategy="first"))
+    train(made)
+    optimizer = made.optimizer.optimizer
+    made.stepper._awaiting_step = True
+    made.stepper.leave_step_to_optimizer(last=True)
+    assert optimizer._optimizer_step_pre_hooks
+    made.hp_search_backend = None
+    made._hp_search_setup({"lr": 1e-3})
+    assert made.stepper is None and made._stepper_model is None
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+class NoOutputs(RoseTrainer):
+    """As TRL's GRPOTrainer."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        if return_outputs:
+            raise ValueError("does not support returning outputs")
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+def test_outputs_are_not_asked_for_where_nobody_compares_them(tmp_path: Path) -> None:
+    for rose in (NONE, SECOND):
+        more = {"gradient_accumulation_steps": 2}
+        plain = train(trainer(tmp_path, more=more, rose=rose))
+        assert_same(train(trainer(tmp_path, more=more, rose=rose, cls=NoOutputs)), plain)
+    with pytest.raises(ValueError, match="returning outputs"):
+        train(trainer(tmp_path, rose=RoseConfig(strategy="first"), cls=NoOutputs))
+
+
+class Silent(BertForSequenceClassification):
+    """No loss in eval mode."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        return found if self.training else {"logits": found.logits}
+
+
+def test_a_model_with_a_loss_in_training_alone(tmp_path: Path) -> None:
+    """The first micro-batch's loss is looked at for two counts, if it must be with dropout, and draws nothing."""
+    more = {"gradient_accumulation_steps": 2, "remove_unused_columns": False}
+    plain = train(trainer(tmp_path, more=more, rose=RoseConfig(strategy="first")))
+    assert_same(train(trainer(tmp_path, bert(Silent), more=more, rose=RoseConfig(strategy="first"))), plain)
+
+
+def counted(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """Cannot do without the count; nearly all of it is a term that does not know it."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch + 1e3
+
+
+@pytest.mark.parametrize("rose", [SECOND, CHILD], ids=["second", "child-tuning"])
+def test_a_loss_that_needs_the_count_gets_it(tmp_path: Path, rose: RoseConfig) -> None:
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(outputs.logits, labels) + 1e3
+
+    more = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    one = train(trainer(tmp_path, more=more, rose=rose, compute_loss_func=counted))[1]
+    other = train(trainer(tmp_path, more=more, rose=rose, compute_loss_func=mean))[1]
+    for name, p in one.items():
+        torch.testing.assert_close(p, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_child_tuning_looks_at_as_much_as_it_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Counts(RoseTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(len(inputs["labels"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    more = {"gradient_accumulation_steps": 3, "max_steps": 2}
+    train(trainer(tmp_path, more=more, rose=CHILD, cls=Counts))
+    assert len(seen) == 14  # six batches, twice, and the first for two counts
+    stream: Any = type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": lambda self: iter(rows(40))})()
+    seen.clear()
+    train(trainer(tmp_path, data=stream, more=more, rose=CHILD, cls=Counts))
+    assert len(seen) == 14
+    made = trainer(tmp_path, data=stream, more=more, rose=CHILD)
+    made.create_optimizer()
+    made._stepper_for(made.model)
+    monkeypatch.setattr(type(made.args), "world_size", 2)
+    made.state.max_steps = 2
+    with pytest.raises(RefusedConfiguration, match="a dataset without a length may have fewer"):
+        made.before_first_epoch(made.model)
+
+
+def test_one_rank_may_log_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path, rose=RoseConfig(strategy="first"))
+    train(made)
+    assert all("rose/disagreement" in e for e in made.state.log_history if "loss" in e)
+    made.disagreements = [torch.tensor(0.5)]
+    monkeypatch.setattr(made.accelerator, "gather", lambda *_: pytest.fail("the others are elsewhere"))
+    made.log({"loss": 1.0})
+    assert len(made.disagreements) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_log_of_a_batch_job(
+    tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal the bar has the numbers; in a file they are lines, as Trainer's."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    train(trainer(tmp_path, more={"disable_tqdm": False}, rose=SECOND))
+    assert ("grad_norm" in capsys.readouterr().out) is not terminal
+
+
+def test_the_devices_cache_is_emptied_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr("rose_ds.training.trainer.clear_device_cache", lambda: emptied.append(1))
+    train(trainer(tmp_path, more={"max_steps": 4, "torch_empty_cache_steps": 2}, rose=SECOND))
+    assert len(emptied) == 2
+
+
+@pytest.mark.fast
+def test_liger_is_refused_where_a_pass_is_looked_at_twice(tmp_path: Path) -> None:
+    made = trainer(tmp_path, rose=RoseConfig(strategy="ensemble"))
+    made.args.use_liger_kernel = True
+    with pytest.raises(RefusedConfiguration, match="use_liger_kernel=True .*first_order"):
+        made._refuse()
+    made.args.liger_kernel_config = {"swiglu": False, "geglu": False}
+    made._refuse()
+    made.args.liger_kernel_config, made.rose = None, SECOND
+    made._refuse()
+
+
+@pytest.mark.fast
+def test_which_models_predict_the_next_token() -> None:
+    """As transformers' losses do, whatever the model is called, and under an adapter."""
+    labels = torch.tensor([[-100, 7, 8]])
+    shifted, not_shifted = [[True, True, False]], [[False, True, True]]
+    names = ("LlavaForConditionalGeneration", "GPT2LMHeadModel", "BertForTokenClassification")
+    causal, gpt, tokens = (type(name, (nn.Module,), {})() for name in names)
+    causal.loss_type, causal.config = "ForConditionalGeneration", SimpleNamespace(is_encoder_decoder=False)
+    t5 = type("T5ForConditionalGeneration", (nn.Module,), {})()
+    t5.loss_type, t5.config = "ForConditionalGeneration", SimpleNamespace(is_encoder_decoder=True)
+    adapted = type("PeftModel", (nn.Module,), {"get_base_model": lambda self: gpt})()
+    for module, wanted in (
+        (causal, shifted),
+        (gpt, shifted),
+        (adapted, shifted),
+        (t5, not_shifted),
+        (tokens, not_shifted),
+    ):
+        found = positions_of(labels, module)
+        assert found is not None and found.tolist() == wanted, type(module).__name__
+    several = {"labels": labels, "sentence_labels": torch.tensor([1])}
+    assert labels_in(several, ["labels", "sentence_labels"]) is labels
+    assert labels_in({"start_positions": labels, "end_positions": labels}, ["start_positions", "end_positions"]) is None
+
+
+@pytest.mark.fast
+def test_checkpointing_is_reentrant_unless_told_otherwise() -> None:
+    from functools import partial
+
+    module = nn.Sequential(nn.Linear(2, 2))
+    for keywords, refused in (({}, True), ({"use_reentrant": None}, True), ({"use_reentrant": False}, False)):
+        module._gradient_checkpointing_func = partial(checkpoint, **keywords)  # type: ignore[assignment]
+        if refused:
+            with pytest.raises(RefusedConfiguration, match="use_reentrant"):
+                refuse_checkpointing(module, twice=True)
+        refuse_checkpointing(module, twice=refused is None)
+
+
+def test_a_stopped_run_that_saved_only_the_model_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"save_strategy": "steps", "save_only_model": True, "max_steps": 5}
+    made = trainer(tmp_path, more=more, rose=SECOND)
+    monkeypatch.setattr(made._stop, "_any_rank", lambda *_: True)
+    with caplog.at_level(logging.WARNING, logger="rose_ds"), pytest.raises(SystemExit):
+        made.train()
+    assert "checkpoint saved at step 1, only the model, so nothing can resume" in caplog.text
+
+
+def test_an_own_schedule_that_leaves_rose_out_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = RoseTrainer(bert(), arguments(tmp_path), rose=SECOND)
+    made.is_deepspeed_enabled = True
+    record: Any = SimpleNamespace(optimizer_steps=2)
+    with pytest.raises(RefusedConfiguration, match=r"create_scheduler\(\) of one's own must call super\(\)'s"):
+        made._restore_counts(record)
