@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--launcher_args",
         default="",
-        help='More words for it: --launcher_args="--num_gpus 2", --launcher_args=--gres=gpu:1.',
+        help='More words for it: --launcher_args="--num_gpus 2", or "--gres=gpu:1 --cpus-per-task=8 --mem=32G".',
     )
     add("--retry_failed", action="store_true", help="Try failed runs again.")
     add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")

@@ -1,13 +1,47 @@
-"""How a sweep starts a run: from the words of a ``rose-ds`` command to one that lasts as long and passes SIGTERM on."""
+"""How a sweep starts a run, from the words of a ``rose-ds`` command; where it runs; and how it is told to stop."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-Launcher = Callable[[Sequence[str], Sequence[str]], list[str]]
+import torch
+
+#: A Slurm task: srun makes SIGKILL of its own SIGTERM, and hands SIGUSR1 on, of which this makes the SIGTERM.
+_TASK = (
+    "trap 'kill -TERM $run' USR1; (trap '' USR1; exec \"$@\") & run=$!; code=0; wait $run || code=$?; "
+    "while kill -0 $run 2>/dev/null; do code=0; wait $run || code=$?; done; exit $code"
+)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One way to start a run."""
+
+    command: Callable[[Sequence[str], Sequence[str]], list[str]]
+    """From the words of a command and those that the user has for the launcher."""
+    stop: signal.Signals = signal.SIGTERM
+    """What its process hands on to the run as SIGTERM."""
+    tells_ranks: bool = True
+    """Or else its process ends at SIGTERM and tells its ranks nothing: they are signalled with it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of the runs at a time runs."""
+
+    words: tuple[str, ...]
+    """For the launcher."""
+    defaults: dict[str, str]
+    """Variables, where the user has not set them."""
+    chosen: dict[str, str]
+    """Variables, whatever is set."""
 
 
 def free_port() -> int:
@@ -34,10 +68,53 @@ def deepspeed(words: Sequence[str], extra: Sequence[str]) -> list[str]:
 
 def slurm(words: Sequence[str], extra: Sequence[str]) -> list[str]:
     """One task through srun: inside an allocation a step of it, outside one an allocation of its own. ``extra``: e.g.
-    --partition=a100 --gres=gpu:1.
+    --partition=a100 --gres=gpu:1 --cpus-per-task=8 --mem=32G.
     """
     step = ["srun", "--nodes=1", "--ntasks=1", "--exact", "--kill-on-bad-exit=1", *extra]
-    return [*step, sys.executable, "-m", "rose_ds", *words]
+    return [*step, "bash", "-c", _TASK, "run", sys.executable, "-m", "rose_ds", *words]
 
 
-LAUNCHERS: dict[str, Launcher] = {"local": local, "deepspeed": deepspeed, "slurm": slurm}
+LAUNCHERS = {
+    "local": Launcher(local),
+    "deepspeed": Launcher(deepspeed, tells_ranks=False),
+    "slurm": Launcher(slurm, stop=signal.SIGUSR1),
+}
+
+
+def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
+    """For ``jobs`` runs at a time: this machine's GPUs and cores are shared out among them.
+
+    Raises:
+        ValueError: there are not so many GPUs, or the words name some themselves.
+    """
+    common = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if name == "slurm":  # whose step has cores of its own
+        return [Place(tuple(extra), common, {})] * jobs
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_gpus", type=int)
+    given, rest = parser.parse_known_args(list(extra))
+    ranks = (given.num_gpus or 1) if name == "deepspeed" else 1
+    devices = _devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = []
+    for job in range(jobs):
+        words, chosen = tuple(extra), {}
+        if name == "local" and len(devices) > 1:
+            chosen["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
+        elif name == "deepspeed" and jobs > 1 and devices:
+            if {"--include", "--exclude", "--hostfile", "-H", "-i", "-e"} & {word.split("=")[0] for word in rest}:
+                raise ValueError("--jobs above 1 shares this machine's GPUs out: leave --include and the like out")
+            ranks = given.num_gpus or len(devices) // jobs
+            if not 0 < ranks * jobs <= len(devices):
+                raise ValueError(f"--jobs {jobs} with {max(ranks, 1)} GPUs each is more than the {len(devices)} here")
+            words = ("--include", f"localhost:{','.join(devices[job * ranks : (job + 1) * ranks])}", *rest)
+        # more threads than cores slow every run down
+        threads = str(max(1, cores // (jobs * ranks)))
+        found.append(Place(words, {**common, "OMP_NUM_THREADS": threads}, chosen))
+    return found
+
+
+def _devices() -> list[str]:
+    """CUDA devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if chosen is None else [d for d in chosen.split(",") if d]

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import torch
 from tqdm import tqdm
 
 from rose_ds.experiments.cells import Cell
-from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import RESULTS, Claim, Status, Store
 
@@ -83,13 +82,13 @@ class Runner:
         if launcher not in LAUNCHERS:
             raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
         self.store, self.cells = store, list({cell.key: cell for cell in cells}.values())
-        self.jobs, self.launcher, self.launcher_args = jobs, LAUNCHERS[launcher], launcher_args
+        self.jobs, self.launcher = jobs, LAUNCHERS[launcher]
+        self._places = places(launcher, jobs, launcher_args)
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
         self._running: list[_Running] = []
         self._settled: set[str] = set()
         """Cells that this process has done with: done, failed, or stopped from outside."""
         self._stop = False
-        self._environment = _environment(jobs)
 
     def run(self) -> dict[str, Status]:
         """Run until every cell is done or has failed, whoever runs it; status by key. On SIGTERM or Ctrl-C the runs
@@ -188,7 +187,8 @@ class Runner:
 
     def _launch(self, words: Sequence[str], cell: Cell, claim: Claim, slot: int) -> tuple[subprocess.Popen[bytes], Any]:
         """Start a ``rose-ds`` command; its process, and its log."""
-        command = self.launcher(words, self.launcher_args)
+        place = self._places[slot]
+        command = self.launcher.command(words, place.words)
         log = self.store.log(cell).open("ab")
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         log.flush()
@@ -198,20 +198,13 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self._environment, **self._device(slot)},
+                env={**place.defaults, **os.environ, **place.chosen},
                 pass_fds=(claim.descriptor,),
                 start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs
             )
         except OSError as error:
             raise ValueError(f"cannot start {command[0]}: {error.strerror}") from error
         return process, log
-
-    def _device(self, slot: int) -> dict[str, str]:
-        """A CUDA device for each place, where there are several, nobody has chosen, and a run is one process."""
-        devices = torch.cuda.device_count()
-        if self.launcher is not LAUNCHERS["local"] or devices < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
-            return {}
-        return {"CUDA_VISIBLE_DEVICES": str(slot % devices)}
 
     def _reap(self) -> int:
         """Record the runs that have ended; how many."""
@@ -230,7 +223,7 @@ class Runner:
                     self._failed(run.cell, code, damage)
                 elif trained and not left:
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
-                elif not trained and code not in _STOPPED:
+                elif not trained and code not in _STOPPED and not self._stop:
                     self._failed(run.cell, code)
             finally:
                 run.claim.release()
@@ -248,13 +241,13 @@ class Runner:
         """Let the runs that are under way save and end."""
         for run in self._running:
             if run.process.poll() is None:
-                if self.launcher is LAUNCHERS["deepspeed"]:  # it ends at once, and tells its ranks nothing
-                    os.killpg(run.process.pid, signal.SIGTERM)
+                if self.launcher.tells_ranks:
+                    run.process.send_signal(self.launcher.stop)
                 else:
-                    run.process.terminate()
+                    os.killpg(run.process.pid, self.launcher.stop)
         for run in self._running:
             run.process.wait()
-            while self.launcher is LAUNCHERS["deepspeed"] and _any_left(run.process.pid):
+            while not self.launcher.tells_ranks and _any_left(run.process.pid):
                 time.sleep(_POLL_SECONDS)
         self._reap()
 
@@ -316,10 +309,3 @@ def counts(store: Store, cells: Sequence[Cell]) -> Mapping[str, int]:
 def _clock(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-def _environment(jobs: int) -> dict[str, str]:
-    """Cores are shared out: more threads than cores slow every run down."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **os.environ}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.cli.sweep import _cells, _grid, _parser, _sweep
 from rose_ds.experiments.cells import Cell, Sweep, applies
-from rose_ds.experiments.launchers import LAUNCHERS
+from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.methods import METHODS, method_named
 from rose_ds.experiments.settings import MethodSettings, RunSettings
 
@@ -192,11 +194,40 @@ def test_the_grid_on_a_command_line() -> None:
 def test_launchers_carry_the_flags_and_the_users_words() -> None:
     flags = ["train", "--task", "sst2"]
     for name, launcher in LAUNCHERS.items():
-        command = launcher(flags, ["--some", "word"])
+        command = launcher.command(flags, ["--some", "word"])
         assert command[-4:] == ["rose_ds", *flags], name
         at = command.index("--some")
         assert command[at : at + 2] == ["--some", "word"]
-    assert LAUNCHERS["slurm"](flags, [])[0] == "srun"
+    assert LAUNCHERS["slurm"].command(flags, [])[0] == "srun"
+
+
+def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def shared(name: str, jobs: int, *words: str) -> list[Any]:
+        found = places(name, jobs, words)
+        return [(p.words, p.chosen.get("CUDA_VISIBLE_DEVICES"), p.defaults.get("OMP_NUM_THREADS")) for p in found]
+
+    assert shared("local", 1) == [((), "0", "16")]
+    assert shared("local", 6)[4:] == [((), "0", "2"), ((), "1", "2")]
+    assert shared("deepspeed", 1, "--num_gpus", "2") == [(("--num_gpus", "2"), None, "8")]
+    two = [(("--include", f"localhost:{ids}", "--bind_cores_to_rank"), None, "4") for ids in ("0,1", "2,3")]
+    assert shared("deepspeed", 2, "--num_gpus", "2", "--bind_cores_to_rank") == two
+    assert shared("deepspeed", 2, "--bind_cores_to_rank") == two
+    for jobs, words in ((3, ["--num_gpus", "2"]), (5, [])):
+        with pytest.raises(ValueError, match="is more than the 4 here"):
+            places("deepspeed", jobs, words)
+    with pytest.raises(ValueError, match="leave --include"):
+        places("deepspeed", 2, ["--include=localhost:0"])
+    assert shared("slurm", 2, "--gres=gpu:1") == [(("--gres=gpu:1",), None, None)] * 2  # its steps have their own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # a scheduler's
+    assert [device for _, device, _ in shared("local", 2)] == ["5", "7"]
+    assert shared("deepspeed", 2)[1][0] == ("--include", "localhost:7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert shared("local", 2) == [((), None, "8")] * 2
+    assert shared("deepspeed", 2, "--num_gpus=2") == [(("--num_gpus=2",), None, "4")] * 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/sweep.yaml")), ids=lambda p: p.parent.name)

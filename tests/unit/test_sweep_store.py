@@ -16,6 +16,7 @@ import pytest
 
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
+from rose_ds.experiments.launchers import Launcher, slurm
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import RESULTS, Status, Store
 from rose_ds.experiments.sweep import AttackFlags, Runner, counts, remaining_seconds
@@ -189,7 +190,7 @@ def fake_launcher(script: str) -> Any:
     def launch(flags: Any, extra: Any) -> list[str]:
         return [sys.executable, "-c", script, flags[flags.index("--output_dir") + 1], flags[flags.index("--seed") + 1]]
 
-    return launch
+    return Launcher(launch)
 
 
 _RUN = """
@@ -246,21 +247,50 @@ def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch
 
 def test_the_deepspeed_launchers_ranks_are_told_to_stop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first process ends on SIGTERM and tells nobody; the sweep waits for those that it started."""
-    module = __import__("rose_ds.experiments.sweep", fromlist=["x"])
-    rank = (
-        "import pathlib, signal, sys, time\n"
-        "def stop(*_):\n    time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1]).write_text('started')\ntime.sleep(60)\n"
-    )
     runner = (
         "import subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]])\ntime.sleep(60)\n"
     )
-    marker = store.root / "marker"
-    monkeypatch.setitem(
-        module.LAUNCHERS, "deepspeed", lambda words, extra: [sys.executable, "-c", runner, rank, str(marker)]
-    )
-    sweep = Runner(store, [CELL], launcher="deepspeed")
+    command = [sys.executable, "-c", runner, _RANK, str(store.root / "marker")]
+    stopped(store, monkeypatch, "deepspeed", Launcher(lambda words, extra: command, tells_ranks=False))
+
+
+#: As far as a sweep uses it: SIGTERM ends the task at once, other signals are handed on.
+_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+set -m # a process group of its own, all of which is signalled
+"$@" & task=$!
+trap 'kill -KILL -- -$task' TERM
+trap 'kill -USR1 -- -$task' USR1
+while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
+exit $code
+"""
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_sruns_task_is_told_to_stop(store: Store, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """And has time to save; and a run that the sweep has stopped has not failed, whatever it ends with."""
+    program = store.root / "bin" / "srun"
+    program.parent.mkdir(parents=True)
+    program.write_text(_SRUN)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    *step, _, _ = slurm([], [])
+    command = [*step, "-c", _RANK.replace("sys.exit(0)", f"sys.exit({code})"), str(store.root / "marker")]
+    stopped(store, monkeypatch, "slurm", Launcher(lambda words, extra: command, stop=signal.SIGUSR1))
+
+
+_RANK = (
+    "import pathlib, signal, sys, time\n"
+    "def stop(*_):\n    time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('saved'); sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1]).write_text('started')\ntime.sleep(60)\n"
+)
+
+
+def stopped(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, launcher: Launcher) -> None:
+    """A sweep that gets SIGTERM once its run has started leaves it incomplete, and waits until it has saved."""
+    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, name, launcher)
+    sweep, marker = Runner(store, [CELL], launcher=name), store.root / "marker"
 
     def stop_when_started() -> None:
         while not marker.is_file() or marker.read_text() != "started":
