@@ -8,13 +8,17 @@ import gc
 import importlib
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rose_ds import __version__
 from rose_ds.cli.ending import ending_process_group
 
+#: Seconds until a rank that is not the first says what went wrong on it.
+_PATIENCE = 5.0
 #: Name -> what it does. The module that does it has the name's last word.
 COMMANDS = {
     "doctor": "check an environment before a long run, and say what to mend",
@@ -54,6 +58,10 @@ def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
     command, rest = arguments[0], arguments[1:]
     with _no_garbage_in_imports(alone):
         run = _function_of(command)
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and not first_rank():  # whose bars and advice would stand between the first one's
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.INFO if first_rank() else logging.ERROR, format="%(levelname)s %(message)s")
     try:
         run(rest)
@@ -61,8 +69,11 @@ def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
         # Ours name the setting and the way out; a traceback adds nothing. Others are bugs and keep theirs.
         if not _is_users_error(error):
             raise
-        if first_rank():
-            print(f"rose-ds {command}: error: {error}", file=sys.stderr)
+        where = ""
+        if not first_rank():
+            time.sleep(_PATIENCE)  # where all ranks have failed alike, the launcher ends this one first
+            where = f" (rank {os.environ['RANK']} on {socket.gethostname()})"
+        print(f"rose-ds {command}: error{where}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -41,12 +41,15 @@ def check_disk(output_dir: Path, checkpoint: int | None, model: int) -> list[Fin
         return [Finding("disk", "failed", f"{folder} cannot be written: {str(error.strerror).lower()}", mend)]
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free at {folder}"
-    mend = "free some, choose another --output_dir, or save less often (--save_total_limit 1, --save_strategy no)"
+    mend = "free some, choose another --output_dir, or save less (--save_total_limit 1, --save_strategy no)"
     if checkpoint is None:
         return [Finding("disk", "ok", text) if free > _LITTLE else Finding("disk", "warning", text, mend)]
     # a checkpoint is deleted only when a newer one is whole
     needed = 2 * checkpoint + model
-    text += f"; two checkpoints of {checkpoint / GIB:.2f} GiB and the model: {needed / GIB:.2f} GiB"
+    text += (
+        f"; two checkpoints of {checkpoint / GIB:.2f} GiB and the model: {needed / GIB:.2f} GiB (--save_total_limit 1; "
+        "without it all checkpoints stay)"
+    )
     return [Finding("disk", "ok", text) if free > needed else Finding("disk", "failed", text, mend)]
 
 

@@ -79,8 +79,10 @@ def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
 
 
 def checkpoint_bytes(parameters: int, half: bool) -> int:
-    """A checkpoint of the whole job: weights, fp32 masters and AdamW's two states."""
-    return parameters * (12 + (2 if half else 4))
+    """A checkpoint of the whole job, at most: the engine's weights and those to be loaded by name, fp32 masters and
+    AdamW's two states.
+    """
+    return parameters * (12 + 2 * (2 if half else 4))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +51,7 @@ def save_result(trainer: Any, output_dir: Path, others: Callable[[Path], None]) 
             trainer.save_model(str(partial))
         if first:
             others(partial)
-            for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-                _to_disk(path)
+            checkpoints.to_disk(partial)
             _move(partial, output_dir)
         checkpoints.gather(None)  # no rank ends before the result is there
     except RankLost:
@@ -62,15 +60,6 @@ def save_result(trainer: Any, output_dir: Path, others: Callable[[Path], None]) 
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # it would take the room that the next attempt needs
         raise checkpoints.not_written(f"the trained model in {output_dir}", output_dir, error) from error
-
-
-def _to_disk(path: Path) -> None:
-    """Some file systems notice only here that there is no room."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -196,7 +196,10 @@ class MethodSettings:
     )
     resume: str | None = field(
         default=None,
-        metadata=_help("auto: go on from the newest whole checkpoint in --output_dir; start afresh if there is none."),
+        metadata=_help(
+            "auto: go on from the newest whole checkpoint in --output_dir; if there is none, from "
+            "--resume_from_checkpoint, or else afresh."
+        ),
     )
     class_weights: list[str] | None = field(
         default=None,

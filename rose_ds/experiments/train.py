@@ -220,11 +220,12 @@ def _refuse_mixing(method: MethodSettings, args: TrainingArguments) -> None:
 
 
 def _checkpoint(method: MethodSettings, trainer: RoseTrainer) -> Path | None:
-    if trainer.args.resume_from_checkpoint:
-        return Path(trainer.args.resume_from_checkpoint)
+    given = trainer.args.resume_from_checkpoint
+    folder = None if given is None else Path(given)
     if method.resume != "auto":
-        return None
-    folder = trainer.newest_checkpoint()
+        return folder
+    # the run's own goes before the one that it began with, which a job that is put back into a queue names again
+    folder = trainer.newest_checkpoint() or folder
     logger.info("resuming from %s", folder or "nothing: no whole checkpoint yet")
     return folder
 

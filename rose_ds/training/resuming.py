@@ -307,6 +307,8 @@ class ResumableTrainer(Trainer):
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()
         checkpoints.gather(None)  # every rank has written its files
+        if self.args.local_process_index == 0:
+            checkpoints.to_disk(folder)  # what this host has written: older ones are deleted next
         own = checkpoints.files_in(folder)
         disagreements = torch.stack(self.disagreements).tolist() if self.disagreements else []
         ranks = checkpoints.gather((own, float(self._tr_loss), disagreements, self.optimizer_steps()))

@@ -27,6 +27,8 @@ PATIENCE = 10.0
 #: The same where the other one was on another host: a file server keeps the locks of a host that lost power for as long
 #: as its lease, by NFS's default 90 seconds.
 PATIENCE_ELSEWHERE = 120.0
+#: Seconds after which all ranks hear that the first one waits still.
+_TURN = 5.0
 #: What flock says on a file system without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _held: set[Path] = set()
@@ -48,13 +50,18 @@ def sole_use_of(folder: Path) -> Iterator[None]:
         yield
         return
     made = [path for path in (where, *where.parents) if not path.exists()]
-    lock, refused = None, _unwritable(where)
-    if _rank() == 0 and refused is None:
-        try:
-            lock = _take(where)
-        except RefusedConfiguration as error:
-            refused = str(error)
-    refused = next((words for words in checkpoints.gather(refused) if words is not None), None)
+    start, lock, refused = time.monotonic(), None, _unwritable(where)
+    waits = True
+    while waits:
+        waits = False
+        if _rank() == 0 and refused is None:
+            try:
+                lock, waits = _take(where, start)
+            except RefusedConfiguration as error:
+                refused = str(error)
+        found = checkpoints.gather((refused, waits))
+        refused = next((words for words, _ in found if words is not None), None)
+        waits = refused is None and any(more for _, more in found)
     if refused is None:
         _held.add(where)
     try:
@@ -124,21 +131,24 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _take(folder: Path) -> _Lock | None:
-    """The folder's lock; None where there are none."""
-    start, told = time.monotonic(), False
-    while True:
+def _take(folder: Path, start: float) -> tuple[_Lock | None, bool]:
+    """The folder's lock, None where there are none; and whether to come back for it: the other ranks wait meanwhile,
+    and not for longer than a process group's timeout. ``start``: when the waiting began.
+    """
+    turn = time.monotonic()
+    told = turn - start > _TURN
+    while time.monotonic() - turn < _TURN:
         try:
             lock = _try(folder / FILE)
             if lock is not None:
                 host = socket.gethostname()
                 lock.write({"host": host, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
                 _open.add(lock.descriptor)
-                return lock
+                return lock, False
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 logger.warning("the file system of %s has no locks: nothing keeps a second job from it", folder)
-                return None
+                return None, False
             raise RefusedConfiguration(_not_writable(folder, error.strerror or str(error))) from error
         holder = _holder(folder / FILE)
         patience = PATIENCE if holder.get("host") in (None, socket.gethostname()) else PATIENCE_ELSEWHERE
@@ -152,6 +162,7 @@ def _take(folder: Path) -> _Lock | None:
             logger.info("%s is in use by another job: waiting up to %.0f s for its end", folder, patience)
             told = True
         time.sleep(0.2)
+    return None, True
 
 
 def _try(path: Path) -> _Lock | None:
