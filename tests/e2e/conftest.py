@@ -88,6 +88,9 @@ def snippets() -> str:
     try:
         load_task("snippets", splits=("validation",))
     except DataError as error:
+        unreachable = ("No matching distribution", "Max retries", "Connection", "timed out", "no answer within")
+        if not any(sign in str(error) for sign in unreachable):
+            raise  # most of these tests would silently be left out
         pytest.skip(f"the snippets cannot be fetched here: {error}")
     return "snippets"
 

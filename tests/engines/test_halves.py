@@ -21,6 +21,7 @@ from torch import Tensor
 from zero_jobs import Job, believe_in_fp16, fp16, start
 
 from rose_ds import RefusedConfiguration, RoseAdamW, Stepper, prepare
+from rose_ds.objectives import RDrop
 
 HALVES = Case("first", first_order="halves", accumulation=2, dropout=0.0, clip=0.05)
 BF16 = {"bf16": {"enabled": True}}
@@ -222,6 +223,35 @@ def test_a_step_that_the_loop_drops() -> None:
             stepper.optimizer.step()
             runs.append(stepper.gather_parameters())
         assert all(torch.equal(p, runs[1][name]) for name, p in runs[0].items())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", [HALVES, Case("second", objective=RDrop(), accumulation=2)], ids=["halves", "r-drop"])
+def test_masks_know_how_the_loop_clips(case: Case) -> None:
+    """As those of a stepper that clips itself: what is ranked is the clipped gradient, less what clipping did not."""
+    runs, limit = [], 0.05
+    for own in (False, True):
+        model, stepper = build(replace(case, clip=0.0 if own else limit))
+        for t in (1, 2):
+            norms: list[Any] = []
+            torch.manual_seed(t)
+            for i in (0, 1):
+                micro(stepper, model, t, i)
+                if own:
+                    told = {"grad_norm": lambda norms=norms: float(norms[0]), "max_grad_norm": limit}
+                    stepper.leave_step_to_optimizer(last=i == 1, **told)
+                else:
+                    stepper.step()
+            if own:
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+                assert norms[0] > 2 * limit
+                stepper.optimizer.step()
+                stepper.optimizer.zero_grad()
+        report = stepper.last_report
+        runs.append((report.tau_first or report.tau_second, report.kept_fraction, stepper.gather_parameters()))
+    assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-4)
+    for name, p in runs[0][2].items():
+        torch.testing.assert_close(p, runs[1][2][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.fast

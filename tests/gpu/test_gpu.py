@@ -105,6 +105,8 @@ def test_parity(
         pytest.skip("one process")
     if device.type == "cuda" and torch.cuda.device_count() < world:
         pytest.skip(f"{torch.cuda.device_count()} GPU")
+    if way == "triton" and engine.endswith("offload"):
+        pytest.skip("the optimizer's tensors are on the CPU, which these kernels do not read")
     if device.type == "cpu" and engine.startswith("zero"):
         request.getfixturevalue("extensions")
     cases = ZERO_CASES if engine.startswith("zero") else CASES

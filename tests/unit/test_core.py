@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from step_data import outcome, same, step_inputs
 from torch import Tensor
 
 from rose_ds import RoseConfig
+from rose_ds.core import counting
 from rose_ds.core.layout import Block, Layout
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, uniform
 from rose_ds.core.mask import FIRST, SECOND, add_mask_, keep_count
@@ -376,3 +378,18 @@ def test_block_positions() -> None:
         part = Block((4, 5, 6), start, extent)
         assert part.first == first
         assert first is None or torch.equal(part.positions(), torch.arange(first, first + part.numel))
+
+
+@pytest.mark.parametrize("strategy", ["first", "second", "ensemble", "random", "gradient-mask", "gallop", "cautious"])
+@pytest.mark.parametrize(("part", "kept"), [(1000, 0), (1000, 1 << 24), (70_000, 0)])
+def test_slices_are_ranked_a_part_at_a_time(
+    strategy: Any, part: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their last elements too, whether scores are kept or computed anew in every round."""
+    inputs, config = step_inputs("ties", [70_001, 3, 0, 40_000], torch.float32), RoseConfig(strategy=strategy)
+    want = outcome(config, inputs)
+    monkeypatch.setattr(counting, "_CHUNK", part)
+    monkeypatch.setattr(counting, "_KEPT", kept)
+    found = outcome(config, inputs)
+    assert same(want, found)
+    assert [int(torch.as_tensor(code).numel()) for code in found.codes] == [70_001, 3, 0, 40_000]

@@ -240,6 +240,28 @@ def test_update(kind: str, decay: float, dtype: torch.dtype, compiled: Any) -> N
             check_same_bits(runs[0], run, (step, table))
 
 
+@pytest.fixture(scope="module")
+def portable(extensions: object) -> Any:
+    """The code of CPUs without AVX-512, on one that has it."""
+    if shutil.which("c++") is None or "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("no AVX-512 (or no compiler): what the other tests compile is the portable code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_FLAGS", [*build._FLAGS, "-mno-avx512f"])
+        build.extension.cache_clear()
+        found = build.extension()
+        build.extension.cache_clear()
+    assert found is not None
+    return found
+
+
+def test_without_avx512(portable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks and updates; the last elements of vectors, blocks and words too."""
+    for kind, dtype in itertools.product(KINDS, (torch.float32, torch.bfloat16)):
+        for many in (threshold.MANY, 1):
+            test_select(kind, [1000, 33, 257, 1], dtype, many, portable, monkeypatch)
+        test_update(kind, 0.01, dtype, portable)
+
+
 @needs_compiler
 def test_a_mask_of_ones_is_torchs_fused_adamw(compiled: Any) -> None:
     """Also where there is no mask; a multiple of the vector's width, beyond which torch's kernel rounds otherwise."""
