@@ -23,6 +23,7 @@ FLAGS += ["--learning_rate", "1e-4", "--disable_tqdm", "true", "--report_to", "n
 # --- every config, one after the other in the same two processes: a launch is mostly imports ---
 
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16"]
+CONFIGS += ["zero2_offload", "zero3_offload"]  # in bf16
 
 
 #: changes that are refused before any training, and part of the message
@@ -90,7 +91,8 @@ def test_every_stage_trains_saves_and_reloads(trained: tuple[Path, dict[str, str
     assert (folder / "metrics.json").exists(), f"not reached: {failures}"
     metrics = json.loads((folder / "metrics.json").read_text())
     found = [metrics[k] for k in ("engine", "world_size", "precision", "steps", "skipped_steps")]
-    assert found == [config[:5], 2, config[6:] or "fp32", 3, 0]
+    precision = {"": "fp32", "offload": "bf16"}.get(config[6:], config[6:])
+    assert found == [config[:5], 2, precision, 3, 0]
     assert 0.59 < metrics["kept_fraction"] < 0.76
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 15_000_000

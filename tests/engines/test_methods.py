@@ -129,7 +129,7 @@ HALF = [case_of(o, m) for o, m in itertools.product(SHARED, ("none", "first-tens
 HALF_REDUCED = [case_of("task", "first-tensor", first_order="halves")]
 HALF += [case_of("r-drop", "second-tensor")]  # the task gradient is the aggregate less a share of the KL's
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-HALF_ENGINES = {"bf16": ("fsdp2-bf16", "fsdp1-bf16-orig", *STAGES), "fp16": STAGES}
+HALF_ENGINES = {"bf16": ("fsdp2-bf16", "fsdp1-bf16-orig", *STAGES, "zero2-offload", "zero3-offload"), "fp16": STAGES}
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": fp16()}
 
 

@@ -15,6 +15,8 @@ from reference import check_parity, reference, train
 from tiny import Case, make_model, micro_batch, parameter_groups, rows
 from torch import Tensor
 
+from rose_ds.objectives import Smart
+
 pytestmark = pytest.mark.fast
 
 
@@ -38,6 +40,18 @@ CASES = [
     Case(gamma=1.0),
     Case(keep_first=1e-6, keep_second=1e-6),
 ]
+
+
+def test_smarts_average_waits_out_a_skipped_step() -> None:
+    """A step that changed nothing is no step of the average's either."""
+    model, stepper = build(Case("second", objective=Smart(proximal=1.0, decay=0.5)))
+    one_step(model, stepper, 1)
+    average = [value.clone() for value in stepper.state.average.values]
+    report = one_step(model, stepper, 2, lambda logits: logits.sum() * math.nan)
+    assert report.skipped
+    assert all(torch.equal(a, b) for a, b in zip(average, stepper.state.average.values, strict=True))
+    assert not one_step(model, stepper, 3).skipped
+    assert not all(torch.equal(a, b) for a, b in zip(average, stepper.state.average.values, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case}-clip{case.clip}-gamma{case.gamma}-{case.keep_first}")
