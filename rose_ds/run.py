@@ -17,6 +17,7 @@ A script that never trained through it is an error.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -150,6 +151,8 @@ def run(command: Command) -> bool:
                     "remove --rose, or the block"
                 )
 
+        __init__.__signature__ = inspect.signature(RoseTrainer.__init__)  # type: ignore[attr-defined]
+
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal trained
             trained = True
@@ -160,7 +163,10 @@ def run(command: Command) -> bool:
     importlib.import_module("transformers.processing_utils")
     transformers: Any = importlib.import_module("transformers")
     before = transformers.Trainer, transformers.trainer.Trainer, list(sys.argv), list(sys.path)
+    processes: Any = importlib.import_module("torch.multiprocessing")
+    starting = processes.start_processes, processes.spawn
     transformers.Trainer = transformers.trainer.Trainer = Trainer
+    processes.start_processes = processes.spawn = _refuse_processes
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))  # as python does for a script
     try:
@@ -170,7 +176,15 @@ def run(command: Command) -> bool:
             raise
     finally:
         transformers.Trainer, transformers.trainer.Trainer, sys.argv, sys.path = before
+        processes.start_processes, processes.spawn = starting
     return trained
+
+
+def _refuse_processes(*_: Any, **__: Any) -> None:
+    raise RefusedConfiguration(
+        "the script starts its ranks itself (notebook_launcher, torch.multiprocessing.spawn), and these would train "
+        "without ROSE: have it train in this process, and start it with torchrun, deepspeed or accelerate launch"
+    )
 
 
 def _start_deepspeed(arguments: Sequence[str]) -> None:

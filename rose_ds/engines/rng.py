@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,30 @@ class RngState:
     """State of torch's generators that a forward pass on this rank can draw from."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    accelerator: Tensor | None
 
     @classmethod
     def now(cls) -> RngState:
-        """The current state; the current CUDA device's too, where CUDA is in use."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        return cls(torch.get_rng_state(), cuda)
+        """The current state; the current accelerator's too, where one is in use."""
+        device = _device_module()
+        return cls(torch.get_rng_state(), None if device is None else device.get_rng_state())
 
     def restore(self) -> None:
         """Put the generators back to this state."""
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+        device = _device_module()
+        if self.accelerator is not None and device is not None:
+            device.set_rng_state(self.accelerator)
+
+
+def _device_module() -> Any | None:
+    """torch.cuda, torch.mps, ...; None where nothing has run there yet."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return None
+    module: Any = torch.get_device_module(found)
+    started: bool = getattr(module, "is_initialized", lambda: True)()
+    return module if started else None
 
 
 @contextmanager

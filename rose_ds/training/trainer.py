@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
@@ -310,3 +312,13 @@ class RoseTrainer(MicroBatchTrainer):
             self._disagreement = float(mean.mean())
             self.disagreements = []
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+
+def _with_trainers_arguments() -> inspect.Signature:
+    """Of Trainer, by name: scripts look which of them a version of transformers has."""
+    own = inspect.signature(RoseTrainer.__init__).parameters
+    theirs = inspect.signature(Trainer.__init__).parameters
+    return inspect.Signature([*theirs.values(), own["rose"], own["objective"]])
+
+
+RoseTrainer.__init__.__signature__ = _with_trainers_arguments()  # type: ignore[attr-defined]

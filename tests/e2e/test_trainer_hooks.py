@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -15,11 +16,12 @@ from habits import arguments, assert_same, bert, rows, train, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, Trainer
 
 from rose_ds import RefusedConfiguration, RoseConfig
 from rose_ds.engines.base import refuse_checkpointing
 from rose_ds.engines.passes import PassBatch
+from rose_ds.engines.rng import RngState, replay
 from rose_ds.objectives import RDrop
 from rose_ds.training.predictions import labels_in, positions_of
 from rose_ds.training.trainer import RoseTrainer
@@ -237,3 +239,45 @@ def test_an_own_schedule_that_leaves_rose_out_of_deepspeed(tmp_path: Path, monke
     record: Any = SimpleNamespace(optimizer_steps=2)
     with pytest.raises(RefusedConfiguration, match=r"create_scheduler\(\) of one's own must call super\(\)'s"):
         made._restore_counts(record)
+
+
+@pytest.mark.fast
+def test_scripts_may_look_at_the_signature() -> None:
+    """Of the Trainer that they import, for what their version of transformers calls a thing."""
+    found = inspect.signature(RoseTrainer.__init__).parameters
+    assert {*inspect.signature(Trainer.__init__).parameters, "rose", "objective"} == set(found)
+    assert "processing_class" in found and found["rose"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.fast
+def test_a_script_that_starts_its_own_ranks_is_refused(tmp_path: Path) -> None:
+    """They would train for hours without ROSE."""
+    from rose_ds.run import Command, run
+
+    before = torch.multiprocessing.spawn, torch.multiprocessing.start_processes
+    looks = "assert 'processing_class' in inspect.signature(transformers.Trainer.__init__).parameters"
+    for starts in (
+        "from torch.multiprocessing import spawn; spawn(print, nprocs=2)",
+        "import torch.multiprocessing as mp; mp.start_processes(print, nprocs=2, start_method='fork')",
+    ):
+        script = tmp_path / "script.py"
+        script.write_text(f"import inspect, transformers\n{looks}\n{starts}\n")
+        with pytest.raises(RefusedConfiguration, match="starts its ranks itself"):
+            run(Command(None, None, script, []))
+    assert (torch.multiprocessing.spawn, torch.multiprocessing.start_processes) == before
+
+
+@pytest.mark.fast
+def test_the_accelerators_random_numbers_are_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is."""
+    generator = torch.Generator().manual_seed(1)
+    device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    now = RngState.now()
+    first = torch.rand(3, generator=generator)
+    with replay(now):
+        assert torch.equal(torch.rand(3, generator=generator), first)
+    assert not torch.equal(torch.rand(3, generator=generator), first)
+    device.is_initialized = lambda: False
+    assert RngState.now().accelerator is None
