@@ -1,4 +1,5 @@
 """RoseTrainer on MiniLM with dropout that does not depend on the number of ranks: prints its losses and thresholds.
+A step is two micro-batches, or the one that is left at an epoch's end.
 
 usage: same_losses.py MODEL TRAIN.csv STEPS GLOBAL_BATCH OUTPUT_DIR [DEEPSPEED.json]
 """
@@ -33,10 +34,13 @@ class GlobalDropout(nn.Dropout):
 
 
 def main(name: str, train_file: str, steps: str, batch: str, out: str, deepspeed: str | None = None) -> None:
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     args = TrainingArguments(
         output_dir=out,
         max_steps=int(steps),
-        per_device_train_batch_size=int(batch) // WORLD,
+        per_device_train_batch_size=int(batch) // WORLD // 2,
+        gradient_accumulation_steps=2,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         learning_rate=1e-4,
         weight_decay=0.01,
         lr_scheduler_type="constant",
