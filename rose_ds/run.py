@@ -164,9 +164,11 @@ def run(command: Command) -> bool:
     transformers: Any = importlib.import_module("transformers")
     before = transformers.Trainer, transformers.trainer.Trainer, list(sys.argv), list(sys.path)
     processes: Any = importlib.import_module("torch.multiprocessing")
+    started_in: Any = sys.modules["torch.multiprocessing.spawn"]  # the package's attribute of that name is the function
     starting = processes.start_processes, processes.spawn
     transformers.Trainer = transformers.trainer.Trainer = Trainer
-    processes.start_processes = processes.spawn = _refuse_processes
+    for module in (processes, started_in):
+        module.start_processes = module.spawn = _refuse_processes
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))  # as python does for a script
     try:
@@ -176,14 +178,16 @@ def run(command: Command) -> bool:
             raise
     finally:
         transformers.Trainer, transformers.trainer.Trainer, sys.argv, sys.path = before
-        processes.start_processes, processes.spawn = starting
+        for module in (processes, started_in):
+            module.start_processes, module.spawn = starting
     return trained
 
 
 def _refuse_processes(*_: Any, **__: Any) -> None:
     raise RefusedConfiguration(
-        "the script starts its ranks itself (notebook_launcher, torch.multiprocessing.spawn), and these would train "
-        "without ROSE: have it train in this process, and start it with torchrun, deepspeed or accelerate launch"
+        "the script starts processes itself (notebook_launcher, torch.multiprocessing.spawn), and what these train "
+        "would be without ROSE: have it train in this process, started by torchrun, deepspeed or accelerate launch; "
+        "what they prepare, prepare before"
     )
 
 

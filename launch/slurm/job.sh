@@ -24,12 +24,12 @@ run_on_all_nodes() {
     local step code container resume=() stopped=
     read -r -a container <<<"${CONTAINER:-}"
     [ "${COMMAND:-train}" != train ] || resume=(--resume auto)
-    # a lost node must end the others' task too: they would wait for it
-    srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL "${container[@]}" "$@" "${resume[@]}" &
-    step=$!
     # what --signal=B: sends to this shell, and to it alone; scancel without --batch signals the tasks, and not this shell
     trap 'stopped="the time limit is near"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
     trap : TERM # of a cancelled job, whose tasks get it too: this shell stays until they have ended
+    # a lost node must end the others' task too: they would wait for it
+    srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL "${container[@]}" "$@" "${resume[@]}" &
+    step=$!
     code=0
     wait "$step" || code=$?
     while kill -0 "$step" 2>/dev/null; do # a signal interrupts wait

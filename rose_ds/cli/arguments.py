@@ -27,6 +27,7 @@ class RunArguments(TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers' TrainingArguments)"
 
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    log_level_replica: str = field(default="error", metadata={"help": "Of transformers, on ranks but the first."})
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, none, or another of transformers'."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows at a time in evaluation."})
     dataloader_pin_memory: bool = field(default=_ACCELERATOR, metadata={"help": "Pinned host memory for batches."})

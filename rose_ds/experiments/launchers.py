@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-#: A Slurm task: srun makes SIGKILL of its own SIGTERM, and hands SIGUSR1 on, of which this makes the SIGTERM.
+#: A Slurm task: srun makes SIGKILL of its own SIGTERM, and hands SIGUSR1 on, of which this makes the SIGTERM. One of
+#: Slurm's own reaches the run too, and must not end this shell, with which Slurm would end the run.
 _TASK = (
-    "trap 'kill -TERM $run' USR1; (trap '' USR1; exec \"$@\") & run=$!; code=0; wait $run || code=$?; "
+    "trap : TERM; (trap '' USR1; exec \"$@\") & run=$!; trap 'kill -TERM $run' USR1; code=0; wait $run || code=$?; "
     "while kill -0 $run 2>/dev/null; do code=0; wait $run || code=$?; done; exit $code"
 )
 
@@ -91,10 +92,12 @@ def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
     if name == "slurm":  # whose step has cores of its own
         return [Place(tuple(extra), common, {})] * jobs
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_gpus", type=int)
+    parser.add_argument("--num_gpus", "--num_accelerators", type=int)
     given, rest = parser.parse_known_args(list(extra))
-    ranks = (given.num_gpus or 1) if name == "deepspeed" else 1
     devices = _devices()
+    if name == "deepspeed" and os.environ.get("DS_ACCELERATOR") == "cpu":
+        devices = []
+    ranks = given.num_gpus or max(1, len(devices) // jobs) if name == "deepspeed" else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = []
     for job in range(jobs):
@@ -104,9 +107,8 @@ def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
         elif name == "deepspeed" and jobs > 1 and devices:
             if {"--include", "--exclude", "--hostfile", "-H", "-i", "-e"} & {word.split("=")[0] for word in rest}:
                 raise ValueError("--jobs above 1 shares this machine's GPUs out: leave --include and the like out")
-            ranks = given.num_gpus or len(devices) // jobs
-            if not 0 < ranks * jobs <= len(devices):
-                raise ValueError(f"--jobs {jobs} with {max(ranks, 1)} GPUs each is more than the {len(devices)} here")
+            if ranks * jobs > len(devices):
+                raise ValueError(f"--jobs {jobs} with {ranks} GPUs each is more than the {len(devices)} here")
             words = ("--include", f"localhost:{','.join(devices[job * ranks : (job + 1) * ranks])}", *rest)
         # more threads than cores slow every run down
         threads = str(max(1, cores // (jobs * ranks)))
@@ -116,5 +118,7 @@ def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
 
 def _devices() -> list[str]:
     """CUDA devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(torch.cuda.device_count())] if chosen is None else [d for d in chosen.split(",") if d]
+    count, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 0 or chosen is None:
+        return [str(i) for i in range(count)]
+    return [device for device in chosen.split(",") if device]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def name() -> str:
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))  # no editor's files
     parts = [path.read_text(encoding="utf-8") for path in sources]
-    parts += [" ".join(_FLAGS), torch.__version__, str(sys.implementation.cache_tag), os.environ.get("CXX", "")]
+    parts += [" ".join(_FLAGS), torch.__version__, str(sys.implementation.cache_tag)]
     parts += [platform.machine(), flags, *platform.libc_ver()]
     return PREFIX + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -74,8 +75,13 @@ def extension() -> Any | None:
     ) as error:  # no compiler, no ninja, no headers, no home, a full disk, another C library
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])  # the compiler's, not the command
-        logger.warning("no kernels in %s (%s): the optimizer step runs without", where, reason)
+        report(logger, f"no kernels in {where} ({reason}): the optimizer step runs without")
         return None
+
+
+def report(logger: logging.Logger, message: str) -> None:
+    """Why this rank has no kernels; ranks but the first log errors alone."""
+    logger.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR, message)
 
 
 def _import(path: Path) -> Any:
@@ -109,13 +115,15 @@ def _build(path: Path) -> Any:
         if path.is_file():
             return _import(path)
         for left in path.parent.glob("build-*"):  # by a builder that was killed
-            if time.time() - left.stat().st_mtime > PATIENCE:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # another host does the same
+                if time.time() - left.stat().st_mtime > PATIENCE:
+                    shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent, ignore_cleanup_errors=True) as own:
             module = load(
                 path.stem, [str(SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], build_directory=own
             )
-            Path(own, path.name).replace(path)
+            if not path.is_file():  # one that another host uses stays
+                Path(own, path.name).replace(path)
             return module
     finally:
         lock.release()

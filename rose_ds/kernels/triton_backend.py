@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rose_ds.core.threshold import ROUNDS
+from rose_ds.kernels.build import report
 from rose_ds.kernels.tensors import readable
 
 logger = logging.getLogger(__name__)
 
 _PROGRAMS = 4096  # wanted in a launch: some for each multiprocessor
 _COPIES = 64  # of a histogram
+_ROUNDS = ((20, 12), (10, 10), (0, 10))  # core's: first bit and number of bits of what is counted
 
 
 @cache
@@ -32,7 +33,7 @@ def load(device: torch.device) -> TritonKernels | None:
 
         from rose_ds.kernels import triton_programs
     except ImportError as error:
-        logger.warning("triton cannot be imported (%s): the optimizer step runs with torch's operations", error)
+        report(logger, f"triton cannot be imported ({error}): the optimizer step runs with torch's operations")
         return None
     kernels = TritonKernels(device, triton_programs)
     try:
@@ -40,7 +41,7 @@ def load(device: torch.device) -> TritonKernels | None:
     except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         # no C compiler for triton's launcher, a cache that cannot be written, a device that it does not know
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.warning("triton's kernels do not run on %s (%s): the optimizer step runs without", device, reason)
+        report(logger, f"triton's kernels do not run on {device} ({reason}): the optimizer step runs without")
         return None
     return kernels
 
@@ -200,7 +201,7 @@ def _try_out(kernels: TritonKernels) -> None:
             grads=[g], exp_avgs=[m], risk_grads=[p * (1 - share)], alphas=[0.1], scale=1.0, share=share,
             codes=[codes], first=1, second=2, largest=(False, False),
         )  # fmt: skip
-        for shift, width in ROUNDS:
+        for shift, width in _ROUNDS:
             risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), shift, width)
         codes.zero_()
         risks.mark(torch.ones(2, device=kernels.device))  # the last time |0 * 0.1 / 1e-40 - 1|, which is 1, too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -234,7 +235,8 @@ def outlive_sigterm(then: Callable[[int], Any] | None, worker: int) -> None:
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # which is not getppid()'s under a fork server
+    while parent is not None and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid and parent.is_alive():
         pass
     os._exit(0)
 

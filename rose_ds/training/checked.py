@@ -26,6 +26,7 @@ class CheckedTrainer(ResumableTrainer):
     """Settings under which RoseTrainer would not do what it says, by name and with the way out."""
 
     rose: RoseConfig
+    rose_objective: Objective
     optimizer: Any
 
     def _refuse(self) -> None:
@@ -60,17 +61,14 @@ class CheckedTrainer(ResumableTrainer):
                 "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
                 'first_order="fast"'
             )
-        spares = (self.args.liger_kernel_config or {}).get
-        if (
-            self.args.use_liger_kernel
-            and (rose.uses_first and rose.first_order == "exact")
-            and (spares("swiglu", True) or spares("geglu", True))
-        ):
-            raise RefusedConfiguration(
-                "use_liger_kernel=True writes the gradients of gated layers over what the forward pass kept, and an "
-                "exact first-order risk looks at it twice, so gradients would be wrong: set liger_kernel_config="
-                '{"swiglu": False, "geglu": False}, or first_order="fast" or "halves"'
-            )
+        if self.args.use_liger_kernel and (rose.compares_passes or self.rose_objective.compares):
+            wanted = self.args.liger_kernel_config or {}
+            if any(wanted.get(kernel, kernel != "cross_entropy") for kernel in ("swiglu", "geglu", "cross_entropy")):
+                raise RefusedConfiguration(
+                    "use_liger_kernel=True writes gradients over what a forward pass kept, and a micro-batch of "
+                    "several passes looks at it twice, so gradients would be wrong: set liger_kernel_config="
+                    '{"swiglu": False, "geglu": False}, or leave use_liger_kernel out'
+                )
         if self.args.bf16 and self.args.process_index == 0 and (reason := slow_bf16(self.args.device)):
             logger.warning(reason)
         block = self._deepspeed_optimizer_block()

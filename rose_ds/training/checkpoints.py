@@ -77,17 +77,16 @@ def files_in(folder: Path) -> dict[str, int]:
     return found
 
 
-def to_disk(folder: Path) -> None:
-    """All files of a folder, as far as this host has written them; some file systems notice only here that there is no
-    room.
+def to_disk(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """All files of a folder, or a ``part`` of them, as far as this host has written them; some file systems notice only
+    here that there is no room.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file())[part::parts]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read(folder: Path) -> Record:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import logging
+import os
 import shutil
 import signal
 from contextlib import ExitStack
@@ -64,6 +66,11 @@ def precision_of(args: TrainingArguments) -> str:
 def schedule_of(args: TrainingArguments) -> str:
     """The learning-rate schedule's name."""
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+
+
+def trainers_arguments() -> list[inspect.Parameter]:
+    """Of transformers.Trainer, whose number and names change with its version."""
+    return list(inspect.signature(Trainer.__init__).parameters.values())
 
 
 class _SeededLengthSampler(LengthGroupedSampler):
@@ -307,8 +314,8 @@ class ResumableTrainer(Trainer):
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()
         checkpoints.gather(None)  # every rank has written its files
-        if self.args.local_process_index == 0:
-            checkpoints.to_disk(folder)  # what this host has written: older ones are deleted next
+        # what this host has written, shared out among its ranks: older ones are deleted next
+        checkpoints.to_disk(folder, self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         own = checkpoints.files_in(folder)
         disagreements = torch.stack(self.disagreements).tolist() if self.disagreements else []
         ranks = checkpoints.gather((own, float(self._tr_loss), disagreements, self.optimizer_steps()))

@@ -14,7 +14,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
@@ -23,7 +22,6 @@ from rose_ds.config import RoseConfig
 from rose_ds.engines.passes import Sample
 from rose_ds.engines.registry import rose_optimizer
 from rose_ds.engines.rng import RngState, replay
-from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import limit_waiting
 from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
@@ -31,6 +29,7 @@ from rose_ds.training.callbacks import RoseProgressCallback, RoseTensorBoardCall
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.micro_batch import MicroBatchTrainer
 from rose_ds.training.predictions import labels_in
+from rose_ds.training.resuming import trainers_arguments
 from rose_ds.training.risk_average import refuse_together
 from rose_ds.training.sampling import sample_rows
 from rose_ds.training.step_report import StepReport
@@ -230,11 +229,6 @@ class RoseTrainer(MicroBatchTrainer):
         count = self.state.max_steps * self.args.gradient_accumulation_steps
         if has_length(loader):
             count = min(count, len(loader))
-        elif self.args.world_size > 1:
-            raise RefusedConfiguration(
-                f'strategy="{stepper.config.strategy}" looks at the training data first, as many batches on each rank, '
-                "and a dataset without a length may have fewer on one: use one with __len__, or one process"
-            )
         model.train()
         bar = tqdm(
             itertools.islice(loader, count),
@@ -263,8 +257,8 @@ class RoseTrainer(MicroBatchTrainer):
 
     def _forget_stepper(self) -> None:
         """Of a model that is about to go, which it would keep in memory."""
-        if self.stepper is not None:
-            self.stepper.detach()
+        if getattr(self, "stepper", None) is not None:  # Trainer makes its first model before there is one
+            self.stepper.detach()  # type: ignore[union-attr]
         self.stepper = self._stepper_model = None
 
     def _update_auto_batch_size(self, *args: Any, **kwargs: Any) -> None:
@@ -272,11 +266,10 @@ class RoseTrainer(MicroBatchTrainer):
         self._forget_stepper()
         super()._update_auto_batch_size(*args, **kwargs)
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Trainer's, before each trial of a search."""
-        if trial is not None:
-            self._forget_stepper()
-        super()._hp_search_setup(trial)
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Trainer's, for each trial of a search."""
+        self._forget_stepper()
+        return super().call_model_init(*args, **kwargs)
 
     def _stepper_for(self, model: nn.Module) -> Stepper:
         if self.stepper is None or self._stepper_model is not model:
@@ -306,19 +299,19 @@ class RoseTrainer(MicroBatchTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's. What the log needs of other ranks is fetched here, where all come by: one may log by itself."""
         due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
-        self._disagreement = None
         if due and self.disagreements:
             mean = self.accelerator.gather(torch.stack(self.disagreements).mean().reshape(1))
             self._disagreement = float(mean.mean())
             self.disagreements = []
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._disagreement = None
 
 
 def _with_trainers_arguments() -> inspect.Signature:
     """Of Trainer, by name: scripts look which of them a version of transformers has."""
     own = inspect.signature(RoseTrainer.__init__).parameters
-    theirs = inspect.signature(Trainer.__init__).parameters
-    return inspect.Signature([*theirs.values(), own["rose"], own["objective"]])
+    theirs = trainers_arguments()
+    return inspect.Signature([*theirs, own["rose"], own["objective"]])
 
 
 RoseTrainer.__init__.__signature__ = _with_trainers_arguments()  # type: ignore[attr-defined]

@@ -203,6 +203,7 @@ def test_launchers_carry_the_flags_and_the_users_words() -> None:
 
 def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
@@ -212,6 +213,7 @@ def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert shared("local", 1) == [((), "0", "16")]
     assert shared("local", 6)[4:] == [((), "0", "2"), ((), "1", "2")]
+    assert shared("deepspeed", 1) == [((), None, "4")]
     assert shared("deepspeed", 1, "--num_gpus", "2") == [(("--num_gpus", "2"), None, "8")]
     two = [(("--include", f"localhost:{ids}", "--bind_cores_to_rank"), None, "4") for ids in ("0,1", "2,3")]
     assert shared("deepspeed", 2, "--num_gpus", "2", "--bind_cores_to_rank") == two
@@ -222,10 +224,14 @@ def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="leave --include"):
         places("deepspeed", 2, ["--include=localhost:0"])
     assert shared("slurm", 2, "--gres=gpu:1") == [(("--gres=gpu:1",), None, None)] * 2  # its steps have their own
+    assert shared("deepspeed", 2, "--num_accelerators", "1")[1][0] == ("--include", "localhost:1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # a scheduler's
     assert [device for _, device, _ in shared("local", 2)] == ["5", "7"]
     assert shared("deepspeed", 2)[1][0] == ("--include", "localhost:7")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert shared("deepspeed", 2, "--num_gpus=2") == [(("--num_gpus=2",), None, "4")] * 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert shared("local", 2) == [((), None, "8")] * 2
     assert shared("deepspeed", 2, "--num_gpus=2") == [(("--num_gpus=2",), None, "4")] * 2
 

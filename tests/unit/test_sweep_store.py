@@ -267,6 +267,18 @@ exit $code
 """
 
 
+def test_a_task_that_slurm_itself_stops_saves(tmp_path: Path) -> None:
+    """A preemption signals every process of the step; were the first to end, Slurm would kill what is left."""
+    *_, bash, option, task, name, _, _, _ = slurm([], [])
+    command = [bash, option, task, name, sys.executable, "-c", _RANK, str(tmp_path / "marker")]
+    step = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "marker").is_file() or (tmp_path / "marker").read_text() != "started":
+        time.sleep(0.05)
+    os.killpg(step.pid, signal.SIGTERM)
+    assert step.wait(timeout=20) == 0
+    assert (tmp_path / "marker").read_text() == "saved"
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_sruns_task_is_told_to_stop(store: Store, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """And has time to save; and a run that the sweep has stopped has not failed, whatever it ends with."""

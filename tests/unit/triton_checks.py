@@ -28,6 +28,7 @@ from tiny import Case
 
 from rose_ds import kernels
 from rose_ds.config import RoseConfig
+from rose_ds.core import threshold
 from rose_ds.core.update import UpdateBatch
 from rose_ds.kernels import triton_backend
 
@@ -53,6 +54,10 @@ def compiled() -> Any:
     found = triton_backend.load(CPU)
     assert found is not None
     return found
+
+
+def test_the_rounds_that_are_tried_are_cores() -> None:
+    assert triton_backend._ROUNDS == threshold.ROUNDS
 
 
 @pytest.mark.parametrize("where", ["risks", "update"])
