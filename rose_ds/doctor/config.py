@@ -98,12 +98,13 @@ def _optimizer(config: Mapping[str, Any]) -> list[str]:
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer")
     offloaded = isinstance(offload, dict) and offload.get("device", "none") != "none"
-    if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
+    block = config.get("optimizer")
+    # an optimizer of the config's own is made as it says
+    if offloaded and block is None and config.get("zero_force_ds_cpu_optimizer", True):
         wrong.append(
             "offload_optimizer would demand DeepSpeedCPUAdam, which cannot mask: set "
             '"zero_force_ds_cpu_optimizer" to false at the top level'
         )
-    block = config.get("optimizer")
     if block is None:
         return wrong  # rose-ds train and RoseTrainer bring their own
     if block.get("type") != "RoseAdamW":

@@ -175,6 +175,13 @@ class Engine(ABC):
         flags = [param.requires_grad for _, param in self.named_parameters()]
         return flags, [len(group["params"]) for group in self.optimizer.param_groups]
 
+    def check_sums(self) -> None:  # noqa: B027  most engines reduce both alike
+        """Before a micro-batch whose reduced gradient is compared with one that is kept apart.
+
+        Raises:
+            RefusedConfiguration: the library would change the one and not the other.
+        """
+
     def follow_trainable(self, *, movable: bool) -> None:
         """Before a micro-batch: where requires_grad or the optimizer's groups have changed, so do the slices.
 

@@ -171,6 +171,8 @@ class Stepper:
                 f"an earlier backward() or step() failed ({self.engine.failure}) while the {self.engine.name} engine "
                 "held its gradients half-way, and it cannot go on: build model and engine anew, or resume the run"
             )
+        if self._needs_clip:
+            self.engine.check_sums()
         if self.engine.gradients_may_be_dropped:
             if self.optimizer.zeroed or (self._gradients_wait and not self.engine.has_gradients()):  # the loop's doing
                 self.engine.begin_step()

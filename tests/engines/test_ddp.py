@@ -34,7 +34,9 @@ from torch_jobs import (
 )
 
 import rose_ds
+from rose_ds import RefusedConfiguration, RoseAdamW
 from rose_ds.engines.torch import ddp as ddp_engine
+from rose_ds.objectives import RDrop
 
 #: test_methods.py has every strategy
 JOBS = [
@@ -199,7 +201,28 @@ def refused(rank: int, world: int) -> dict[str, str]:
         inner.layer[0] = ddp(inner.layer[0])
         return prepare(inner)
 
+    def hooked() -> Any:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+        case = Case("second", objective=RDrop(), steps=1)
+        messages = []
+        for now in (case, Case(steps=1)):  # an exact risk beside the task alone is reduced by itself
+            wrapped = ddp(make_model(now))
+            optimizer = RoseAdamW(wrapped.named_parameters(), **now.rose)
+            stepper = rose_ds.prepare(wrapped, optimizer, objective=now.objective)
+            wrapped.register_comm_hook(None, fp16_compress_hook)
+            messages.append(message_of(lambda s=stepper, w=wrapped, c=now: train(s, w, c)))
+        assert messages[1] == "", messages[1]
+        raise RefusedConfiguration(messages[0])
+
+    def python_reducer() -> Any:
+        wrapped = ddp(model())
+        wrapped._use_python_reducer = True
+        return prepare(wrapped)
+
     return {
+        "hook": message_of(hooked),
+        "python_reducer": message_of(python_reducer),
         "static_graph": message_of(lambda: prepare(ddp(model(), static_graph=True))),
         "ignored": message_of(ignored),
         "stranger": message_of(stranger),
@@ -214,6 +237,8 @@ def refused(rank: int, world: int) -> dict[str, str]:
 
 
 REFUSALS = {
+    "hook": ("RefusedConfiguration", "communication hook", "leave the hook out"),
+    "python_reducer": ("RefusedConfiguration", "python_reducer", "before the model is wrapped"),
     "static_graph": ("RefusedConfiguration", "static_graph=False"),
     "ignored": ("RefusedConfiguration", "head.weight", "freeze"),
     "stranger": ("RefusedConfiguration", "not parameters of the DDP module"),

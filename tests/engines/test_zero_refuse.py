@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from reference import reference, train
 from spawn import run_ranks
 from tiny import HYPER, Case, make_model, micro_batch, rows
-from zero_jobs import Job, ds_config, quiet, start
+from zero_jobs import Job, ds_config, quiet, run, start
 
 #: DeepSpeed configs that reach prepare() on a CPU: (stage, zero_optimization, the rest, words of the message)
 CONFIGS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
@@ -29,6 +29,8 @@ CONFIGS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "deepcompile": (2, {}, {"compile": {"deepcompile": True}}, r"deepcompile.*set it to false"),
     "accumulation": (2, {}, {"managed_gradient_accumulation": False}, r"managed_gradient_accumulation.*set it to true"),
     "autocast": (2, {}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, r'torch_autocast.*"bf16"'),
+    "autocast-0": (0, {}, {"torch_autocast": {"enabled": True}}, r'"dtype" to "bfloat16"'),
+    "norm": (2, {"compute_grad_norm": False}, {"gradient_clipping": 0.0}, r"compute_grad_norm.*set it to true"),
     "adamw-0": (0, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),
     "adamw-2": (2, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),
     "adamw-3": (3, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r'"type": "RoseAdamW"'),
@@ -69,6 +71,8 @@ STAND_INS: dict[str, tuple[Callable[[Any], None], str]] = {
     # needs other model classes
     "pipeline": (_set("pipeline_parallelism", True), r"pipeline parallelism.*use ZeRO"),
     "experts": (_set("has_moe_layers", True), r"mixture-of-experts"),
+    "mesh": (_set("mesh_device", object()), r"sequence parallelism.*data parallelism alone"),
+    "sequences": (_set("sequence_parallel_size", 2), r"sequence parallelism.*data parallelism alone"),
 }
 
 
@@ -119,6 +123,14 @@ def refusals(rank: int, world: int) -> dict[str, Outcome]:
         change(engine)
         with caught(found, name):
             rose_ds.prepare(engine)
+    half = make_model(Case()).bfloat16()
+    config = ds_config(Job(Case(), 0), world)
+    engine = deepspeed.initialize(model=half, model_parameters=half.parameters(), config=config)[0]
+    with caught(found, "half-weights"):
+        rose_ds.prepare(engine)
+    for stage in (0, 2, 3):
+        with caught(found, f"timers-{stage}"):
+            run(Job(Case(accumulation=2, steps=2), stage, {}, {"wall_clock_breakdown": True}), rank, world)
     engine = engine_for(Job(Case(), 2), mpu=Mpu())
     with caught(found, "mpu"):
         rose_ds.prepare(engine)
@@ -271,6 +283,8 @@ def test_refused(outcomes: Any, name: str) -> None:
 
 OTHERS = {
     "mpu": ("RefusedConfiguration", r"mpu.*use ZeRO-3"),
+    "half-weights": ("RefusedConfiguration", r"low precision.*load the model in fp32"),
+    **{f"timers-{stage}": ("nothing", "^$") for stage in (0, 2, 3)},
     "version": ("RefusedConfiguration", r"deepspeed 0\.20\.0 .*pip install deepspeed=="),
     "own-optimizer": ("ValueError", "optimizer, gradient_accumulation_steps, gradient_clipping"),
     "own-accumulation": ("ValueError", "gradient_accumulation_steps"),

@@ -77,6 +77,14 @@ class DdpEngine(PlainEngine):
         if self._syncs:
             self._means = _Means(super().take_risk_grads() or [], self.ddp.process_group)
 
+    def check_sums(self) -> None:
+        if self.ddp._comm_hooks:
+            raise RefusedConfiguration(
+                "a communication hook (register_comm_hook, PowerSGD) changes the gradients that DDP reduces, and this "
+                "method compares them with one that is reduced as it is: leave the hook out, or choose "
+                'first_order="exact" with objective task'
+            )
+
     def _arm(self, roots: list[Tensor]) -> None:
         """What DDP's forward pass does outside no_sync() (torch/nn/parallel/distributed.py, _pre_forward and
         _post_forward): the next backward pass reduces, and the next forward pass broadcasts buffers."""
@@ -147,6 +155,11 @@ def _check(ddp: DistributedDataParallel) -> None:
             ddp.static_graph,
             "DistributedDataParallel(static_graph=True) counts on one backward pass to a forward pass and reduces "
             "nothing else: use static_graph=False",
+        ),
+        (
+            bool(getattr(ddp, "_use_python_reducer", False)),
+            'torch._dynamo.config.optimize_ddp = "python_reducer" reduces outside the backward pass that rose_ds asks '
+            "DDP to reduce in: set it to True or False before the model is wrapped",
         ),
         (
             ddp.mixed_precision is not None,

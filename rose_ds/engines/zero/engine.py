@@ -90,11 +90,26 @@ class ZeroEngine(Engine):
         for pull in pulls:
             pull.p.rearm()
         try:
-            ds.backward(value, retain_graph=retain_graph, scale_wrt_gas=False)
+            with self._timed_as_one():
+                ds.backward(value, retain_graph=retain_graph, scale_wrt_gas=False)
         finally:
             ds._is_gradient_accumulation_boundary = before
             if hasattr(ds.optimizer, "set_gradient_accumulation_boundary"):
                 ds.optimizer.set_gradient_accumulation_boundary(ds.is_gradient_accumulation_boundary())
+
+    @contextmanager
+    def _timed_as_one(self) -> Iterator[None]:
+        """wall_clock_breakdown and flops_profiler: DeepSpeed's hooks start a timer once a forward pass and stop it once
+        a backward pass, of which there need not be as many.
+        """
+        ds, timers = self.ds, self.ds.engine_timers
+        ds.engine_timers = type(timers)(enable_micro_timers=False, enable_global_timers=False)
+        ds._start_timers(timers.backward_timers)
+        try:
+            yield
+        finally:
+            ds._stop_timers(timers.backward_timers)
+            ds.engine_timers = timers
 
     @contextmanager
     def probing(self) -> Iterator[None]:

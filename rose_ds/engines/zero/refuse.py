@@ -23,8 +23,9 @@ _REFUSED = {
         "fragment index: remove it"
     ),
     "zero++": (
-        "ZeRO++ (zero_hpz_partition_size, zero_quantized_gradients, zero_quantized_weights) is not known to keep "
-        "the two gradients of a step exact: leave these settings out"
+        "ZeRO++ (zero_hpz_partition_size, zero_quantized_gradients, zero_quantized_weights, "
+        "zero_quantized_nontrainable_weights) is not known to keep the two gradients of a step exact, nor frozen "
+        "weights: leave these settings out"
     ),
     "nvme": 'zero_optimization.offload_*.device "nvme" swaps gradients and states out behind the optimizer: use "cpu"',
     "ratio": (
@@ -39,7 +40,22 @@ _REFUSED = {
     "experts": "mixture-of-experts layers reduce in other groups than rose_ds exchanges over",
     "mpu": "model parallelism (mpu) splits tensors over ranks that rose_ds does not exchange with: use ZeRO-3",
     "accumulation": "managed_gradient_accumulation=false hides the accumulation boundary: set it to true",
-    "autocast": 'torch_autocast with fp16 scales losses outside the engine: use "fp16" or "bf16" sections instead',
+    "sequences": (
+        "sequence parallelism (mesh_param, sequence_parallel_size) splits rows over ranks that rose_ds does not "
+        "exchange with: use data parallelism alone"
+    ),
+    "norm": (
+        "zero_optimization.compute_grad_norm=false leaves out the norm that shows a gradient that is not finite, which "
+        "would be trained on: set it to true"
+    ),
+    "autocast": (
+        'torch_autocast in fp16, which it is without a "dtype" too, scales no losses: set its "dtype" to "bfloat16", '
+        'or use an "fp16" or "bf16" section instead'
+    ),
+    "half weights": (
+        "the model's weights are in low precision and the config has no section for it, so nothing keeps fp32 masters "
+        'and most small updates round to nothing: load the model in fp32, or add "bf16": {"enabled": true}'
+    ),
     "half masters": (
         "bf16/fp16 master weights (bf16_master_weights_and_grads, fp16_master_weights_and_grads) lose ROSE's small "
         "updates: keep fp32 masters"
@@ -90,7 +106,12 @@ def _findings(engine: Any) -> dict[str, bool]:
         "round_robin_gradients": stage in (1, 2) and engine.zero_round_robin_gradients(),
         "parameter_alignment": bool(engine.zero_parameter_alignment()),
         "zero++": stage == 3
-        and (zero.zero_hpz_partition_size > 1 or zero.zero_quantized_gradients or zero.zero_quantized_weights),
+        and (
+            zero.zero_hpz_partition_size > 1
+            or zero.zero_quantized_gradients
+            or zero.zero_quantized_weights
+            or zero.zero_quantized_nontrainable_weights
+        ),
         "nvme": any(str(getattr(o.device, "value", o.device)) == "nvme" for o in offload),
         "ratio": zero.offload_optimizer is not None and zero.offload_optimizer.ratio < 1.0,
         "super_offload": bool(engine.super_offload()),
@@ -99,8 +120,13 @@ def _findings(engine: Any) -> dict[str, bool]:
         "pipeline": bool(getattr(engine, "pipeline_parallelism", False)),
         "experts": bool(engine.has_moe_layers),
         "mpu": engine.mpu is not None,
+        "sequences": engine.mesh_device is not None or engine.sequence_parallel_size > 1,
+        "norm": stage in (1, 2)
+        and not (engine.zero_compute_grad_norm() or getattr(engine.optimizer, "check_grad_overflow", False)),
         "accumulation": not engine.managed_gradient_accumulation(),
-        "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() != torch.bfloat16,
+        "half weights": isinstance(engine.optimizer, RoseAdamW)
+        and any(p.dtype != torch.float32 for group in engine.optimizer.param_groups for p in group["params"]),
         "half masters": engine.zero_optimization() and any(p.dtype != torch.float32 for p in masters),
     }
 
@@ -125,6 +151,7 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
             (isinstance(partitioned, int) and partitioned > 1)
             or zero.get("zero_quantized_gradients") is True
             or zero.get("zero_quantized_weights") is True
+            or zero.get("zero_quantized_nontrainable_weights") is True
         ),
         "nvme": any(section.get("device") == "nvme" for section in sections.values()),
         "ratio": isinstance(ratio, int | float) and ratio < 1,
@@ -132,7 +159,8 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
         "zenflow": zero.get("zenflow") is not None,
         "deepcompile": _section(config, "compile").get("deepcompile") is True,
         "accumulation": config.get("managed_gradient_accumulation") is False,
-        "autocast": autocast.get("enabled") is True and autocast.get("dtype") in ("float16", "fp16"),
+        "autocast": autocast.get("enabled") is True
+        and autocast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"),
         "half masters": _section(config, "bf16").get("bf16_master_weights_and_grads") is True
         or _section(config, "fp16").get("fp16_master_weights_and_grads") is True,
     }
