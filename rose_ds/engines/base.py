@@ -299,8 +299,7 @@ def agreed_kernels(engine: Engine, *, masks: bool = True) -> Any | None:
     found, problem = None, None
     try:
         elements = engine.layout.element_count if masks else engine.trainable_count()
-        device = next(iter(map(local, engine.module.parameters()))).device
-        found = kernels_for(elements, _held(engine), masks=masks, device=device)
+        found = kernels_for(elements, _held(engine), masks=masks, devices=_devices(engine))
     except Exception as error:  # whatever it is: the others wait for this rank's answer
         problem = error
     everywhere = engine.agree(found is not None)
@@ -315,11 +314,16 @@ def agreed_accelerator(engine: Engine) -> torch.device | None:
     """The accelerator that holds what this rank's optimizer updates, where every rank has one; else None. All must
     agree, as ranks exchange other counts where thresholds are found on accelerators. A collective.
     """
-    # a rank that holds nothing goes by its module; what triton interprets counts, though it is on a CPU
-    devices = {tensor.device for tensor in _held(engine) or map(local, engine.module.parameters())}
+    devices = _devices(engine)
     found = devices.pop() if len(devices) == 1 else None
+    # what triton interprets counts, though it is on a CPU
     there = found is not None and (found.type != "cpu" or hasattr(engine.optimizer.kernels, "risks_on_device"))
     return found if engine.agree(there) else None
+
+
+def _devices(engine: Engine) -> set[torch.device]:
+    """Of what this rank's optimizer updates; of the module, on a rank that holds nothing."""
+    return {tensor.device for tensor in _held(engine) or map(local, engine.module.parameters())}
 
 
 def _held(engine: Engine) -> list[Tensor]:

@@ -51,7 +51,7 @@ def save_result(trainer: Any, output_dir: Path, others: Callable[[Path], None]) 
             trainer.save_model(str(partial))
         if first:
             others(partial)
-            checkpoints.to_disk(partial)
+            checkpoints.to_disk(path for path in partial.rglob("*") if path.is_file())
             _move(partial, output_dir)
         checkpoints.gather(None)  # no rank ends before the result is there
     except RankLost:

@@ -23,7 +23,7 @@ LARGE = 1 << 23
 
 
 def kernels_for(
-    elements: int, slices: Sequence[Tensor], *, masks: bool = True, device: torch.device | None = None
+    elements: int, slices: Sequence[Tensor], *, masks: bool = True, devices: set[torch.device] | None = None
 ) -> Any | None:
     """The C++ kernels or, on a CUDA device, Triton's, where they are wanted and can be used; None: core's torch
     operations.
@@ -33,7 +33,7 @@ def kernels_for(
         slices: the parameters that the optimizer holds.
         masks: whether there are any: AdamW without them has torch's fused kernel on accelerators, and none on CPUs that
             rounds alike on any number of ranks.
-        device: of a rank that holds none.
+        devices: where the rank's tensors lie; default: its slices'.
 
     Raises:
         ValueError: ROSE_DS_KERNELS is no choice.
@@ -44,7 +44,7 @@ def kernels_for(
         raise ValueError(f"{VARIABLE}={choice!r} is not one of {list(_CHOICES)}")
     if choice == "torch":
         return None
-    devices = {p.device for p in slices} or {d for d in (device,) if d is not None}
+    devices = {p.device for p in slices} if devices is None else devices
     cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
     if not masks and (choice == "triton" or cuda):
         return None

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,7 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / FILE)
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        to_disk([folder])
 
 
 def files_in(folder: Path) -> dict[str, int]:
@@ -77,11 +74,11 @@ def files_in(folder: Path) -> dict[str, int]:
     return found
 
 
-def to_disk(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """All files of a folder, or a ``part`` of them, as far as this host has written them; some file systems notice only
-    here that there is no room.
+def to_disk(paths: Iterable[Path]) -> None:
+    """Files and folders, as far as this host has written them; some file systems notice only here that there is no
+    room.
     """
-    for path in sorted(path for path in folder.rglob("*") if path.is_file())[part::parts]:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

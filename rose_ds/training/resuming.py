@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,12 @@ def schedule_of(args: TrainingArguments) -> str:
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
-def trainers_arguments() -> list[inspect.Parameter]:
-    """Of transformers.Trainer, whose number and names change with its version."""
-    return list(inspect.signature(Trainer.__init__).parameters.values())
+def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Signature:
+    """Trainer's arguments by name, since scripts look which of them a version of transformers has, and ``own`` of those
+    of a subclass's ``init``.
+    """
+    mine = inspect.signature(init).parameters
+    return inspect.Signature([*inspect.signature(Trainer.__init__).parameters.values(), *(mine[name] for name in own)])
 
 
 class _SeededLengthSampler(LengthGroupedSampler):
@@ -314,9 +318,10 @@ class ResumableTrainer(Trainer):
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()
         checkpoints.gather(None)  # every rank has written its files
-        # what this host has written, shared out among its ranks: older ones are deleted next
-        checkpoints.to_disk(folder, self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         own = checkpoints.files_in(folder)
+        # what this host has written, shared out among its ranks: older ones are deleted next
+        part = slice(self.args.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        checkpoints.to_disk(folder / name for name in sorted(own)[part])
         disagreements = torch.stack(self.disagreements).tolist() if self.disagreements else []
         ranks = checkpoints.gather((own, float(self._tr_loss), disagreements, self.optimizer_steps()))
         files: dict[str, int] = {}

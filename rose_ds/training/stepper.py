@@ -275,11 +275,8 @@ class Stepper:
                 self.masking.decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
-                for handle in self._left_to_optimizer:
-                    handle.remove()
-                self._left_to_optimizer, self._unstepped = [], 0
-                skipped = self.optimizer.skips
-                self.optimizer.plan = None
+                skipped, self._unstepped = self.optimizer.skips, 0
+                self.detach()
                 self._finish(norm_of(), skipped)
 
             self._left_to_optimizer = [

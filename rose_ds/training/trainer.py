@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from rose_ds.training.callbacks import RoseProgressCallback, RoseTensorBoardCall
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.micro_batch import MicroBatchTrainer
 from rose_ds.training.predictions import labels_in
-from rose_ds.training.resuming import trainers_arguments
+from rose_ds.training.resuming import with_trainers_arguments
 from rose_ds.training.risk_average import refuse_together
 from rose_ds.training.sampling import sample_rows
 from rose_ds.training.step_report import StepReport
@@ -218,9 +217,8 @@ class RoseTrainer(MicroBatchTrainer):
         stepper = self._stepper_for(model)
         if stepper is earlier and self.resumed_folder is not None and not self.is_deepspeed_enabled:
             stepper.load_state(self.resumed_folder)  # an earlier train() of this process has gone further
-        if (
-            self.record_masks is not None and stepper.policy is not None
-        ):  # now that it is known what the checkpoint holds
+        # now that it is known what the checkpoint holds
+        if self.record_masks is not None and stepper.policy is not None:
             stepper.masking.recorder = MaskRecorder(stepper, *self.record_masks)
         if not stepper.needs_fisher_pass:
             return
@@ -307,11 +305,6 @@ class RoseTrainer(MicroBatchTrainer):
         self._disagreement = None
 
 
-def _with_trainers_arguments() -> inspect.Signature:
-    """Of Trainer, by name: scripts look which of them a version of transformers has."""
-    own = inspect.signature(RoseTrainer.__init__).parameters
-    theirs = trainers_arguments()
-    return inspect.Signature([*theirs, own["rose"], own["objective"]])
-
-
-RoseTrainer.__init__.__signature__ = _with_trainers_arguments()  # type: ignore[attr-defined]
+RoseTrainer.__init__.__signature__ = with_trainers_arguments(  # type: ignore[attr-defined]
+    RoseTrainer.__init__, "rose", "objective"
+)

@@ -545,7 +545,7 @@ def test_a_rank_that_holds_nothing_goes_by_its_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(build, "extension", lambda: "built")
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     for device, wanted in (("cuda:1", ["cuda:1"]), ("cpu", "built")):
-        assert kernels.kernels_for(kernels.LARGE, [], device=torch.device(device)) == wanted
+        assert kernels.kernels_for(kernels.LARGE, [], devices={torch.device(device)}) == wanted
 
 
 @needs_compiler

@@ -16,7 +16,7 @@ import pytest
 
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
-from rose_ds.experiments.launchers import Launcher, slurm
+from rose_ds.experiments.launchers import LAUNCHERS, Launcher, slurm
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import RESULTS, Status, Store
 from rose_ds.experiments.sweep import AttackFlags, Runner, counts, remaining_seconds
@@ -206,7 +206,7 @@ if sys.argv[2] == "1":
 
 
 def test_a_failed_run_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(_RUN))
     cells = [Cell("sst2", "vanilla", seed, {}) for seed in range(4)]
     found = Runner(store, cells, jobs=2).run()
     assert [found[c.key].value for c in cells] == ["done", "failed", "done", "done"]
@@ -220,7 +220,7 @@ def test_a_failed_run_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_cell_that_is_named_twice_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(_RUN))
     again = Cell("sst2", "vanilla", 0, {"max_steps": 100.0})
     assert Runner(store, [Cell("sst2", "vanilla", 0, {"max_steps": 100}), again]).run() == {again.key: Status.DONE}
 
@@ -236,8 +236,7 @@ def test_a_cell_to_be_attacked_whose_model_is_gone_is_trained_anew(store: Store)
 
 def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     script = _RUN.replace('"version": 3', '"version": 3, "glue_accuracy": float("nan")')
-    module = __import__("rose_ds.experiments.sweep", fromlist=["x"])
-    monkeypatch.setitem(module.LAUNCHERS, "local", fake_launcher(script))
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(script))
     cells = [Cell("sst2", "vanilla", seed, {}) for seed in (0, 2)]
     found = Runner(store, cells).run()
     assert set(found.values()) == {Status.FAILED}
@@ -301,7 +300,7 @@ _RANK = (
 
 def stopped(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, launcher: Launcher) -> None:
     """A sweep that gets SIGTERM once its run has started leaves it incomplete, and waits until it has saved."""
-    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, name, launcher)
+    monkeypatch.setitem(LAUNCHERS, name, launcher)
     sweep, marker = Runner(store, [CELL], launcher=name), store.root / "marker"
 
     def stop_when_started() -> None:
@@ -335,7 +334,7 @@ def test_whoever_only_looks_needs_no_right_to_write(store: Store, monkeypatch: p
 def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("rose_ds.experiments.sweep", fromlist=["x"]).LAUNCHERS, "local", fake_launcher(_RUN))
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(_RUN))
     store.folder(CELL).mkdir()
     finish(store, CELL)
     assert Runner(store, [CELL]).run() == {CELL.key: Status.DONE}
