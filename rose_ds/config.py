@@ -35,6 +35,18 @@ _ROSE = ("first", "second", "ensemble")
 #: Fields that say how first-order risk is found, which other strategies do not look at.
 _RISK = ("first_order", "risk_rows", "risk_ema", "risk_every")
 _ELEMENT_ONLY = ("child-tuning", "cautious")
+_SCORED = ("random", "gradient-mask", "gallop")
+#: Settings that only these strategies look at; every other one, all but "none" do.
+LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
+    "keep_first": ("first", "ensemble", "child-tuning", *_SCORED),
+    "keep_second": ("second", "ensemble"),
+    "gamma": ("ensemble",),
+    "mask_seed": ("random",),
+    "keep_largest": _ROSE,
+    "granularity": (*_ROSE, *_SCORED),
+    "mask_warmup_steps": (*_ROSE, *_ELEMENT_ONLY, "random", "gradient-mask"),
+    **dict.fromkeys(_RISK, ("first", "ensemble")),
+}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -161,6 +173,14 @@ class RoseConfig:
             raise ValueError(
                 f'risk_rows={self.risk_rows} is of first_order="fast"; first_order={self.first_order!r} takes all rows'
             )
+
+    def ignored(self) -> list[str]:
+        """Settings that were given another value than their default and that the strategy does not look at."""
+        if self.strategy == "none":  # which is tried beside others
+            return []
+        defaults = {f.name: f.default for f in fields(self)} | {"keep_first": 0.6} | _DEFAULTS.get(self.strategy, {})
+        unused = [name for name, by in LOOKED_AT_BY.items() if self.strategy not in by]
+        return [name for name in unused if getattr(self, name) != defaults[name]]
 
     @property
     def keeps_risk(self) -> bool:

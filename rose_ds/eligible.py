@@ -41,7 +41,7 @@ def eligible_names(config: RoseConfig, shapes: Mapping[str, Sequence[int]]) -> l
         names = config.eligible(shapes)
     except ValueError as error:
         raise RefusedConfiguration(f"{error}; or {advice}" if advice else str(error)) from None
-    if config.include == DEFAULT_INCLUDE and not config.exclude and blocks:
+    if config.include == DEFAULT_INCLUDE and blocks:
         inside = [n for n in config.eligible(shapes, include=blocks) if len(shapes[n]) > 1]
         chosen = set(names)
         missed = [name for name in inside if name not in chosen]

@@ -74,7 +74,8 @@ def explaining_lost_ranks(doing: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RankLost) or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or isinstance(error, RankLost) or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
             raise
         raise RankLost(
             f"another rank did not take part in {doing()}: it died (its own output or the launcher's says why) or its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from rose_ds.core.update import UpdateBatch
 from rose_ds.objectives import Objective, resolve
 
 #: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
+logger = logging.getLogger(__name__)
+
 _REFUSED = {
     "amsgrad": "ROSE's update (Algorithm 1) has no maximum over second moments",
     "maximize": "negate the loss instead",
@@ -109,16 +112,20 @@ class RoseAdamW(torch.optim.Optimizer):
         objective: str | Mapping[str, Any] | Objective = "task",
         **rose: Any,
     ) -> None:
-        for option, reason in _REFUSED.items():
-            if rose.pop(option, None):
-                raise ValueError(f"RoseAdamW does not support {option}: {reason}")
+        _refuse_options(rose)
+        rose = {name: value for name, value in rose.items() if name not in _REFUSED}
         self.config = RoseConfig.from_mapping(rose)
+        for name in self.config.ignored():
+            logger.warning(
+                "%s=%r means nothing to strategy=%r, and is not looked at",
+                name,
+                getattr(self.config, name),
+                self.config.strategy,
+            )
         self.objective = resolve(objective)
         betas = tuple(betas) if isinstance(betas, list) else betas  # type: ignore[assignment]  # JSON has lists
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check_hyperparameters(group)
         self.plan: Plan | None = None
         self._slices: list[Slice] = []
         self._slices_of: dict[Tensor, list[int]] = {}
@@ -131,12 +138,24 @@ class RoseAdamW(torch.optim.Optimizer):
         for i in sorted(range(len(slices)), key=lambda i: slices[i].offset):
             self._slices_of.setdefault(slices[i].param, []).append(i)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; what the constructor refuses of a group is refused here."""
+        super().add_param_group(param_group)
+        try:
+            _check_hyperparameters(self.param_groups[-1])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which compares only the groups' sizes; a state that does not fit its parameter is refused whole.
 
         Raises:
-            ValueError: names the parameter's position, and what is missing or has another shape.
+            ValueError: names the parameter's position, and what is missing or has another shape; or the state was made
+                with an option of torch's AdamW that ROSE cannot honour.
         """
+        for group in state_dict["param_groups"]:
+            _refuse_options(group)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         held = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, held, strict=False):  # torch refuses other counts
@@ -287,8 +306,15 @@ def _check_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
         raise ValueError(f"the saved step of parameter {index} is {step!r}, not a count")
 
 
+def _refuse_options(given: Mapping[str, Any]) -> None:
+    for option, reason in _REFUSED.items():
+        if given.get(option):
+            raise ValueError(f"RoseAdamW does not support {option}: {reason}")
+
+
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError, naming the setting; integers become floats, whatever their size."""
+    _refuse_options(group)
     for name in ("lr", "eps", "weight_decay"):
         if not (name == "lr" and isinstance(group["lr"], Tensor)):
             group[name] = _number(name, group[name])

@@ -34,6 +34,12 @@ def _mean_loss(module: nn.Module, batch: Batch, rows: int) -> Tensor:
     return F.cross_entropy(logits, batch["labels"], reduction="sum") / rows
 
 
+def _gradient(module: nn.Module, batch: Batch, rows: int, *, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Of that share, zeros for a parameter that it does not reach (a pooler that nobody asks)."""
+    loss, params = _mean_loss(module, batch, rows), _trainable(module)
+    return torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
 def largest_eigenvalues(
     module: nn.Module, batches: Sequence[Batch], count: int = 1, *, tolerance: float = 1e-2, seed: int = 0
 ) -> list[float]:
@@ -56,7 +62,7 @@ def largest_eigenvalues(
         pieces = [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
         total = torch.zeros(size, device=flat.device)
         for batch in batches:
-            grads = torch.autograd.grad(_mean_loss(module, batch, rows), params, create_graph=True)
+            grads = _gradient(module, batch, rows, create_graph=True)
             along = sum((g * v).sum() for g, v in zip(grads, pieces, strict=True))
             assert isinstance(along, Tensor)
             second = torch.autograd.grad(along, params, allow_unused=True)
@@ -91,7 +97,7 @@ def sharpness(module: nn.Module, batches: Sequence[Batch], rho: float = 0.05) ->
     rows = sum(len(batch["labels"]) for batch in batches)
     grads = [torch.zeros_like(p) for p in params]
     for batch in batches:
-        for total, part in zip(grads, torch.autograd.grad(_mean_loss(module, batch, rows), params), strict=True):
+        for total, part in zip(grads, _gradient(module, batch, rows), strict=True):
             total += part
     norm = torch.stack([g.double().norm() for g in grads]).norm().item()
     before = loss_and_accuracy(module, batches)[0]

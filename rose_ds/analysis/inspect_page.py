@@ -124,7 +124,7 @@ class _Figures:
         for i, (kind, layer) in enumerate(place):
             kept = [line["kept"][order][i] for line in record.lines if order in line["kept"]]
             table[kinds.index(kind)][layers.index(layer)] = sum(kept) / len(kept)
-        return self._heat(table, [str(layer) for layer in layers], kinds, "layer", 60 + 28 * len(kinds))
+        return self._heat(table, layers, kinds, "layer", 60 + 28 * len(kinds))
 
     def over_time(self, record: Record, order: str) -> str:
         layers, _, place = _modules(record.head["names"])
@@ -143,7 +143,8 @@ class _Figures:
         chosen = [lines[i] for i in sorted({0, len(lines) // 2, len(lines) - 1})] if lines else []
         figure = self.go.Figure()
         for line, colour in zip(chosen, COLOURS, strict=False):
-            bins = [(2.0**e, n) for e, n in line["risks"][order] if e is not None]
+            # an octave's middle, from which its step is drawn half an octave to both sides
+            bins = [(2.0 ** (e + 0.5), n) for e, n in line["risks"][order] if e is not None]
             total = sum(n for _, n in line["risks"][order])
             figure.add_scatter(
                 x=[x for x, _ in bins],
@@ -226,14 +227,25 @@ def _over_steps(figure: Any, lines: Sequence[Mapping[str, Any]], value: Any, **s
     figure.add_scatter(**points, **{"mode": "lines+markers", **style})
 
 
-def _modules(names: Sequence[str]) -> tuple[list[int], list[str], list[tuple[str, int]]]:
-    """Layers, kinds of weight, and (kind, layer) of each name; what has no number is layer -1."""
-    place = []
-    for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        kind = name if number is None else name[number.end() :].removesuffix(".weight")
-        place.append((kind, -1 if number is None else int(number[1])))
-    return sorted({layer for _, layer in place}), list(dict.fromkeys(kind for kind, _ in place)), place
+def _modules(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, str]]]:
+    """Layers, kinds of weight, and (kind, layer) of each name; what has no number is layer -1. Layers of several lists
+    (an encoder and a decoder) have their list's name before the number.
+    """
+    numbers = [re.search(r"\.(\d+)\.", name) for name in names]
+    lists = list(dict.fromkeys(name[: n.start()] for name, n in zip(names, numbers, strict=True) if n is not None))
+    place, order = [], dict[str, tuple[int, int]]()
+    for name, number in zip(names, numbers, strict=True):
+        if number is None:
+            kind, layer, at = name, "-1", (-1, -1)
+        else:
+            kind, at = (
+                name[number.end() :].removesuffix(".weight"),
+                (lists.index(name[: number.start()]), int(number[1])),
+            )
+            layer = number[1] if len(lists) == 1 else f"{lists[at[0]]}.{number[1]}"
+        place.append((kind, layer))
+        order[layer] = at
+    return sorted(order, key=order.__getitem__), list(dict.fromkeys(kind for kind, _ in place)), place
 
 
 def write_page(records: Sequence[Record], path: Path) -> Path:

@@ -38,7 +38,9 @@ class AttackSettings:
         default=None,
         metadata={"help": "Misspell at most so many words of an item. Default: deepwordbug no limit, pruthi 1."},
     )
-    query_budget: int | None = field(default=None, metadata={"help": "Ask the model at most so often about an item."})
+    query_budget: int | None = field(
+        default=None, metadata={"help": "Ask the model at most so often about an item: of more edits, about the first."}
+    )
     attack_seed: int = field(default=0, metadata={"help": "Seed of the random letters."})
 
     def __post_init__(self) -> None:
@@ -49,6 +51,12 @@ class AttackSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
 
+    def label(self, items: int, rows: str) -> str:
+        """What accuracies are comparable under: the search, what limits it, and the rows, by their digest."""
+        told = {"max_words": self.max_words, "query_budget": self.query_budget, "seed": self.attack_seed or None}
+        limits = "".join(f", {name} {value}" for name, value in told.items() if value is not None)
+        return f"{self.search}{limits}, {items} items {rows}"
+
 
 @dataclass
 class _Active:
@@ -57,6 +65,8 @@ class _Active:
     asked: list[Texts]
     queries: int = 0
     """Asked so far."""
+    unasked: int = 0
+    """Of the search's last question, by the budget."""
 
 
 def attack(
@@ -133,21 +143,24 @@ def _round(
         label = one.row["label"]
         flipped = logits[part].argmax(axis=1) != label
         scores = list(zip(odds[part, label].tolist(), flipped.tolist(), strict=True))
+        scores += [(1.0, False)] * one.unasked  # nothing that a search would choose
         if _advance(one, scores, settings, ended):
             going.append(one)
     return going
 
 
 def _advance(one: _Active, scores: Scores | None, settings: AttackSettings, ended: Callable[..., None]) -> bool:
-    """Send a search its answers; whether it has another question that the budget allows."""
+    """Send a search its answers; whether it has another question, of which the budget allows a part."""
     try:
-        one.asked = one.search.send(scores) if scores is not None else next(one.search)
+        question = one.search.send(scores) if scores is not None else next(one.search)
     except StopIteration as end:
         outcome: Outcome = end.value
-        said = "broken" if outcome.broken else "held"
+        said = "broken" if outcome.broken else "budget" if one.unasked else "held"
         ended(one.row, outcome=said, queries=one.queries, edits=outcome.edits, texts=list(outcome.texts))
         return False
-    if settings.query_budget is not None and one.queries + len(one.asked) > settings.query_budget:
+    left = len(question) if settings.query_budget is None else settings.query_budget - one.queries
+    one.asked, one.unasked = question[:left], len(question[left:])
+    if not one.asked:
         one.search.close()
         ended(one.row, outcome="budget", queries=one.queries, edits=[], texts=list(one.row["texts"]))
         return False

@@ -21,9 +21,11 @@ Examples:
 
 Task, data and length are those of the model's run, unless flags say which rows to read.
 
-Writes MODEL/attack/SEARCH.json, the accuracies, and SEARCH-RANK-of-WORLD.jsonl, every item with its edits (elsewhere
-with --output_dir); adds the accuracy to MODEL/metrics.json, for rose-ds report. Started again it goes on where it was.
-A search that fails proves nothing: compare models under the same search, seed and items, and only with each other."""
+Writes MODEL/attack/SEARCH.json, the accuracies, and SEARCH-ROWS-RANK-of-WORLD.jsonl, every item with its edits
+(elsewhere with --output_dir); adds the accuracy to MODEL/metrics.json, for rose-ds report. Started again it goes on
+where it was. A search that fails proves nothing: compare models under the same search, limits, seed and items, and only
+with each other."""
+_OF_OTHERS = ("adversarial_file", "engine", "record_masks", "disagreement_steps", "max_train_samples")
 
 
 @dataclass
@@ -43,6 +45,12 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser("attack", _DESCRIPTION, RunSettings, AttackSettings, Output)
     settings, how, output = parser.settings(arguments)
     given = parser.given(arguments)
+    meaningless = [f"--{name}" for name in _OF_OTHERS if name in given]
+    if meaningless:
+        raise ValueError(
+            f"{', '.join(meaningless)}: an attack reads the clean dev set, in one process or a torchrun job; give the "
+            "rows to attack with --validation_file"
+        )
     from tqdm import tqdm
 
     from rose_ds.attack.classifier import Classifier
@@ -66,13 +74,14 @@ def run(arguments: Sequence[str]) -> None:
         {"idx": row["idx"], "label": row["label"], "texts": tuple(row[name] for name in data.spec.fields)}
         for row in data.validation.select(range(rank, len(data.validation), world))
     ]
-    logs = logs_of(folder, how.search, world)
+    items = digest(data.validation[name] for name in ("idx", "label", *data.spec.fields))
+    logs = logs_of(folder, f"{how.search}-{items}", world)
     with (
         all_ranks(),
         tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar,
     ):
         subject = {"task": data.spec.name, "weights": model.fingerprint, "max_length": settings.max_length}
-        subject["data"] = digest(data.validation[name] for name in ("idx", "label", *data.spec.fields))
+        subject["data"] = items
         attack(rows, model.predict, how, logs[rank], subject=subject, progress=bar)
     if first_rank():
         found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}
@@ -80,11 +89,12 @@ def run(arguments: Sequence[str]) -> None:
         write_whole(path, json.dumps(found, indent=2) + "\n")
         if output.output_dir is None and (Path(settings.model) / METRICS).is_file():
             metrics = Metrics.read(Path(settings.model))
-            metrics.under_attack[how.search] = found["accuracy_under_attack"]
+            metrics.under_attack[how.label(found["items"], items)] = found["accuracy_under_attack"]
             metrics.write(Path(settings.model))
         right = found["items"] - found["wrong_before"]
+        unsearched = f"; the query budget ended the search of {found['budget']}" if found["budget"] else ""
         print(
             f"{data.spec.name} {how.search}: clean {found['clean_accuracy']:.2%}, under attack "
-            f"{found['accuracy_under_attack']:.2%} ({found['broken']} of {right} right answers broken)"
+            f"{found['accuracy_under_attack']:.2%} ({found['broken']} of {right} right answers broken{unsearched})"
         )
         print(f"written: {path}, {', '.join(map(str, logs))}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from rose_ds.cli import first_rank
 from rose_ds.cli.analyses import parse
 
 _DESCRIPTION = """How often two passes with dropout give an item two answers (Table 4): of finished models.
@@ -38,6 +39,8 @@ def run(arguments: Sequence[str]) -> None:
     models, given, (rows, how) = parse(
         "dropout-disagreement", _DESCRIPTION, arguments, Draws, models="folders of trained models, or hub ids"
     )
+    if not first_rank():
+        return  # it is a minute's work
     from rose_ds.analysis.disagreement import disagreement
     from rose_ds.analysis.load import open_run, output_folder, splits_for, write_result
 

@@ -37,6 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.analysis.directions import weights_of
     from rose_ds.analysis.interpolation import same_architecture, walk
     from rose_ds.analysis.load import open_run, output_folder, same_data, write_result
+    from rose_ds.experiments.models import label_order
     from rose_ds.experiments.resumable import all_ranks, logs_of, rank_and_world, records_of
 
     start_ranks(engine)
@@ -45,6 +46,11 @@ def run(arguments: Sequence[str]) -> None:
     one, other = (open_run(m, given, splits=("validation", "adversarial"), on_device=whole) for m in models)
     same_data([one, other])
     same_architecture(one.model, other.model)
+    if label_order(one.model.config, one.data.spec) != label_order(other.model.config, one.data.spec):
+        raise ValueError(
+            f"{one.name} and {other.name} number the labels differently, so the line between their heads would mix two "
+            "labels: take models that were trained from one checkpoint"
+        )
     names = ("validation", "perturbed", *(["adversarial"] if one.data.adversarial is not None else []))
     sets = {name: one.batches(name, rows.rows, rows.batch_size) for name in names}
     logs = logs_of(folder / "points", "interpolation" if whole else f"interpolation-{engine}", world)

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--retry_failed", action="store_true", help="Try failed runs again.")
     add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")
     add("--attack", choices=list(SEARCHES), help="Attack each trained model with this search; see rose-ds attack.")
-    add("--attack_items", type=int, default=200, help="So many of the dev set's first items are attacked.")
+    add("--attack_items", type=int, default=200, help="So many of the dev set are attacked, evenly spaced.")
     add("--status", action="store_true", help="Only say how far it is.")
     return parser
 
@@ -138,6 +138,12 @@ def _cells(sweep: Sweep, flags: Iterable[str]) -> list[Cell]:
     return cells
 
 
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def _grid(words: Sequence[str]) -> Any:
     if list(words) == ["published"]:
         return "published"
@@ -146,5 +152,5 @@ def _grid(words: Sequence[str]) -> Any:
         flag, equals, values = word.partition("=")
         if not equals or not values:
             raise ValueError(f"--grid {word}: expected FLAG=VALUE,VALUE, e.g. learning_rate=1e-5,2e-5")
-        grid[flag] = [int(v) if v.lstrip("-").isdecimal() else v for v in values.split(",")]
+        grid[flag] = [_value(v) for v in values.split(",")]
     return grid

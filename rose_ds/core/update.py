@@ -249,7 +249,10 @@ class UpdateBatch:
             increment_version([tensor for column in (columns[0], *columns[2:4]) for tensor in column])
             self.compiled = []
         self._flush_masked()
-        if self.free:
-            params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*self.free, strict=True))
+        together: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+        for views in self.free:  # torch's kernels take tensors of one device and type
+            together.setdefault((views[0].device, views[0].dtype), []).append(views)
+        for alike in together.values():
+            params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*alike, strict=True))
             adamw_(params, grads, exp_avgs, exp_avg_sqs, **self.kernel, **self.scalars)
-            self.free = []
+        self.free = []

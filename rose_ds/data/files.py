@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ USUAL_TEXTS = (
 OWN_TEXTS = ("text", "text_pair")
 VALIDATION_ONE_IN = 10
 """Without a validation file one text in so many goes there, chosen by its hash."""
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 _TOO_MANY = 50
 """With more labels than this, half as many labels as rows are no classes."""
 
@@ -127,7 +129,16 @@ def _read(path: Path | None, files: Files) -> Rows | None:
 
 
 def _is_advglue(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() == ".json"
+    """Whether it is AdvGLUE's or AdvGLUE++'s: a folder, or an object of tasks; rows of one's own are a list."""
+    return path.is_dir() or (path.suffix.lower() == ".json" and not _begins_with_list(path))
+
+
+def _begins_with_list(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(4096).lstrip().startswith("[")
+    except (OSError, UnicodeDecodeError):
+        return False  # whoever reads it says what is wrong
 
 
 def _columns(files: Files, rows: Rows, known: TaskSpec | None) -> tuple[str, ...]:
@@ -192,8 +203,8 @@ def _labels(rows: Rows, column: str) -> list[str]:
             found.append(rows.label_names[value])
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value).strip()
-        as_number = _number(text)
-        found.append(str(int(as_number)) if as_number is not None and as_number.is_integer() else text)
+        whole = _WHOLE.fullmatch(text)
+        found.append(whole[1] if whole else text)
     return found
 
 
@@ -201,6 +212,8 @@ def _number(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
+        return None
+    if "_" in text:  # a number to Python alone
         return None
     return value if math.isfinite(value) else None
 

@@ -222,6 +222,11 @@ class Engine(ABC):
                 "parameters are missing from the optimizer, or are sharded in a way rose_ds does not know"
             )
         for piece in self.slices:
+            if piece.param.is_complex():
+                raise RefusedConfiguration(
+                    f"{piece.name!r} is complex, and a risk is the size of a real gradient: leave it out with "
+                    "exclude=, or keep real and imaginary parts (torch.view_as_real)"
+                )
             if not local(piece.param).is_contiguous():
                 raise RefusedConfiguration(
                     f"{piece.name!r} lies in memory in another order than its shape's (channels_last, or a transposed "

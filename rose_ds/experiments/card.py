@@ -47,7 +47,9 @@ def card(metrics: Metrics, labels: Sequence[str], command: Sequence[str]) -> str
     rows = "\n".join(f"| {text} | {_percent(a)} | {_percent(e)} |" for text, a, e in shown if a is not None)
     method = {"objective": metrics.config.get("objective"), "masks": metrics.config.get("rose") or None}
     training = {name: metrics.config[name] for name in _TRAINING if name in metrics.config}
-    words = shlex.join(["rose-ds", *command[1:]])
+    words = _shown(command[1:])
+    if (metrics.world_size or 1) > 1:
+        words = f"# on each of {metrics.world_size} ranks, by a launcher\n{words}"
     return f"""---
 {head}
 ---
@@ -77,6 +79,22 @@ classify = pipeline("text-classification", model="this folder")
 - rose_ds {rose_ds.__version__}, commit {metrics.commit or "unknown"}; {_settings(metrics.packages)}
 - everything else: metrics.json; every answer on every set: predictions.jsonl
 """
+
+
+def _shown(words: Sequence[str]) -> str:
+    """The command line, without what a launcher adds for a rank and what nobody else may read."""
+    kept = ["rose-ds", *([] if words[:1] == ["train"] else ["train"])]  # launch/train.py's has no command
+    after = ""
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if after.endswith("_token"):
+            word = "..."
+        elif name.endswith("_token") and equals:
+            word = f"{name}=..."
+        if "--local_rank" not in (name, after):
+            kept.append(word)
+        after = "" if equals or not word.startswith("--") else word
+    return shlex.join(kept)
 
 
 def _percent(value: float | None) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from rose_ds.config import RoseConfig
+from rose_ds.config import LOOKED_AT_BY, RoseConfig
 from rose_ds.experiments.methods import Method, method_named
 from rose_ds.experiments.settings import MethodSettings, RunSettings, constant_flag
 from rose_ds.objectives import OBJECTIVES
@@ -72,7 +73,7 @@ class Cell:
         flags += ["--output_dir", str(folder), "--resume", "auto"]
         for name, value in {**_DEFAULTS, **self.settings}.items():
             words = value if isinstance(value, (list, tuple)) else [value]
-            flags += [f"--{name}", *(str(w).lower() if isinstance(w, bool) else str(w) for w in words)]
+            flags += [f"--{name}", *(_word(name, word) for word in words)]
         return flags
 
 
@@ -205,10 +206,7 @@ def applies(flag: str, method: Method) -> bool:
             return objective == method.objective
     if flag not in RoseConfig.field_names():
         return True
-    needs = {"keep_second": ("second", "ensemble"), "gamma": ("ensemble",), "mask_seed": ("random",)}
-    if flag == "keep_first":
-        return strategy not in ("none", "second", "cautious")
-    return strategy in needs[flag] if flag in needs else strategy != "none"
+    return strategy in LOOKED_AT_BY[flag] if flag in LOOKED_AT_BY else strategy != "none"
 
 
 def check_names(where: str, values: Settings, known: Collection[str]) -> None:
@@ -233,18 +231,25 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
 
 
+def _word(name: str, value: Any) -> str:
+    """A setting as the command line has it. YAML takes a bare no for False."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_EXPONENT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+|[+-]?[0-9]*\.[0-9]+")
+
+
 def _numbers(value: Any) -> Any:
-    """YAML takes 2e-4 for a text, for want of a point."""
+    """YAML takes 2e-4 for a text, for want of a point. Other texts stay: a column may be called 1."""
     if isinstance(value, Mapping):
         return {key: _numbers(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_numbers(v) for v in value]
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def settings_key(settings: Settings) -> str:

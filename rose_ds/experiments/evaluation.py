@@ -156,11 +156,18 @@ class Evaluator:
 class TrajectoryCallback(TrainerCallback):
     """At each evaluation measures the other sets too, and adds a line to TRAJECTORY: step, accuracies, calibration.
 
-    Lines of later steps, of a run that was killed and goes on from a checkpoint, are taken out.
+    A run begins with the lines up to the checkpoint that it goes on from, and with none where it goes on from none.
     """
 
     def __init__(self, trainer: Any, evaluator: Evaluator, folder: Path) -> None:
         self.trainer, self.evaluator, self.path = trainer, evaluator, folder / TRAJECTORY
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take out the lines of another run of the folder, and of steps that come again."""
+        if state.is_world_process_zero and self.path.is_file():
+            kept = [old for old in read_trajectory(self.path.parent) if 0 < old["step"] <= state.global_step]
+            with may_be_lost(self.path):
+                write_lines(self.path, kept)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the clean set's evaluation."""

@@ -82,11 +82,18 @@ LAUNCHERS = {
 }
 
 
-def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
+_CHOICES = {"--include", "--exclude", "--hostfile", "-H", "-i", "-e"}
+
+
+def places(name: str, jobs: int, extra: Sequence[str], *, fixed_batch: bool = True) -> list[Place]:
     """For ``jobs`` runs at a time: this machine's GPUs and cores are shared out among them.
 
+    Args:
+        fixed_batch: the runs' global batch is given, and is not that of however many ranks there are.
+
     Raises:
-        ValueError: there are not so many GPUs, or the words name some themselves.
+        ValueError: there are not so many GPUs, or the words name some themselves; or nothing says how many ranks a run
+            has, and so how large its batch is.
     """
     common = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if name == "slurm":  # whose step has cores of its own
@@ -97,6 +104,12 @@ def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
     devices = _devices()
     if name == "deepspeed" and os.environ.get("DS_ACCELERATOR") == "cpu":
         devices = []
+    chosen_ranks = _CHOICES & {word.split("=")[0] for word in rest}
+    if name == "deepspeed" and len(devices) > 1 and not (fixed_batch or given.num_gpus or chosen_ranks):
+        raise ValueError(
+            "a run would take all GPUs that --jobs leaves it, and its batch with them, here another than on another "
+            'machine: give --launcher_args="--num_gpus N", or the setting global_batch_size'
+        )
     ranks = given.num_gpus or max(1, len(devices) // jobs) if name == "deepspeed" else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = []
@@ -105,7 +118,7 @@ def places(name: str, jobs: int, extra: Sequence[str]) -> list[Place]:
         if name == "local" and len(devices) > 1:
             chosen["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
         elif name == "deepspeed" and jobs > 1 and devices:
-            if {"--include", "--exclude", "--hostfile", "-H", "-i", "-e"} & {word.split("=")[0] for word in rest}:
+            if chosen_ranks:
                 raise ValueError("--jobs above 1 shares this machine's GPUs out: leave --include and the like out")
             if ranks * jobs > len(devices):
                 raise ValueError(f"--jobs {jobs} with {ranks} GPUs each is more than the {len(devices)} here")

@@ -7,9 +7,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rose_ds.data import TaskData, load_task
+from rose_ds.data.errors import DataError
 from rose_ds.data.files import Files, load_files, with_adversarial
 from rose_ds.data.loading import SPLITS
+from rose_ds.data.tasks import find_task
 from rose_ds.experiments.metrics import FILE, Metrics
 from rose_ds.experiments.settings import RunSettings
 
@@ -33,6 +37,11 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
         run.file_encoding,
     )
     if run.own_files:
+        if run.data is not None and find_task(run.task_name or "") is not None:
+            raise DataError(
+                f"--data {run.data} and files of your own are both said to hold {run.task_name}: leave --data out and "
+                "name its dev set with --validation_file and its adversarial one with --adversarial_file"
+            )
         data = load_files(files, run.task_name, labels, splits)
     else:
         wanted = [s for s in splits if s != "adversarial" or run.adversarial_file is None]
@@ -61,14 +70,16 @@ _SOURCE = (
     "label_column",
     "file_encoding",
 )
+#: Fields that thin a run's own rows out.
+_THINNING = ("max_train_samples", "max_eval_samples")
 #: Fields that are no business of whoever looks at a finished run.
 _OF_TRAINING = ("model", "engine", "record_masks", "disagreement_steps")
 
 
 def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
     """What a run was trained on, as its metrics.json has it; ``given`` flags come first. A task, a data set or a file
-    takes the place of all that the run says about its rows; another folder of the data, an adversarial file or a column
-    does not.
+    takes the place of all that the run says about its rows, how many included; another folder of the data, an
+    adversarial file or a column does not.
 
     Raises:
         ValueError: metrics.json cannot be read.
@@ -77,9 +88,13 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
     if (Path(folder) / FILE).is_file():
         config = Metrics.read(Path(folder)).config
         own = set(given) & set(_NAMED)
-        wanted = names - set(_OF_TRAINING) - set(_SOURCE if own else ())
+        wanted = names - set(_OF_TRAINING) - set((*_SOURCE, *_THINNING) if own else ())
         known = {name: value for name, value in config.items() if name in wanted}
     return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})
+
+
+_SKEW = 5.0
+"""Standard deviations of a share of labels among rows drawn at random."""
 
 
 def _path(name: str | None) -> Path | None:
@@ -89,4 +104,18 @@ def _path(name: str | None) -> Path | None:
 def _thinned(dataset: Any, count: int | None) -> Any:
     if dataset is None or count is None or count >= len(dataset):
         return dataset
-    return dataset.select([i * len(dataset) // count for i in range(count)])
+    chosen = dataset.select([i * len(dataset) // count for i in range(count)])
+    whole, part = (
+        np.bincount(rows["label"], minlength=max(dataset["label"]) + 1) / len(rows) for rows in (dataset, chosen)
+    )
+    if (abs(part - whole) > _SKEW * np.sqrt(whole * (1 - whole) / count)).any():
+        raise DataError(
+            f"{count} of {len(dataset)} rows, evenly spaced, have labels in other shares ({_shares(part)}) than all of "
+            f"them ({_shares(whole)}): their order has a period that the spacing meets; take another number of rows, "
+            "such as a few more, or shuffle the file"
+        )
+    return chosen
+
+
+def _shares(values: Any) -> str:
+    return ", ".join(f"{value:.0%}" for value in values)

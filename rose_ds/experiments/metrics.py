@@ -63,7 +63,7 @@ class Metrics:
     perturbed_ece: float | None = None
     perturbed_by_family: dict[str, float] = field(default_factory=dict)
     under_attack: dict[str, float] = field(default_factory=dict)
-    """Accuracy under each automatic attack that was made, by its name; on the items that were attacked."""
+    """Accuracy under each automatic attack that was made, by its search, limits and items."""
     config: dict[str, Any] = field(default_factory=dict)
     """The settings used."""
     version: int = VERSION

@@ -86,7 +86,8 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: 
     """A sequence classifier for a task; ``trained`` demands a classification head that fits the task.
 
     A head with the task's labels keeps their order, whatever it is (``label_order``). One with other labels is of
-    another task: of the same size it is trained on from where it is, of another size there is a new one.
+    another task: of the same size it is trained on from where it is, of another size there is a new one. Weights are
+    fp32 whatever they were saved as: what trains in lower precision casts them itself, and keeps fp32 masters.
 
     Args:
         attention: transformers' attn_implementation.
@@ -114,6 +115,7 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: 
     return _load(
         AutoModelForSequenceClassification,
         model,
+        dtype=torch.float32,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,8 +16,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
     ("clean", lambda m: m.glue_accuracy, "{:.2%}"),
     ("AdvGLUE", lambda m: m.advglue_accuracy, "{:.2%}"),
     ("perturbed", lambda m: m.perturbed_accuracy, "{:.2%}"),
-    ("DeepWordBug", lambda m: m.under_attack.get("deepwordbug"), "{:.2%}"),
-    ("Pruthi", lambda m: m.under_attack.get("pruthi"), "{:.2%}"),
     ("drop", lambda m: drop(m), "{:.2f}"),
     ("step (s)", lambda m: m.step_seconds, "{:.3f}"),
     ("kept", lambda m: m.kept_fraction, "{:.0%}"),
@@ -52,6 +51,8 @@ def _settings(m: Metrics) -> dict[str, Any]:
 def table(runs: Sequence[Metrics]) -> str:
     """A Markdown table of the runs; columns that no run has a value for are left out."""
     columns = [c for c in _COLUMNS if any(c[1](m) is not None for m in runs)]
+    attacks = dict.fromkeys(name for m in runs for name in m.under_attack)
+    columns += [(name, lambda m, name=name: m.under_attack.get(name), "{:.2%}") for name in attacks]  # type: ignore[misc]
     rows = [["task", "method", "engine", "steps", *(name for name, _, _ in columns)]]
     for m, label in zip(runs, labels(runs), strict=True):
         values = [(value(m), form) for _, value, form in columns]
@@ -92,9 +93,9 @@ def _chart(runs: Sequence[Metrics], path: Path) -> Path | None:
     width = 0.8 / len(runs)
     for i, (m, label) in enumerate(zip(runs, labels(runs), strict=True)):
         positions = [j + (i - (len(runs) - 1) / 2) * width for j in range(len(sets))]
-        heights = [100 * (value(m) or 0.0) for _, value, _ in sets]
+        heights = [math.nan if (accuracy := value(m)) is None else 100 * accuracy for _, value, _ in sets]
         bars = axes.bar(positions, heights, width * 0.95, label=f"{m.task} {label}")
-        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.bar_label(bars, ["" if math.isnan(height) else f"{height:.1f}" for height in heights], padding=2)
     axes.set_xticks(range(len(sets)), [name for name, _, _ in sets])
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 110)

@@ -209,11 +209,20 @@ class Store:
         Path(f"{target}.new").replace(target)
         self._add(cell.key, json.dumps(line, separators=(",", ":")))
         (self.folder(cell) / "failed.json").unlink(missing_ok=True)
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        self._delete_checkpoints(cell)
         if not keep_models:
             for weights in run.glob("*.safetensors"):
                 weights.unlink()
+
+    def tidy(self, cell: Cell) -> None:
+        """Delete the checkpoints of a finished cell whose process was killed before it could."""
+        if self.run_folder(cell).is_dir() and (claim := self._lock(self.folder(cell))) is not None:
+            self._delete_checkpoints(cell)
+            claim.release()
+
+    def _delete_checkpoints(self, cell: Cell) -> None:
+        for checkpoint in self.run_folder(cell).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     def fail(self, cell: Cell, exit_code: int) -> None:
         """Record that a cell's run failed, with its log's last lines."""

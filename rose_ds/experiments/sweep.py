@@ -39,7 +39,7 @@ class AttackFlags:
 
     search: str
     items: int
-    """So many of the dev set's first."""
+    """So many of the dev set, evenly spaced."""
 
     def words(self) -> list[str]:
         return ["--search", self.search, "--max_eval_samples", str(self.items)]
@@ -83,7 +83,8 @@ class Runner:
             raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
         self.store, self.cells = store, list({cell.key: cell for cell in cells}.values())
         self.jobs, self.launcher = jobs, LAUNCHERS[launcher]
-        self._places = places(launcher, jobs, launcher_args)
+        fixed = all("global_batch_size" in cell.settings for cell in cells)
+        self._places = places(launcher, jobs, launcher_args, fixed_batch=fixed)
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
         self._running: list[_Running] = []
         self._settled: set[str] = set()
@@ -103,6 +104,8 @@ class Runner:
                 self.store.forgive(cell)
             elif status in (Status.DONE, Status.FAILED):
                 self._settled.add(cell.key)
+            if status is Status.DONE:
+                self.store.tidy(cell)
         self._tell_of_attacks_not_made(results)
         bar = tqdm(total=len(self.cells), initial=len(self._settled), desc="sweep", bar_format=_BAR, dynamic_ncols=True)
         pause = 1.0 if sys.stderr.isatty() else 600.0  # a log file needs no moving clock
@@ -124,7 +127,7 @@ class Runner:
             return
         search = self.attack.search
         done = [cell for cell in self.cells if cell.key in results]
-        without = [cell for cell in done if search not in results[cell.key]["metrics"].get("under_attack", {})]
+        without = [cell for cell in done if not _attacked(results[cell.key]["metrics"].get("under_attack", {}), search)]
         if without:
             tqdm.write(
                 f"{len(without)} finished cells were not attacked by {search} ({without[0].name}, ...), and a sweep "
@@ -169,7 +172,7 @@ class Runner:
         if not self.store.finished(cell):
             return ["train", *cell.flags(folder)]
         metrics = Metrics.read(folder)
-        if self.attack is None or self.attack.search in metrics.under_attack:
+        if self.attack is None or _attacked(metrics.under_attack, self.attack.search):
             return []
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
@@ -271,6 +274,11 @@ class Runner:
             [c for c in self.cells if c.key not in self._settled], self.store.results().values(), self.jobs
         )
         return f"{names}{'' if left is None else f'; about {_clock(left)} to go'}"
+
+
+def _attacked(under_attack: Mapping[str, float], search: str) -> bool:
+    """Whether a run's figures have one of this search, on whichever items."""
+    return any(label.partition(",")[0] == search for label in under_attack)
 
 
 def _any_left(group: int) -> bool:

@@ -12,16 +12,17 @@ from rose_ds.objectives.base import MicroBatch, Objective, check_number, constan
 
 @dataclass(frozen=True)
 class RDrop(Objective):
-    """``L = (CE(a) + CE(b)) / 2 + alpha * (KL(a||b) + KL(b||a)) / 2``, batch means: the paper's form.
+    """``L = (CE(a) + CE(b)) / 2 + alpha * (KL(a||b) + KL(b||a)) / 2``, batch means: as the authors' README.
 
-    The published code differs from the paper: see docs/methods.md. With ROSE the masks come from the separated KL and
+    The paper's Eq. 3 and 4 add the two CEs, so that its alpha is twice this one; the published code differs from both:
+    see docs/methods.md. With ROSE the masks come from the separated KL and
     CE gradients and the update from the aggregate (ROSE, Section 4.3).
     """
 
     name: ClassVar[str] = "r-drop"
     alpha: float = constant(1.0, "Weight of R-Drop's divergence between the two passes.")
     kl_reduction: str = constant(
-        "mean", "mean: over the batch, as the paper; sum: over this rank's micro-batch, as the authors' code."
+        "mean", "mean: over the batch, as the paper's; sum: over this rank's micro-batch, as the authors' code."
     )
 
     def __post_init__(self) -> None:

@@ -38,7 +38,8 @@ class MaskRecorder:
     def __init__(self, stepper: Stepper, folder: Path, every: int) -> None:
         self.layout, self.every = stepper.engine.layout, every
         self.path = folder / FILE
-        self._before: list[Tensor] | None = None
+        self._before: list[Any] | None = None
+        """The codes of the record before."""
         self._writes = not dist.is_initialized() or dist.get_rank() == 0
         self._sizes = self.layout.sums([torch.tensor(block.numel) for block in self.layout.blocks])
         if self._writes:
@@ -75,11 +76,12 @@ class MaskRecorder:
             line["kept"][name] = [round(float(f), 4) for f in self._sums([(c & bit) != 0 for c in codes]) / self._sizes]
             line["risks"][name] = _octaves(threshold.histogram)
             if self._before is not None:
-                same = [((c ^ b) & bit) == 0 for c, b in zip(codes, self._before, strict=True)]
+                before = (self._code(i, code) for i, code in enumerate(self._before))
+                same = [((c ^ b.to(c.device)) & bit) == 0 for c, b in zip(codes, before, strict=True)]
                 line["same"][name] = round(self._fraction(same), 4)
         if len(orders) == 2:
             line["both"] = round(self._fraction([c == FIRST | SECOND for c in codes]), 4)
-        self._before = codes  # each step makes its own
+        self._before = [_kept(code) for code in selection.codes]
         if self._writes:
             with may_be_lost(self.path):
                 append_line(self.path, json.dumps(line))
@@ -96,6 +98,13 @@ class MaskRecorder:
 
     def _fraction(self, marks: Sequence[Tensor]) -> float:
         return float(self._sums(marks).sum() / self._sizes.sum())
+
+
+def _kept(code: Any) -> Any:
+    """A slice's code until the next record: on the host, and in bits where kernels made it, whose memory is theirs."""
+    if isinstance(code, BitMask):
+        return BitMask(code.words.clone(), code.numel, code.bits)
+    return code.cpu() if isinstance(code, Tensor) else code
 
 
 def _octaves(histogram: Tensor | None) -> list[list[int | None]]:

@@ -67,6 +67,11 @@ class MethodState:
         temporary = path.with_suffix(".partial")
         torch.save(found, temporary)
         temporary.replace(path)
+        if rank == 0:  # a folder that is written again holds those of the last time, of more or fewer ranks
+            for old in folder.glob("rose_state-*.pt"):
+                match = _PATTERN.fullmatch(old.name)
+                if match and int(match[2]) != world:
+                    old.unlink()
 
     def require(self, folder: Path) -> None:
         """Before a checkpoint is loaded that somebody has converted.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.average import WeightAverage
@@ -20,7 +23,7 @@ from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
-from rose_ds.optimizer import RoseAdamW
+from rose_ds.optimizer import RoseAdamW, local
 from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.halves import halves_of
@@ -33,6 +36,7 @@ from rose_ds.training.step_report import StepReport, report_of
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 64  # last micro-batches that a loop may announce before it steps
+_DROPPED = 8  # steps in a row that a loop may drop half-way
 
 
 class MicroBatchValues(TypedDict):
@@ -87,6 +91,8 @@ class Stepper:
         self._left_to_optimizer: list[RemovableHandle] = []
         self._unstepped = 0
         """Last micro-batches since the optimizer stepped."""
+        self._half_way, self._dropped = False, 0
+        """Whether a step has begun that ``step()`` has not made yet; and how many of these were dropped in a row."""
         self._told: set[str] = set()
         several = self.config.compares_passes or not isinstance(self.objective, Task)
         refuse_checkpointing(engine.module, twice=several)
@@ -175,6 +181,7 @@ class Stepper:
             self.engine.check_sums()
         if self.engine.gradients_may_be_dropped:
             if self.optimizer.zeroed or (self._gradients_wait and not self.engine.has_gradients()):  # the loop's doing
+                self._count_dropped()
                 self.engine.begin_step()
                 self._forget_step()
             self.optimizer.zeroed = False
@@ -230,8 +237,10 @@ class Stepper:
             raise
         finally:
             self.optimizer.plan = None
+        self._half_way = outcome is None
         if outcome is None:
             return None
+        self._dropped = 0
         return self._finish(outcome.grad_norm, outcome.skipped)
 
     def leave_step_to_optimizer(
@@ -250,8 +259,13 @@ class Stepper:
         task's gradient: both need to know what clipping did.
 
         Raises:
-            TypeError: it was.
+            TypeError: it was; or ``prepare`` was told to clip, which ``step()`` would do.
         """
+        if getattr(self.engine, "max_grad_norm", None):
+            raise TypeError(
+                "prepare(max_grad_norm=...) clips in step(), which leave_step_to_optimizer() is called in place of: "
+                "leave it out, clip in the loop, and give max_grad_norm= and grad_norm= here"
+            )
         if grad_norm is None and self._needs_clip:
             raise TypeError(
                 f"{self._needs_clip}: give grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop does "
@@ -272,6 +286,8 @@ class Stepper:
 
             def begin(*_: object) -> None:
                 norm = norm_of()
+                if norm is None and not self.engine.agree(self._gradients_are_finite()):
+                    norm = math.nan
                 self.masking.decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
@@ -349,6 +365,22 @@ class Stepper:
             raise RuntimeError(
                 f"{self._needs_clip}, and gradients were changed between backward() and step() (clip_grad_norm_?): let "
                 "prepare(max_grad_norm=...) clip"
+            )
+
+    def _gradients_are_finite(self) -> bool:
+        """On this rank; of all that the optimizer holds."""
+        held = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return bool(torch.isfinite(get_total_norm([local(grad) for grad in held], float("inf"))))
+
+    def _count_dropped(self) -> None:
+        """The loop has dropped the gradients of a step that was half made."""
+        self._dropped += self._half_way
+        self._half_way = False
+        if self._dropped >= _DROPPED:
+            raise RuntimeError(
+                f"gradients were dropped between the micro-batches of a step {self._dropped} times in a row, so that "
+                "no step is ever made (zero_grad() in every iteration?): leave zero_grad() out, step() does it when "
+                "accumulation_steps micro-batches are there"
             )
 
     def _next_step(self) -> str:

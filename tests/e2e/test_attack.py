@@ -44,7 +44,8 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
     assert f"under attack {found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
 
     classifier = Classifier(str(model), get_task("snippets"), max_length=48)
-    log = model / "attack" / "deepwordbug-0-of-1.jsonl"
+    (log,) = (model / "attack").glob("deepwordbug-*-0-of-1.jsonl")
+    rows = log.name.split("-")[1]
     dev = load_task("snippets", splits=("validation",)).validation
     assert dev is not None
     originals = {row["idx"]: row for row in dev}
@@ -59,11 +60,14 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
 
     main(["report", str(model), "--output_dir", str(tmp_path)])
     assert f"{found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
-    assert Metrics.read(model).under_attack == {"deepwordbug": found["accuracy_under_attack"]}
+    assert Metrics.read(model).under_attack == {f"deepwordbug, 12 items {rows}": found["accuracy_under_attack"]}
+    with pytest.raises(SystemExit):
+        main([*command, "--adversarial_file", "hard.csv"])
+    assert "--adversarial_file: an attack reads the clean dev set" in capsys.readouterr().err
 
     job = run([*torchrun(2), "-m", "rose_ds", *command, "--output_dir", str(tmp_path / "two")])
     assert job.returncode == 0, job.stderr[-2000:]
-    two = [tmp_path / "two" / f"deepwordbug-{rank}-of-2.jsonl" for rank in range(2)]
+    two = [tmp_path / "two" / f"deepwordbug-{rows}-{rank}-of-2.jsonl" for rank in range(2)]
     assert [len(items(path)) for path in two] == [6, 6]
     assert items(*two) == items(log)
     assert json.loads((tmp_path / "two" / "deepwordbug.json").read_text()) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,67 @@ def test_clipping_behind_the_steppers_back() -> None:
     assert stepper.step() is not None
 
 
+def test_zero_grad_in_every_iteration() -> None:
+    """With accumulation no step would ever be made."""
+    case = Case("second", accumulation=2, clip=0.0)
+    model, stepper = build(case)
+    for t in range(20):  # now and then it is a step that is given up
+        micro(model, stepper, case, t, 0)
+        stepper.step()
+        if t % 3 == 0:
+            stepper.optimizer.zero_grad()
+    assert stepper.optimizer.steps_taken() > 5
+    with pytest.raises(RuntimeError, match="leave zero_grad"):
+        for t in range(20):
+            micro(model, stepper, case, t, 0)
+            stepper.step()
+            stepper.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("strategy", ["none", "second", "random"])
+def test_a_gradient_that_is_not_finite_where_nobody_says_a_norm(strategy: str) -> None:
+    """A loop that does not clip."""
+    case = Case(strategy, clip=0.0)
+    model, stepper = build(case)
+    for factor in (1.0, math.nan, 1.0):
+        ids, labels = micro_batch(case, 1, 0)
+        before = [p.detach().clone() for p in model.parameters()]
+        with rows(len(ids), slice(None)):
+            stepper.backward(lambda ids=ids: model(ids), lambda z, y=labels, f=factor: f * F.cross_entropy(z, y))
+        stepper.leave_step_to_optimizer(last=True)
+        stepper.optimizer.step()
+        stepper.optimizer.zero_grad()
+        assert stepper.last_report.skipped == math.isnan(factor)
+        same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert same == math.isnan(factor)
+
+
+def test_two_that_clip() -> None:
+    model, stepper = build(Case(clip=1.0))
+    micro(model, stepper, Case(), 1, 0)
+    with pytest.raises(TypeError, match="clip in the loop"):
+        stepper.leave_step_to_optimizer(last=True)
+
+
+def test_a_prepared_model_is_pickled_and_prepared_again() -> None:
+    case = Case()
+    model, _ = build(case)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    prepare(model, RoseAdamW(model.named_parameters()))
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    copy = pickle.loads(pickle.dumps(model))
+    assert equal_weights(model, copy)
+
+
+def test_a_complex_weight_is_refused() -> None:
+    net = Net()
+    net.layer.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.complex64))
+    with pytest.raises(RefusedConfiguration, match=r"'layer\.weight' is complex"):
+        prepare(net, rose(net))
+    net.layer.spectrum, net.layer.weight = net.layer.weight, nn.Parameter(torch.zeros(2, 3))
+    assert prepare(net, rose(net)).eligible == ["layer.weight"]
+
+
 def test_checkpoints_that_draw_dropout_anew() -> None:
     """Wrong gradients under any strategy; without dropout there is nothing to draw."""
     for dropout, strategy in ((0.1, "second"), (0.1, "none"), (0.0, "second")):
@@ -239,7 +301,7 @@ def test_the_version_and_the_names_a_user_imports() -> None:
 @pytest.mark.parametrize("stepped", [True, False])
 def test_an_optimizer_that_nobody_steps_is_told_of(stepped: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A loop that leaves the step to the optimizer, and steps another one."""
-    case = Case()
+    case = Case(clip=0.0)
     model, stepper = build(case)
     other = torch.optim.SGD(model.parameters(), lr=0.0)
     ids, labels = micro_batch(case, 1, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import reference, train
+from reference import Run, check_parity, reference, train
 from spawn import run_ranks
 from tiny import HYPER, Case, make_model, micro_batch, rows
 from zero_jobs import Job, ds_config, quiet, run, start
@@ -128,6 +128,14 @@ def refusals(rank: int, world: int) -> dict[str, Outcome]:
     engine = deepspeed.initialize(model=half, model_parameters=half.parameters(), config=config)[0]
     with caught(found, "half-weights"):
         rose_ds.prepare(engine)
+    for stage in (0, 1, 2, 3):
+        model = make_model(Case())
+        some = list(model.parameters())[1:]
+        engine = deepspeed.initialize(model=model, model_parameters=some, config=ds_config(Job(Case(), stage), world))[
+            0
+        ]
+        with caught(found, f"missing-{stage}"):
+            rose_ds.prepare(engine)
     for stage in (0, 2, 3):
         with caught(found, f"timers-{stage}"):
             run(Job(Case(accumulation=2, steps=2), stage, {}, {"wall_clock_breakdown": True}), rank, world)
@@ -200,6 +208,9 @@ def misuse(rank: int, world: int) -> dict[str, Outcome]:
     return found
 
 
+#: Trained with two micro-batches to a step.
+REGROUPED = Case("ensemble", accumulation=2, steps=2)
+
 UNREACHED = [
     (f"zero{stage}{how}", stage, zero)
     for how, zero in (("", {}), ("-offload", {"offload_optimizer": {"device": "cpu"}}))
@@ -252,6 +263,16 @@ def passes(rank: int, world: int) -> dict[str, tuple[int, bool]]:
     return counts
 
 
+def regrouped(rank: int, world: int) -> dict[int, Run]:
+    """Steps of as many micro-batches as set_train_batch_size() has made them after prepare()."""
+    found = {}
+    for stage in (0, 2, 3):
+        engine, stepper = start(Job(REGROUPED, stage, {}, {"gradient_accumulation_steps": 1}), world)
+        engine.set_train_batch_size(REGROUPED.batch)
+        found[stage] = train(stepper, engine, REGROUPED, rank, world)
+    return found
+
+
 def descriptions(rank: int, world: int) -> dict[str, str]:
     return {f"zero{stage}": start(Job(Case(), stage), world)[1].describe() for stage in (0, 1, 2, 3)}
 
@@ -262,6 +283,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "misuse": misuse(rank, world),
         "passes": passes(rank, world),
         "unreached": unreached(rank, world),
+        "regrouped": regrouped(rank, world),
         "described": descriptions(rank, world),
     }
 
@@ -285,6 +307,7 @@ OTHERS = {
     "mpu": ("RefusedConfiguration", r"mpu.*use ZeRO-3"),
     "half-weights": ("RefusedConfiguration", r"low precision.*load the model in fp32"),
     **{f"timers-{stage}": ("nothing", "^$") for stage in (0, 2, 3)},
+    **{f"missing-{stage}": ("RefusedConfiguration", "missing from the optimizer") for stage in (0, 1, 2, 3)},
     "version": ("RefusedConfiguration", r"deepspeed 0\.20\.0 .*pip install deepspeed=="),
     "own-optimizer": ("ValueError", "optimizer, gradient_accumulation_steps, gradient_clipping"),
     "own-accumulation": ("ValueError", "gradient_accumulation_steps"),
@@ -338,6 +361,12 @@ def test_no_sync_is_refused(outcomes: Any) -> None:
 def test_a_parameter_that_a_step_does_not_reach(outcomes: Any, name: str) -> None:
     """Has no gradient in it, and not the last step's: its moment decays by beta1."""
     assert outcomes["unreached"][name] == pytest.approx(HYPER[0].betas[0])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_batch_size(outcomes: Any, stage: int) -> None:
+    """Micro-batches that DeepSpeed was told of later count as those of its config."""
+    check_parity(outcomes["regrouped"][stage].parameters, reference(REGROUPED))
 
 
 @pytest.mark.parametrize("strategy", ["none", "first", "second", "ensemble"])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from rose_ds.analysis.directions import blend, filter_normalised, move, restored, weights_of
 from rose_ds.analysis.disagreement import disagreement
 from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
+from rose_ds.analysis.inspect_page import _modules
 from rose_ds.analysis.interpolation import Line, same_architecture, walk
 from rose_ds.analysis.landscape import Plane, gathered, surface
 from rose_ds.analysis.load import loss_and_accuracy
@@ -175,6 +176,25 @@ def test_sharpness_is_the_loss_of_sams_step(model: Tiny) -> None:
     want = (F.cross_entropy(copy(x).logits, labels) - start).item()
     assert sharpness(model, parts, rho=0.1) == pytest.approx(want, rel=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_parameter_that_nothing_uses(model: Tiny) -> None:
+    """A pooler that the head does not ask, as BigBird's."""
+    parts = batches(6, 3)
+    rise, values = sharpness(model, parts), largest_eigenvalues(model, parts, 2, tolerance=1e-5)
+    model.pooler = nn.Linear(3, 3)
+    assert sharpness(model, parts) == pytest.approx(rise, rel=1e-5)
+    assert largest_eigenvalues(model, parts, 2, tolerance=1e-5) == pytest.approx(values, rel=1e-3)
+
+
+def test_layers_of_several_lists_have_cells_of_their_own() -> None:
+    names = [f"model.{side}.layers.{n}.attn.k.weight" for side in ("encoder", "decoder") for n in (0, 1)]
+    layers, kinds, place = _modules(["shared.weight", *names])
+    lists = [f"model.{side}.layers.{n}" for side in ("encoder", "decoder") for n in (0, 1)]
+    assert (layers, kinds) == (["-1", *lists], ["shared.weight", "attn.k"])
+    assert len(set(place)) == 5
+    one = [f"bert.layer.{n}.k.weight" for n in (10, 2)]
+    assert _modules(one) == (["2", "10"], ["k"], [("k", "10"), ("k", "2")])
 
 
 def test_low_area() -> None:

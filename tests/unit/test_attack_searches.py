@@ -99,7 +99,11 @@ def test_an_item_does_not_depend_on_the_others(search: str, tmp_path: Path) -> N
 def test_limits(tmp_path: Path) -> None:
     assert [o["outcome"] for o in run(tmp_path / "a.jsonl", [ROWS[1]], max_words=1).values()] == ["held"]
     found = run(tmp_path / "b.jsonl", [ROWS[0]], query_budget=10)[0]
-    assert (found["outcome"], found["texts"], found["queries"]) == ("budget", ["a good film with music"], 1)
+    assert (found["outcome"], found["texts"], found["queries"]) == ("budget", ["a good film with music"], 10)
+    whole = run(tmp_path / "whole.jsonl", [ROWS[0]], search="pruthi")[0]
+    assert whole["outcome"] == "broken"  # by one of the edits of its one question
+    part = run(tmp_path / "part.jsonl", [ROWS[0]], search="pruthi", query_budget=whole["queries"] - 1)[0]
+    assert part["outcome"] == "broken" and part["queries"] < whole["queries"]
     many = [row(i, "a good film with music") for i in range(300)]  # more than share a batch, all out of budget at once
     assert len(run(tmp_path / "many.jsonl", many, query_budget=2)) == 300
     long = row(0, " ".join(["bad"] * 40), label=0)

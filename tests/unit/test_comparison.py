@@ -118,8 +118,43 @@ def test_a_task_without_a_set_leaves_the_average_open(store: Store) -> None:
 
 
 def test_the_papers_figures_stand_beside_the_same_model_only(store: Store) -> None:
+    for task in ("qnli", "qqp", "rte"):
+        add(store, Cell(task, "vanilla", 0, {}), "11", "10", model="roberta-base")
+    assert len(accuracy(gather(store)).rows) == 1  # the paper's means are over four tasks
     add(store, Cell("sst2", "vanilla", 0, {}), "11", "10", model="roberta-base")
-    assert accuracy(gather(store)).rows[1] == ("vanilla (paper)", "-", "-", f"{(89.19 + 24.78) / 2:.2f}", "64.41", "-")
+    paper = ("vanilla (paper)", *("-",) * 8, f"{(89.19 + 24.78) / 2:.2f}", "64.41", "-")
+    assert accuracy(gather(store)).rows[1] == paper
+
+
+def test_two_models_are_no_two_settings(store: Store) -> None:
+    """A method that has more seeds on one would be compared with another method on the other."""
+    for model, seeds, hits in (("minilm", (0, 1), "1100"), ("roberta-base", (0,), "1111")):
+        for seed in seeds:
+            add(store, Cell("sst2", "vanilla", seed, {"model": model}), hits, None, model=model)
+    add(store, Cell("sst2", "rose-first", 0, {"model": "roberta-base"}), "1110", None, model="roberta-base")
+    found = gather(store)
+    assert found.tasks == ("sst2 (minilm)", "sst2 (roberta-base)")
+    assert ("sst2 (minilm)", "rose-first") not in found.entries
+    difference = found.difference("sst2 (roberta-base)", "rose-first", "clean")
+    assert difference is not None and difference.points == -25.0
+    assert column(named(store, "choices"), "settings tried") == ["1", "1", "1"]
+
+
+def test_attacks_stand_beside_their_like_alone(store: Store) -> None:
+    add(
+        store,
+        Cell("sst2", "vanilla", 0, {}),
+        "11",
+        None,
+        under_attack={"pruthi, 8 items a": 0.5, "deepwordbug, 8 items a": 0.25},
+    )
+    add(store, Cell("sst2", "vanilla", 1, {}), "11", None, under_attack={"pruthi, 8 items a": 0.25})
+    add(store, Cell("sst2", "smart", 0, {}), "11", None, under_attack={"pruthi, 9 items b": 0.125})
+    assert named(store, "under_attack").rows == [
+        ("sst2", "pruthi, 8 items a", "vanilla", "37.50 ± 17.68", "2"),
+        ("sst2", "deepwordbug, 8 items a", "vanilla", "25.00", "1"),
+        ("sst2", "pruthi, 9 items b", "smart", "12.50", "1"),
+    ]
 
 
 def test_settings_are_chosen_by_the_clean_set_and_the_oracle_stands_apart(store: Store) -> None:
@@ -283,7 +318,7 @@ def test_the_command_writes_every_file(store: Store, capsys: pytest.CaptureFixtu
     pytest.importorskip("matplotlib")
     way = [{"step": 1, "clean": 0.5, "adversarial": 0.25}, {"step": 2, "clean": 0.75, "adversarial": 0.5}]
     for seed in (0, 1):
-        under = {"under_attack": {"deepwordbug": 0.25, "pruthi": 0.125}}
+        under = {"under_attack": {"pruthi, 4 items 0123": 0.125}}
         add(store, Cell("sst2", "vanilla", seed, {}), "1110", "10", way, **under)
         add(store, Cell("sst2", "r-drop+rose-first", seed, {}), "1111", "11", way)
     main(["report", "--store", str(store.root)])
@@ -295,8 +330,8 @@ def test_the_command_writes_every_file(store: Store, capsys: pytest.CaptureFixtu
     page.feed((out / "report.html").read_text())
     assert page.tables == len(list(out.glob("*.csv"))) == (out / "report.md").read_text().count("\n## ") + 1
     assert [source[:15] for source in page.sources] == ["data:image/png;"]
-    rows = list(csv.DictReader((out / "attacked.csv").open()))
-    assert [row["under attack"] for row in rows] == ["12.50 ± 0.00", "-"]
+    rows = list(csv.DictReader((out / "under_attack.csv").open()))
+    assert [(row["method"], row["accuracy"]) for row in rows] == [("vanilla", "12.50 ± 0.00")]
     gains = {(r["method"], r["set"]): r["gain (points)"] for r in csv.DictReader((out / "significance.csv").open())}
     assert gains == {("r-drop+rose-first", "clean"): "+25.00", ("r-drop+rose-first", "AdvGLUE"): "+50.00"}
 

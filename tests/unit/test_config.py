@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import rose_ds
-from rose_ds import RoseConfig
+from rose_ds import RefusedConfiguration, RoseConfig
 from rose_ds.config import DEFAULT_INCLUDE
+from rose_ds.eligible import eligible_names
 
 pytestmark = pytest.mark.fast
 
@@ -201,3 +202,17 @@ def test_a_strategys_own_defaults() -> None:
 def test_settings_that_do_not_fit_together(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         RoseConfig(**settings)
+
+
+def test_the_default_is_measured_against_a_models_names_with_exclude_too() -> None:
+    """BLOOM's blocks have layer norms whose names it finds, and matrices whose names it does not."""
+    shapes: dict[str, tuple[int, ...]] = {"transformer.word_embeddings_layernorm.weight": (8,)}
+    for n in range(2):
+        shapes[f"transformer.h.{n}.input_layernorm.weight"] = (8,)
+        shapes[f"transformer.h.{n}.mlp.dense_h_to_4h.weight"] = (32, 8)
+    for exclude in ((), ("word_embeddings",)):
+        with pytest.raises(RefusedConfiguration, match='set include="@blocks"'):
+            eligible_names(RoseConfig(exclude=exclude), shapes)
+    assert len(eligible_names(RoseConfig(exclude=("word_embeddings",), include=("@blocks",)), shapes)) == 4
+    bert = {"bert.encoder.layer.0.dense.weight": (8, 8), "bert.encoder.layer.0.LayerNorm.weight": (8,)}
+    assert eligible_names(RoseConfig(exclude=("LayerNorm",)), bert) == ["bert.encoder.layer.0.dense.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch.nn import functional as F
 from rose_ds.data import DataError, load_task, perturb
 from rose_ds.data.files import Files, load_files, with_adversarial
 from rose_ds.data.tables import read_rows
-from rose_ds.experiments.loading import settings_of
+from rose_ds.experiments.loading import load_data, settings_of
 from rose_ds.experiments.losses import weighted_loss, weights_of
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.settings import RunSettings
 
 pytestmark = pytest.mark.fast
 
@@ -131,6 +133,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["1.0", "0.0", "1", "-1"], ("-1", "0", "1")),
         (["b", "a", "c", "a"], ("a", "b", "c")),
         (["yes", "1", "0.5", "no"], ("0.5", "1", "no", "yes")),
+        (["1_1", "11", "1_2", "1e2", "100"], ("100", "11", "1_1", "1_2", "1e2")),
+        (["12345678901234567", "12345678901234568"], ("12345678901234567", "12345678901234568")),
     ],
 )
 def test_label_names(values: list[str], names: tuple[str, ...], tmp_path: Path) -> None:
@@ -284,6 +288,27 @@ def test_an_adversarial_file_beside_glues_own_layout(tmp_path: Path) -> None:
     data = load_task("sst2", tmp_path, splits=("validation",))
     path = write(tmp_path / "mine.csv", "sentence,label\nbda,negative\n")
     assert with_adversarial(data, Files(adversarial=path)).adversarial["label"] == [0]  # type: ignore[index]
+    path = write(tmp_path / "mine.json", json.dumps([item("bda", 0), item("god", 1)]))  # rows, and no AdvGLUE
+    assert with_adversarial(data, Files(adversarial=path)).adversarial["label"] == [0, 1]  # type: ignore[index]
+
+
+def test_a_spacing_that_meets_the_orders_period_is_refused(tmp_path: Path) -> None:
+    """Rows in pairs of a positive and a negative one: every second row has one label."""
+    path = write(tmp_path / "pairs.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(400)))
+    run = RunSettings(validation_file=str(path), max_eval_samples=200)
+    with pytest.raises(DataError, match=r"other shares \(100%, 0%\) than all of them \(50%, 50%\)"):
+        load_data(run, ("validation",))
+    found = load_data(replace(run, max_eval_samples=133), ("validation",)).validation
+    assert found is not None and 60 < sum(found["label"]) < 73
+
+
+def test_a_folder_and_files_for_one_task_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "sentence,label\na,1\nb,0\n")
+    run = RunSettings(task="sst2", data=str(tmp_path), validation_file=str(path))
+    with pytest.raises(DataError, match="--validation_file"):
+        load_data(run, ("validation",))
+    own = RunSettings(task="mine", data=str(tmp_path), validation_file=str(path))  # a sweep's folder, of other tasks
+    assert load_data(own, ("validation",)).spec.name == "mine"
 
 
 # --- class weights ---
@@ -339,6 +364,7 @@ def test_a_finished_run_says_what_its_data_is(tmp_path: Path) -> None:
     assert run.model == str(tmp_path)
     run = settings_of(str(tmp_path), {"validation_file": "b.csv", "max_length": 32, "search": "pruthi"})
     assert (run.task, run.data, run.validation_file, run.max_length) == ("snippets", None, "b.csv", 32)
+    assert run.max_eval_samples is None  # seven of the other file's
     run = settings_of(str(tmp_path), {"adversarial_file": "hard.csv", "data": "elsewhere"})  # of the same task
     assert (run.task, run.data, run.adversarial_file, run.max_eval_samples) == ("sst2", "elsewhere", "hard.csv", 7)
     config = {"train_file": "a.csv", "validation_file": "a-dev.csv", "file_encoding": "latin-1", "task": "mine"}

@@ -115,6 +115,10 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "deepcompile": ({"compile": {"deepcompile": True}}, "deepcompile", "set it to false"),
     "accumulation": ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", "set it to true"),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast", '"bf16"'),
+    "norm": ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm", "set it to true"),
+    "autotp": ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size", "use ZeRO-3"),
+    "experts": ({"expert_parallel": {"enabled": True}}, "expert_parallel", "use a model without"),
+    "sequences": ({"sequence_parallel_size": 2}, "sequence_parallel_size", "use data parallelism alone"),
     "masters": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "master weights", "keep fp32"),
     "unsavable": (
         {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}},

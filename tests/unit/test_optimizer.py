@@ -170,11 +170,43 @@ def test_refused(options: dict[str, Any], error: type[Exception], words: str) ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -1.0}], ids=str
+    "options",
+    [
+        {"lr": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"eps": -1.0},
+        {"weight_decay": -1.0},
+        {"keep_first": 0.3},
+        {"amsgrad": True},
+    ],
+    ids=str,
 )
 def test_refused_in_a_group(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         RoseAdamW([{"params": list(model().parameters()), **options}])
+    optimizer = RoseAdamW(model().parameters())
+    with pytest.raises(ValueError, match=next(iter(options))):
+        optimizer.add_param_group({"params": list(model().parameters()), **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    module = model()
+    theirs = torch.optim.AdamW(module.parameters(), maximize=True)
+    ours = RoseAdamW(module.parameters())
+    with pytest.raises(ValueError, match="does not support maximize"):
+        ours.load_state_dict(theirs.state_dict())
+
+
+def test_settings_that_mean_nothing_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    RoseAdamW(model().parameters(), strategy="second", keep_first=0.3, keep_second=0.3, gamma=0.5)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "keep_first=0.3 means nothing to strategy='second'"
+    ]
+    caplog.clear()
+    RoseAdamW(model().parameters(), strategy="child-tuning")
+    RoseAdamW(model().parameters(), strategy="none", keep_first=0.3)  # tried beside another
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable", "fused"])

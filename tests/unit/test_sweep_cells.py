@@ -71,11 +71,36 @@ def test_the_more_particular_setting_wins() -> None:
         ("keep_second", {"rose-second", "rose-ensemble"}),
         ("rdrop_alpha", {"r-drop"}),
         ("keep_first", set(METHODS) - {"vanilla", "r-drop", "smart", "freelb", "rose-second", "cautious"}),
+        ("first_order", {"rose-first", "rose-ensemble", "inverted-mask"}),
+        ("risk_ema", {"rose-first", "rose-ensemble", "inverted-mask"}),
+        ("keep_largest", {"rose-first", "rose-second", "rose-ensemble", "inverted-mask"}),
     ],
 )
 def test_shared_settings_reach_the_methods_that_know_them(flag: str, methods: set[str]) -> None:
     assert {name for name in METHODS if applies(flag, METHODS[name])} == methods
     assert applies("gamma", method_named("freelb+rose-ensemble"))
+
+
+def test_every_method_takes_the_shared_settings_that_reach_it() -> None:
+    shared = {"first_order": "fast", "risk_rows": 0.5, "risk_ema": 0.5, "granularity": "tensor", "mask_warmup_steps": 2}
+    sweep = Sweep(methods=list(METHODS), tasks=["sst2"], settings={**shared, "mask_seed": 3, "keep_second": 0.4})
+    assert len(sweep.cells()) == len(METHODS)
+
+
+def test_values_reach_the_command_line_as_they_were_written() -> None:
+    settings = {
+        "label_column": "1",
+        "save_strategy": False,  # a bare "no" in YAML
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "learning_rate": "2e-4",
+        "lr_scheduler_type": "cosine_with_restarts",
+    }
+    (cell,) = Sweep(methods=["rose-first"], tasks=["sst2"], settings=settings).cells()
+    run, _, args = parsed(cell)
+    assert (run.label_column, args.save_strategy, args.lr_scheduler_kwargs) == ("1", "no", {"num_cycles": 2})
+    assert args.learning_rate == 2e-4
+    grid = Sweep(**SMALL, grid=_grid(["keep_largest=true,false"]), budget="full").cells()
+    assert [cell.settings["keep_largest"] for cell in grid if cell.method == "rose-first"] == [True, False]
 
 
 def test_the_budget_is_equal_or_said_not_to_be() -> None:
@@ -221,6 +246,9 @@ def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for jobs, words in ((3, ["--num_gpus", "2"]), (5, [])):
         with pytest.raises(ValueError, match="is more than the 4 here"):
             places("deepspeed", jobs, words)
+    with pytest.raises(ValueError, match="--num_gpus N"):
+        places("deepspeed", 1, [], fixed_batch=False)
+    assert len(places("deepspeed", 1, ["--num_gpus=4"], fixed_batch=False)) == 1
     with pytest.raises(ValueError, match="leave --include"):
         places("deepspeed", 2, ["--include=localhost:0"])
     assert shared("slurm", 2, "--gres=gpu:1") == [(("--gres=gpu:1",), None, None)] * 2  # its steps have their own

@@ -151,6 +151,16 @@ def test_models_are_kept_on_demand(store: Store) -> None:
     assert (store.run_folder(CELL) / "model.safetensors").is_file()
 
 
+def test_checkpoints_that_a_kill_left_behind_a_line_go(store: Store) -> None:
+    store.folder(CELL).mkdir()
+    finish(store, CELL)
+    store.record(CELL, None, keep_models=True)
+    left = store.run_folder(CELL) / "checkpoint-100"
+    left.mkdir()
+    assert Runner(store, [CELL]).run() == {CELL.key: Status.DONE}
+    assert not left.exists() and (store.run_folder(CELL) / "model.safetensors").is_file()
+
+
 def test_a_line_torn_by_a_kill_is_passed_over_and_replaced(store: Store) -> None:
     for cell in (CELL, OTHER):
         store.folder(cell).mkdir()

@@ -63,17 +63,9 @@ class TorchEngine(Engine):
 
     def _refuse_fp16(self) -> None:
         """A hook, because autocast may be entered anywhere round the model, or inside it."""
-
-        def look(module: nn.Module, args: object, out: object) -> None:
-            if module.training and isinstance(out, Tensor) and out.dtype == torch.float16 and out.requires_grad:
-                raise RefusedConfiguration(
-                    "the model runs in fp16 (autocast, or FSDP's mixed precision) without a scaled loss, so small "
-                    "gradients become zero: use bf16, or fp16 through DeepSpeed, which scales the loss"
-                )
-
         layer = next((m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
-        if layer is not None:
-            layer.register_forward_hook(look)
+        if layer is not None and _no_fp16 not in layer._forward_hooks.values():
+            layer.register_forward_hook(_no_fp16)
 
     def _clip(self, params: list[Tensor]) -> float:
         """Clip these parameters' gradients; their global L2 norm before."""
@@ -81,6 +73,15 @@ class TorchEngine(Engine):
         if self.max_grad_norm:
             clip_grads_with_norm_(params, self.max_grad_norm, norm)
         return norm.item()
+
+
+def _no_fp16(module: nn.Module, args: object, out: object) -> None:
+    """A forward hook; the module's own name, so that a prepared model can be pickled as before."""
+    if module.training and isinstance(out, Tensor) and out.dtype == torch.float16 and out.requires_grad:
+        raise RefusedConfiguration(
+            "the model runs in fp16 (autocast, or FSDP's mixed precision) without a scaled loss, so small "
+            "gradients become zero: use bf16, or fp16 through DeepSpeed, which scales the loss"
+        )
 
 
 class PlainEngine(TorchEngine):

@@ -33,7 +33,8 @@ class ZeroEngine(Engine):
         check_engine(ds)
         self.ds = ds
         self.name = f"zero{int(ds.zero_optimization_stage())}"
-        super().__init__(ds.module, optimizer, int(ds.gradient_accumulation_steps()))
+        self._set_steps = int(ds.gradient_accumulation_steps())
+        super().__init__(ds.module, optimizer, self._set_steps)
         self.adapter = _adapter_class(ds)(ds, optimizer)
         self._beta1_of = self.adapter.beta1_of()
         self.retains_graphs = self.adapter.shares_graph
@@ -48,6 +49,9 @@ class ZeroEngine(Engine):
     # --- passes ---
 
     def micro_batch(self) -> AbstractContextManager[object]:
+        steps = int(self.ds.gradient_accumulation_steps())
+        if steps != self._set_steps:  # by set_train_batch_size()
+            self._set_steps = self.accumulation_steps = steps
         return self.adapter.micro_batch()
 
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:

@@ -37,8 +37,14 @@ _REFUSED = {
         "compile.deepcompile rewrites the backward pass, whose gradients rose_ds must see twice: set it to false"
     ),
     "pipeline": "pipeline parallelism runs forward and backward in one schedule, so there is no second pass: use ZeRO",
-    "experts": "mixture-of-experts layers reduce in other groups than rose_ds exchanges over",
-    "mpu": "model parallelism (mpu) splits tensors over ranks that rose_ds does not exchange with: use ZeRO-3",
+    "experts": (
+        "mixture-of-experts layers (expert_parallel) reduce in other groups than rose_ds exchanges over: use a model "
+        "without"
+    ),
+    "mpu": (
+        "model parallelism (mpu, tensor_parallel.autotp_size) splits tensors over ranks that rose_ds does not exchange "
+        "with: use ZeRO-3"
+    ),
     "accumulation": "managed_gradient_accumulation=false hides the accumulation boundary: set it to true",
     "sequences": (
         "sequence parallelism (mesh_param, sequence_parallel_size) splits rows over ranks that rose_ds does not "
@@ -142,13 +148,16 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
     sections = {name: _section(zero, name) for name in ("offload_optimizer", "offload_param")}
     autocast = _section(config, "torch_autocast")
     ratio = sections["offload_optimizer"].get("ratio", 1.0)
-    partitioned = zero.get("zero_hpz_partition_size", 1)
+    bf16 = _section(config, "bf16") or _section(config, "bfloat16")
+    overflow_seen = _section(config, "fp16").get("enabled") in (True, "auto") or (
+        bf16.get("enabled") in (True, "auto") and bf16.get("check_grad_overflow") is not False
+    )
     found = {
         "round_robin_gradients": stage in (1, 2) and zero.get("round_robin_gradients") is True,
         "parameter_alignment": zero.get("parameter_alignment") is True,
         "zero++": stage == 3
         and (
-            (isinstance(partitioned, int) and partitioned > 1)
+            _above_one(zero.get("zero_hpz_partition_size"))
             or zero.get("zero_quantized_gradients") is True
             or zero.get("zero_quantized_weights") is True
             or zero.get("zero_quantized_nontrainable_weights") is True
@@ -158,10 +167,14 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
         "super_offload": sections["offload_optimizer"].get("super_offload") is True,
         "zenflow": zero.get("zenflow") is not None,
         "deepcompile": _section(config, "compile").get("deepcompile") is True,
+        "experts": _section(config, "expert_parallel").get("enabled") is True,
+        "mpu": _above_one(_section(config, "tensor_parallel").get("autotp_size")),
+        "sequences": _above_one(config.get("sequence_parallel_size")),
+        "norm": stage in (1, 2) and zero.get("compute_grad_norm") is False and not overflow_seen,
         "accumulation": config.get("managed_gradient_accumulation") is False,
         "autocast": autocast.get("enabled") is True
         and autocast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"),
-        "half masters": _section(config, "bf16").get("bf16_master_weights_and_grads") is True
+        "half masters": bf16.get("bf16_master_weights_and_grads") is True
         or _section(config, "fp16").get("fp16_master_weights_and_grads") is True,
     }
     return [_REFUSED[name] for name, refused in found.items() if refused]
@@ -170,3 +183,7 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1

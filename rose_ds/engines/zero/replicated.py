@@ -18,12 +18,16 @@ from rose_ds.optimizer import RoseAdamW, Slice
 class ReplicatedAdapter(Adapter):
     """Base: what is the same in every precision."""
 
+    def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
+        super().__init__(ds, rose_optimizer)
+        self._held = {param for group in rose_optimizer.param_groups for param in group["params"]}
+
     def group(self) -> None:
         return None
 
-    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice:
-        n = param.numel()
-        return Slice(name, tensor_index, self._master(param), 0, n, Block.flat(n, 0, n))
+    def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
+        master, n = self._master(param), param.numel()
+        return Slice(name, tensor_index, master, 0, n, Block.flat(n, 0, n)) if master in self._held else None
 
     def backward_apart(self, run: Callable[[], None], sums: list[Tensor]) -> None:
         restore = stash_grads(self.ds.module.parameters())

@@ -49,7 +49,10 @@ class Stage3Adapter(ScaledAdapter):
 
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
         z = self.ds_optimizer
-        sub_group, offset, numel = z.grad_position[z.get_param_id(param)]
+        position = z.grad_position.get(z.get_param_id(param))
+        if position is None:  # the optimizer has not got it
+            return None
+        sub_group, offset, numel = position
         # every rank's partition has the same size; the last ones may be padding in part or whole
         whole, start = int(param.ds_numel), z._get_param_partition_rank(param) * numel  # type: ignore[attr-defined]
         real = min(numel, max(0, whole - start))

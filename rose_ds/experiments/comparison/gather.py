@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from rose_ds.experiments.cells import Cell, settings_key
 from rose_ds.experiments.comparison.statistics import Difference, compare
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.settings import RunSettings
 from rose_ds.experiments.store import Status, Store
 
 
@@ -36,7 +37,6 @@ ACCURACY: dict[str, Callable[[Run], float | None]] = {
     "clean": lambda run: run.metrics.glue_accuracy,
     "AdvGLUE": lambda run: run.metrics.advglue_accuracy,
     "perturbed": lambda run: run.metrics.perturbed_accuracy,
-    "under attack": lambda run: min(run.metrics.under_attack.values(), default=None),
 }
 #: From this share of one answer on, a run counts as collapsed.
 ONE_ANSWER = 0.98
@@ -152,11 +152,17 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
         ValueError: the store holds no cells, is damaged, or has no such method.
     """
     plan, results = store.plan(), store.results()
-    cells = {cell.key: cell for cell in plan}
     runs = [_run(line) for line in results.values()]
-    if not cells and not runs:
+    if not plan and not runs:
         raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
-    tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
+    several = len({_model(settings) for settings in [c.settings for c in plan] + [r.settings for r in runs]}) > 1
+
+    def task_of(one: Cell | Run) -> str:
+        """Two models are no two settings to choose among: each has tasks of its own."""
+        return f"{one.task} ({_model(one.settings)})" if several else one.task
+
+    runs = [replace(run, task=task_of(run)) for run in runs]
+    tasks = tuple(dict.fromkeys([task_of(cell) for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
     if baseline is not None and baseline not in methods:
         raise ValueError(f"baseline={baseline!r} is not one of the store's methods {list(methods)}")
@@ -165,7 +171,7 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
         for method in methods:
             candidates = _candidates(
                 [run for run in runs if (run.task, run.method) == (task, method)],
-                [cell for cell in plan if (cell.task, cell.method) == (task, method)],
+                [cell for cell in plan if (task_of(cell), cell.method) == (task, method)],
             )
             if candidates:
                 entries[task, method] = _entry(candidates)
@@ -184,6 +190,10 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
         unfinished,
         baseline or ("vanilla" if "vanilla" in methods else None),
     )
+
+
+def _model(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("model", RunSettings.model))
 
 
 def _run(line: Mapping[str, Any]) -> Run:
