@@ -20,9 +20,9 @@ from rose_ds.core.select import Rule
 from rose_ds.core.update import UpdateBatch
 from rose_ds.objectives import Objective, resolve
 
-#: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
 logger = logging.getLogger(__name__)
 
+#: Options of torch.optim.AdamW that change the mathematics or the execution; each is refused unless at its default.
 _REFUSED = {
     "amsgrad": "ROSE's update (Algorithm 1) has no maximum over second moments",
     "maximize": "negate the loss instead",
@@ -154,8 +154,8 @@ class RoseAdamW(torch.optim.Optimizer):
             ValueError: names the parameter's position, and what is missing or has another shape; or the state was made
                 with an option of torch's AdamW that ROSE cannot honour.
         """
-        for group in state_dict["param_groups"]:
-            _refuse_options(group)
+        for group in state_dict["param_groups"]:  # others say how a step was made, not which
+            _refuse_options({name: group.get(name) for name in ("amsgrad", "maximize")})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         held = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, held, strict=False):  # torch refuses other counts

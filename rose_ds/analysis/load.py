@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rose_ds.analysis.probing import new_head
 from rose_ds.data import TaskData, TaskSpec, perturb, tokenize
 from rose_ds.data.batching import padding_collator
-from rose_ds.experiments.loading import load_data, settings_of
+from rose_ds.experiments.loading import load_data, settings_of, thinned
 from rose_ds.experiments.metrics import FILE, Metrics, write_whole
 from rose_ds.experiments.models import (
     check_length,
@@ -58,9 +58,7 @@ class Opened:
         Raises:
             ValueError: the data has no such split.
         """
-        rows = self.rows(split)
-        if count is not None and count < len(rows):
-            rows = rows.select([i * len(rows) // count for i in range(count)])
+        rows = thinned(self.rows(split), count)
         order = label_order(self.model.config, self.data.spec)
         tokens = tokenize(rows, self.data.spec, self.tokenizer, self.settings.max_length, order)
         tokens = tokens.select(sorted(range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"])))

@@ -64,8 +64,8 @@ class Classifier:
                 *columns, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
             )
             if not batch["input_ids"].shape[1]:  # all are empty, and the tokenizer puts nothing around a text
-                blank = [[" "] * len(part) for _ in columns]
-                batch = self.tokenizer(*blank, padding=True, return_tensors="pt")
+                blank = {"input_ids": [[self.tokenizer.pad_token_id]] * len(part), "attention_mask": [[1]] * len(part)}
+                batch = self.tokenizer.pad(blank, return_tensors="pt")
             logits = self.model(**batch.to(self.device)).logits
             found[part] = logits.float().cpu().numpy()[:, self.order]
         return found

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rose_ds.attack.searches import SEARCHES, Item, Outcome, Scores, Search, Texts
-from rose_ds.experiments.resumable import ResumableLog, records_of
+from rose_ds.experiments.resumable import ResumableLog, digest, records_of
 
 _ACTIVE = 256
 """Items whose questions share batches."""
@@ -50,6 +50,10 @@ class AttackSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+
+    def key(self, rows: str) -> str:
+        """Of files: the search with a digest of its limits and of the rows."""
+        return f"{self.search}-{digest([[rows, *asdict(self).values()]])}"
 
     def label(self, items: int, rows: str) -> str:
         """What accuracies are comparable under: the search, what limits it, and the rows, by their digest."""

@@ -21,10 +21,10 @@ Examples:
 
 Task, data and length are those of the model's run, unless flags say which rows to read.
 
-Writes MODEL/attack/SEARCH.json, the accuracies, and SEARCH-ROWS-RANK-of-WORLD.jsonl, every item with its edits
-(elsewhere with --output_dir); adds the accuracy to MODEL/metrics.json, for rose-ds report. Started again it goes on
-where it was. A search that fails proves nothing: compare models under the same search, limits, seed and items, and only
-with each other."""
+Writes MODEL/attack/SEARCH-KEY.json, the accuracies, and SEARCH-KEY-RANK-of-WORLD.jsonl, every item with its edits
+(elsewhere with --output_dir; KEY is of the limits and the rows); adds the accuracy to MODEL/metrics.json, for rose-ds
+report. Started again it goes on where it was. A search that fails proves nothing: compare models under the same search,
+limits, seed and items, and only with each other."""
 _OF_OTHERS = ("adversarial_file", "engine", "record_masks", "disagreement_steps", "max_train_samples")
 
 
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
         for row in data.validation.select(range(rank, len(data.validation), world))
     ]
     items = digest(data.validation[name] for name in ("idx", "label", *data.spec.fields))
-    logs = logs_of(folder, f"{how.search}-{items}", world)
+    logs = logs_of(folder, how.key(items), world)
     with (
         all_ranks(),
         tqdm(total=len(rows), desc=f"attack {how.search}", unit="item", disable=not first_rank()) as bar,
@@ -84,8 +84,8 @@ def run(arguments: Sequence[str]) -> None:
         subject["data"] = items
         attack(rows, model.predict, how, logs[rank], subject=subject, progress=bar)
     if first_rank():
-        found = {"task": data.spec.name, "model": settings.model, **asdict(how), **summary(logs)}
-        path = folder / f"{how.search}.json"
+        found = {"task": data.spec.name, "model": settings.model, "rows": items, **asdict(how), **summary(logs)}
+        path = folder / f"{how.key(items)}.json"
         write_whole(path, json.dumps(found, indent=2) + "\n")
         if output.output_dir is None and (Path(settings.model) / METRICS).is_file():
             metrics = Metrics.read(Path(settings.model))

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rose_ds.cli import first_rank
 from rose_ds.cli.arguments import HelpFormatter
 
 _DESCRIPTION = """What the masks of finished runs did, on one page: which layers they kept and when, the thresholds, the
@@ -24,6 +25,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that rose-ds train wrote")
     parser.add_argument("--output", type=Path, help="the page; default: analysis/inspect.html in the first run")
     options = parser.parse_args(arguments)
+    if not first_rank():
+        return
     from rose_ds.analysis.inspect_page import Record, write_page
     from rose_ds.training.mask_record import FILE, read_masks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ AdvGLUE where there is one, else on the perturbed set.
 
 A store: prints the first table and what is missing, and writes report.md, report.html (one file), report.png and a CSV
 file a table: accuracies with every seed, other attacks and cost, differences from the baseline with two tests, the
-methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished."""
+methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished. Of a store
+with several models, each has a folder of its own."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -48,13 +50,17 @@ def run(arguments: Sequence[str]) -> None:
 
 def _report_store(folder: Path, baseline: str | None, output: Path | None) -> None:
     from rose_ds.experiments.comparison import render
-    from rose_ds.experiments.comparison.gather import default_output, gather
+    from rose_ds.experiments.comparison.gather import default_output, gather, models_in
     from rose_ds.experiments.comparison.tables import accuracy, unfinished
     from rose_ds.experiments.store import Store
 
-    comparison = gather(Store(folder), baseline)
-    written = render.write(comparison, output or default_output(folder))
-    missing = unfinished(comparison)
-    for shown in [accuracy(comparison), *([missing] if missing.rows else [])]:
-        print(render.markdown(shown))
-    print("written: " + ", ".join(map(str, written)))
+    store, output = Store(folder), output or default_output(folder)
+    models: list[str | None] = [*models_in(store)]
+    for model in models or [None]:
+        comparison = gather(store, baseline, model)
+        own = output if len(models) < 2 else output / re.sub(r"[^\w.-]+", "-", str(model)).strip("-")
+        written = render.write(comparison, own)
+        missing = unfinished(comparison)
+        for shown in [accuracy(comparison), *([missing] if missing.rows else [])]:
+            print(render.markdown(shown))
+        print("written: " + ", ".join(map(str, written)))

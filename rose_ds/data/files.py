@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ USUAL_TEXTS = (
 OWN_TEXTS = ("text", "text_pair")
 VALIDATION_ONE_IN = 10
 """Without a validation file one text in so many goes there, chosen by its hash."""
-_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
 _TOO_MANY = 50
 """With more labels than this, half as many labels as rows are no classes."""
 
@@ -203,9 +204,14 @@ def _labels(rows: Rows, column: str) -> list[str]:
             found.append(rows.label_names[value])
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value).strip()
-        whole = _WHOLE.fullmatch(text)
-        found.append(whole[1] if whole else text)
+        found.append(_whole_number(text) or text)
     return found
+
+
+def _whole_number(text: str) -> str | None:
+    """1, 01, +1 and 1.0 as one text, whatever the size; None for what is no whole number."""
+    value = Decimal(text) if len(text) < 100 and _NUMBER.fullmatch(text) else None
+    return None if value is None or value != value.to_integral_value() else str(int(value))
 
 
 def _number(text: str) -> float | None:

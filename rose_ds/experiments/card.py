@@ -83,18 +83,18 @@ classify = pipeline("text-classification", model="this folder")
 
 def _shown(words: Sequence[str]) -> str:
     """The command line, without what a launcher adds for a rank and what nobody else may read."""
-    kept = ["rose-ds", *([] if words[:1] == ["train"] else ["train"])]  # launch/train.py's has no command
+    kept: list[str] = []
     after = ""
     for word in words:
         name, equals, _ = word.partition("=")
-        if after.endswith("_token"):
-            word = "..."
-        elif name.endswith("_token") and equals:
-            word = f"{name}=..."
-        if "--local_rank" not in (name, after):
-            kept.append(word)
-        after = "" if equals or not word.startswith("--") else word
-    return shlex.join(kept)
+        name = name.replace("-", "_")
+        if "__local_rank" not in (name, after):
+            secret = after.endswith("_token") or (name.endswith("_token") and equals)
+            kept.append(word.partition("=")[0] * bool(equals) + equals + "..." if secret else word)
+        after = name if name.startswith("__") and not equals else ""
+    if kept[:1] != ["train"]:  # launch/train.py's has no command
+        kept.insert(0, "train")
+    return shlex.join(["rose-ds", *kept])
 
 
 def _percent(value: float | None) -> str:

@@ -165,7 +165,8 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take out the lines of another run of the folder, and of steps that come again."""
         if state.is_world_process_zero and self.path.is_file():
-            kept = [old for old in read_trajectory(self.path.parent) if 0 < old["step"] <= state.global_step]
+            step = state.global_step
+            kept = [old for old in read_trajectory(self.path.parent) if step and old["step"] <= step]
             with may_be_lost(self.path):
                 write_lines(self.path, kept)
 

@@ -50,9 +50,9 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
             data = with_adversarial(data, files)
     return replace(
         data,
-        train=_thinned(data.train, run.max_train_samples),
-        validation=_thinned(data.validation, run.max_eval_samples),
-        adversarial=_thinned(data.adversarial, run.max_eval_samples),
+        train=thinned(data.train, run.max_train_samples),
+        validation=thinned(data.validation, run.max_eval_samples),
+        adversarial=thinned(data.adversarial, run.max_eval_samples),
     )
 
 
@@ -89,32 +89,41 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
         config = Metrics.read(Path(folder)).config
         own = set(given) & set(_NAMED)
         wanted = names - set(_OF_TRAINING) - set((*_SOURCE, *_THINNING) if own else ())
+        if any(config.get(name) is not None for name in ("train_file", "validation_file", "dataset")):
+            wanted -= {"data"}  # which a run of files does not read
         known = {name: value for name, value in config.items() if name in wanted}
     return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})
 
 
 _SKEW = 5.0
 """Standard deviations of a share of labels among rows drawn at random."""
+_COMMON = 10
+"""Rows of a label, and others, from which on they say something."""
 
 
 def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _thinned(dataset: Any, count: int | None) -> Any:
+def thinned(dataset: Any, count: int | None) -> Any:
+    """So many rows, evenly spaced, in their order; all where there are no more.
+
+    Raises:
+        DataError: that gives other labels than the whole has.
+    """
     if dataset is None or count is None or count >= len(dataset):
         return dataset
-    chosen = dataset.select([i * len(dataset) // count for i in range(count)])
-    whole, part = (
-        np.bincount(rows["label"], minlength=max(dataset["label"]) + 1) / len(rows) for rows in (dataset, chosen)
-    )
-    if (abs(part - whole) > _SKEW * np.sqrt(whole * (1 - whole) / count)).any():
+    rows = [i * len(dataset) // count for i in range(count)]
+    labels = np.asarray(dataset["label"][:])
+    whole, part = (np.bincount(some, minlength=labels.max() + 1) / len(some) for some in (labels, labels[rows]))
+    common = count * np.minimum(whole, 1 - whole) >= _COMMON
+    if (abs(part - whole) > _SKEW * np.sqrt(whole * (1 - whole) / count))[common].any():
         raise DataError(
             f"{count} of {len(dataset)} rows, evenly spaced, have labels in other shares ({_shares(part)}) than all of "
             f"them ({_shares(whole)}): their order has a period that the spacing meets; take another number of rows, "
             "such as a few more, or shuffle the file"
         )
-    return chosen
+    return dataset.select(rows)
 
 
 def _shares(values: Any) -> str:

@@ -83,7 +83,7 @@ class Runner:
             raise ValueError(f"launcher={launcher!r} is not one of {list(LAUNCHERS)}")
         self.store, self.cells = store, list({cell.key: cell for cell in cells}.values())
         self.jobs, self.launcher = jobs, LAUNCHERS[launcher]
-        fixed = all("global_batch_size" in cell.settings for cell in cells)
+        fixed = all(_has_fixed_batch(cell.settings) for cell in cells)
         self._places = places(launcher, jobs, launcher_args, fixed_batch=fixed)
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
         self._running: list[_Running] = []
@@ -274,6 +274,12 @@ class Runner:
             [c for c in self.cells if c.key not in self._settled], self.store.results().values(), self.jobs
         )
         return f"{names}{'' if left is None else f'; about {_clock(left)} to go'}"
+
+
+def _has_fixed_batch(settings: Mapping[str, Any]) -> bool:
+    """Whether a run's global batch is one on any number of ranks; a preset divides its own among them."""
+    preset = "preset" in settings and "per_device_train_batch_size" not in settings
+    return preset or "global_batch_size" in settings
 
 
 def _attacked(under_attack: Mapping[str, float], search: str) -> bool:

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.average import WeightAverage
@@ -23,10 +21,11 @@ from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
 from rose_ds.objectives.divergence import Comparison
-from rose_ds.optimizer import RoseAdamW, local
+from rose_ds.optimizer import RoseAdamW
 from rose_ds.training.describe import describe
 from rose_ds.training.fisher import mean_squared_gradient
 from rose_ds.training.halves import halves_of
+from rose_ds.training.loop_watch import LoopWatch
 from rose_ds.training.masking import Masking
 from rose_ds.training.method_state import MethodState
 from rose_ds.training.predictions import distribution_of
@@ -34,9 +33,6 @@ from rose_ds.training.risk_average import RiskAverage, refuse_together
 from rose_ds.training.step_report import StepReport, report_of
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE = 64  # last micro-batches that a loop may announce before it steps
-_DROPPED = 8  # steps in a row that a loop may drop half-way
 
 
 class MicroBatchValues(TypedDict):
@@ -87,13 +83,7 @@ class Stepper:
         self.policy = policy_of(self.config)
         self.last_report: StepReport | None = None
         """The last optimizer step's report."""
-        self._awaiting_step = False
         self._left_to_optimizer: list[RemovableHandle] = []
-        self._unstepped = 0
-        """Last micro-batches since the optimizer stepped."""
-        self._half_way, self._dropped = False, 0
-        """Whether a step has begun that ``step()`` has not made yet; and how many of these were dropped in a row."""
-        self._told: set[str] = set()
         several = self.config.compares_passes or not isinstance(self.objective, Task)
         refuse_checkpointing(engine.module, twice=several)
         EmbeddingShift.remove(engine.module)
@@ -108,10 +98,8 @@ class Stepper:
         if hasattr(engine, "checkpoints"):
             engine.checkpoints.state = self.state
         self.halves = halves_of(self.config, engine)
-        self.masking = Masking(engine, self.policy, self.state, self._tell, self.halves)
-        self._versions: list[int] = []
-        self._gradients_wait = False
-        """After the last micro-batch."""
+        self.watch = LoopWatch(engine, self._needs_clip())
+        self.masking = Masking(engine, self.policy, self.state, self.watch.tell, self.halves)
 
     @property
     def eligible(self) -> list[str]:
@@ -170,21 +158,11 @@ class Stepper:
                 under a first-order strategy (no dropout).
             RankLost: another rank died, or made fewer calls.
         """
-        if self._awaiting_step:
-            raise RuntimeError("call step() after every backward(), also off the accumulation boundary")
-        if self.engine.failure is not None:
-            raise RuntimeError(
-                f"an earlier backward() or step() failed ({self.engine.failure}) while the {self.engine.name} engine "
-                "held its gradients half-way, and it cannot go on: build model and engine anew, or resume the run"
-            )
-        if self._needs_clip:
-            self.engine.check_sums()
-        if self.engine.gradients_may_be_dropped:
-            if self.optimizer.zeroed or (self._gradients_wait and not self.engine.has_gradients()):  # the loop's doing
-                self._count_dropped()
-                self.engine.begin_step()
-                self._forget_step()
-            self.optimizer.zeroed = False
+        self.watch.before_backward()
+        if self.watch.dropped():
+            self.engine.begin_step()
+            self._forget_step()
+            self.watch.check_progress()
         state = self.state
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self.masking.ranks_now() else None
@@ -213,9 +191,7 @@ class Stepper:
                 raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
-        self._awaiting_step = True
-        self._gradients_wait = self.engine.gradients_may_be_dropped and self.engine.has_gradients()
-        self._versions = self._gradient_versions() if self._needs_clip else []
+        self.watch.after_backward()
         return {"loss": value, "kl": batch.divergence, "disagreement": batch.disagreed}
 
     def step(self) -> StepReport | None:
@@ -224,12 +200,10 @@ class Stepper:
         Returns None off the boundary. A step with a gradient that is not finite, on any rank, changes nothing and is
         reported as skipped.
         """
-        if not self._awaiting_step:
-            raise RuntimeError("step() must follow a backward()")
-        self._awaiting_step = False
+        self.watch.begin_step("step")
         self.masking.selection = None
         try:
-            self._check_untouched()
+            self.watch.check_untouched()
             with explaining_lost_ranks(self._next_step):
                 outcome = self.engine.step(self.masking.decide)
         except BaseException as error:
@@ -237,10 +211,9 @@ class Stepper:
             raise
         finally:
             self.optimizer.plan = None
-        self._half_way = outcome is None
+        self.watch.stepped(whole=outcome is not None)
         if outcome is None:
             return None
-        self._dropped = 0
         return self._finish(outcome.grad_norm, outcome.skipped)
 
     def leave_step_to_optimizer(
@@ -266,32 +239,25 @@ class Stepper:
                 "prepare(max_grad_norm=...) clips in step(), which leave_step_to_optimizer() is called in place of: "
                 "leave it out, clip in the loop, and give max_grad_norm= and grad_norm= here"
             )
-        if grad_norm is None and self._needs_clip:
+        if grad_norm is None and self.watch.needs_clip:
             raise TypeError(
-                f"{self._needs_clip}: give grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop does "
-                "not clip)"
+                f"{self.watch.needs_clip}: give grad_norm= and max_grad_norm= (grad_norm=lambda: None where the loop "
+                "does not clip)"
             )
         norm_of = grad_norm or (lambda: None)
-        if not self._awaiting_step:
-            raise RuntimeError("leave_step_to_optimizer() must follow a backward()")
-        self._awaiting_step = False
-        self._unstepped += last
-        if self._unstepped > max(_PATIENCE, 2 * self.engine.accumulation_steps):
-            self._tell(
-                "unstepped",
-                f"{self._unstepped} last micro-batches and not one optimizer.step() of this RoseAdamW: is it another "
-                "optimizer, or a wrapper of it, that the loop steps?",
-            )
+        self.watch.begin_step("leave_step_to_optimizer")
+        self.watch.left_to_optimizer(last=last)
         if last and not self._left_to_optimizer:  # a loop may give one step several last micro-batches
 
             def begin(*_: object) -> None:
                 norm = norm_of()
-                if norm is None and not self.engine.agree(self._gradients_are_finite()):
+                if norm is None and not self.engine.agree(self.watch.gradients_are_finite()):
                     norm = math.nan
                 self.masking.decide(self.engine.slice_grads(), norm, clip=clip_factor(norm, max_grad_norm))
 
             def finish(*_: object) -> None:
-                skipped, self._unstepped = self.optimizer.skips, 0
+                skipped = self.optimizer.skips
+                self.watch.stepped(whole=True)
                 self.detach()
                 self._finish(norm_of(), skipped)
 
@@ -346,7 +312,6 @@ class Stepper:
 
     # --- inside a step ---
 
-    @property
     def _needs_clip(self) -> str:
         """Why the factor must be known by which the gradient is clipped; empty where it does not matter."""
         if self.halves is not None:
@@ -355,42 +320,8 @@ class Stepper:
             return f"objective {self.objective.name!r} trains on more than the task's gradient, which alone is ranked"
         return ""
 
-    def _gradient_versions(self) -> list[int]:
-        """Of the eligible gradients that wait in the parameters: what changes one in place counts its up."""
-        held = dict.fromkeys(piece.param for piece in self.engine.slices)
-        return [p.grad._version for p in held if p.grad is not None]
-
-    def _check_untouched(self) -> None:
-        if self._needs_clip and self._versions != self._gradient_versions():
-            raise RuntimeError(
-                f"{self._needs_clip}, and gradients were changed between backward() and step() (clip_grad_norm_?): let "
-                "prepare(max_grad_norm=...) clip"
-            )
-
-    def _gradients_are_finite(self) -> bool:
-        """On this rank; of all that the optimizer holds."""
-        held = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return bool(torch.isfinite(get_total_norm([local(grad) for grad in held], float("inf"))))
-
-    def _count_dropped(self) -> None:
-        """The loop has dropped the gradients of a step that was half made."""
-        self._dropped += self._half_way
-        self._half_way = False
-        if self._dropped >= _DROPPED:
-            raise RuntimeError(
-                f"gradients were dropped between the micro-batches of a step {self._dropped} times in a row, so that "
-                "no step is ever made (zero_grad() in every iteration?): leave zero_grad() out, step() does it when "
-                "accumulation_steps micro-batches are there"
-            )
-
     def _next_step(self) -> str:
         return f"optimizer step {self.optimizer.steps_taken() + 1}"
-
-    def _tell(self, what: str, message: str) -> None:
-        """Once a run."""
-        if what not in self._told:
-            self._told.add(what)
-            logger.warning("%s (optimizer step %d; told once)", message, self.optimizer.steps_taken() + 1)
 
     def _abandon_step(self, error: BaseException) -> None:
         """The step under way has failed."""
@@ -417,7 +348,9 @@ class Stepper:
             self.optimizer.steps_taken(), self.engine.layout, self.config.granularity, found, grad_norm, skipped=skipped
         )
         if report.step > 1 and report.kept_fraction == 1 and not self.config.keeps_all:
-            self._tell("all", f"strategy {self.config.strategy!r} kept every parameter, since so many risks are equal")
+            self.watch.tell(
+                "all", f"strategy {self.config.strategy!r} kept every parameter, since so many risks are equal"
+            )
         if skipped:
             logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
         return report

@@ -37,7 +37,8 @@ def items(*logs: Path) -> dict[int, dict[str, Any]]:
 def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["attack", "--task", snippets, "--model", str(model), *FLAGS]
     main(command)
-    found = json.loads((model / "attack" / "deepwordbug.json").read_text())
+    (path,) = (model / "attack").glob("deepwordbug-*.json")
+    found = json.loads(path.read_text())
     assert found["items"] == 12
     assert found["clean_accuracy"] > 0.5
     assert found["accuracy_under_attack"] < found["clean_accuracy"]
@@ -45,7 +46,6 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
 
     classifier = Classifier(str(model), get_task("snippets"), max_length=48)
     (log,) = (model / "attack").glob("deepwordbug-*-0-of-1.jsonl")
-    rows = log.name.split("-")[1]
     dev = load_task("snippets", splits=("validation",)).validation
     assert dev is not None
     originals = {row["idx"]: row for row in dev}
@@ -61,7 +61,7 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
     main(["report", str(model), "--output_dir", str(tmp_path)])
     assert f"{found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
     assert Metrics.read(model).under_attack == {
-        f"deepwordbug, max_words 3, 12 items {rows}": found["accuracy_under_attack"]
+        f"deepwordbug, max_words 3, 12 items {found['rows']}": found["accuracy_under_attack"]
     }
     with pytest.raises(SystemExit):
         main([*command, "--adversarial_file", "hard.csv"])
@@ -69,10 +69,10 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
 
     job = run([*torchrun(2), "-m", "rose_ds", *command, "--output_dir", str(tmp_path / "two")])
     assert job.returncode == 0, job.stderr[-2000:]
-    two = [tmp_path / "two" / f"deepwordbug-{rows}-{rank}-of-2.jsonl" for rank in range(2)]
+    two = [tmp_path / "two" / f"{path.stem}-{rank}-of-2.jsonl" for rank in range(2)]
     assert [len(items(path)) for path in two] == [6, 6]
     assert items(*two) == items(log)
-    assert json.loads((tmp_path / "two" / "deepwordbug.json").read_text()) == found
+    assert json.loads((tmp_path / "two" / path.name).read_text()) == found
 
 
 def test_predict_takes_strings_and_pairs(model: Path) -> None:

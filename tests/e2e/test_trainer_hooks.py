@@ -65,7 +65,7 @@ def test_what_ran_out_of_memory_is_let_go(tmp_path: Path, how: str) -> None:
     made = trainer(tmp_path, rose=RoseConfig(strategy="first"))
     train(made)
     optimizer, stepper = made.optimizer.optimizer, weakref.ref(made.stepper)
-    made.stepper._awaiting_step = True
+    made.stepper.watch.after_backward()
     made.stepper.leave_step_to_optimizer(last=True)
     assert optimizer._optimizer_step_pre_hooks
     made.model_init = lambda: bert()

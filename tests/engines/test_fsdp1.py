@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from spawn import run_ranks
 from tiny import Case, Gate, Tiny, make_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch_jobs import (
     BEFORE,
     EXTRAS,
@@ -75,6 +76,26 @@ def one_element(rank: int, world: int) -> list[Any]:
         stepper.backward(lambda: model(x), lambda logits: F.cross_entropy(logits, y))
         reports.append(stepper.step())
     return [*reports, stepper.gather_parameters()["layer.weight"].item()]
+
+
+def one_element_left_to_its_optimizer(rank: int, world: int) -> list[Any]:
+    """Whether each step was skipped in a loop that tells no norm, under FSDP1 and then FSDP2: in the second step of
+    each one rank's loss is NaN, and one rank holds no gradient at all."""
+    torch.manual_seed(rank)
+    x, y = torch.randn(8, 3), torch.randint(0, 3, (8,))
+    whole = FullyShardedDataParallel(One(), use_orig_params=True, device_id=torch.device("cpu"))
+    models: list[nn.Module] = [whole, fully_shard(One())]
+    found = []
+    for model in models:
+        optimizer = rose_ds.RoseAdamW(model.named_parameters(), lr=0.1, strategy="second")
+        stepper = rose_ds.prepare(model, optimizer)
+        for factor in (1.0, math.nan if rank == 1 else 1.0, 1.0):
+            stepper.backward(lambda m=model: m(x), lambda z, f=factor: f * F.cross_entropy(z, y))
+            stepper.leave_step_to_optimizer(last=True)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(stepper.last_report.skipped)
+    return found
 
 
 def refused(rank: int, world: int) -> dict[str, str]:
@@ -146,6 +167,7 @@ def everything(rank: int, world: int, jobs: list[Job], extras: bool) -> dict[str
         results["risks"] = risks_of_all(rank, world, RISKS)
         results["leak"] = [leak(rank, world, how) for how in (FULL, FLAT, "fsdp1-NO_SHARD-orig")]
         results["one"] = one_element(rank, world)
+        results["left"] = one_element_left_to_its_optimizer(rank, world)
         results["refused"] = refused(rank, world)
     return results
 
@@ -184,6 +206,10 @@ def test_a_rank_that_holds_nothing(ranks: Any) -> None:
     assert [report.step for report in first[:3]] == [1, 2, 3]
     assert [report.tau_first is None for report in first[:3]] == [True, False, False]
     assert all(report.eligible == 1 for report in first[:3])
+
+
+def test_a_rank_that_holds_nothing_hears_of_a_gradient_that_is_not_finite(ranks: Any) -> None:
+    assert [result["left"] for result in ranks(2)] == [[False, True, False] * 2] * 2
 
 
 @pytest.mark.parametrize("what", REFUSALS)

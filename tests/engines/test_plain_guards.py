@@ -192,6 +192,11 @@ def test_zero_grad_in_every_iteration() -> None:
             micro(model, stepper, case, t, 0)
             stepper.step()
             stepper.optimizer.zero_grad()
+    taken = stepper.optimizer.steps_taken()
+    for t in range(4):  # the loop is mended
+        micro(model, stepper, case, t, 0)
+        stepper.step()
+    assert stepper.optimizer.steps_taken() == taken + 2
 
 
 @pytest.mark.parametrize("strategy", ["none", "second", "random"])

@@ -133,7 +133,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["1.0", "0.0", "1", "-1"], ("-1", "0", "1")),
         (["b", "a", "c", "a"], ("a", "b", "c")),
         (["yes", "1", "0.5", "no"], ("0.5", "1", "no", "yes")),
-        (["1_1", "11", "1_2", "1e2", "100"], ("100", "11", "1_1", "1_2", "1e2")),
+        (["1_1", "11", "1_2", "100"], ("100", "11", "1_1", "1_2")),
+        (["+1", "01", "-1", "0.0", "-0", "1e2"], ("-1", "0", "1", "100")),
         (["12345678901234567", "12345678901234568"], ("12345678901234567", "12345678901234568")),
     ],
 )
@@ -298,6 +299,9 @@ def test_a_spacing_that_meets_the_orders_period_is_refused(tmp_path: Path) -> No
     run = RunSettings(validation_file=str(path), max_eval_samples=200)
     with pytest.raises(DataError, match=r"other shares \(100%, 0%\) than all of them \(50%, 50%\)"):
         load_data(run, ("validation",))
+    many = write(tmp_path / "many.csv", "text,label\n" + "".join(f"t{i},{i % 150}\n" for i in range(9000)))
+    for count in (1, 4, 16, 64):  # of 150 labels: too few rows of each to say anything
+        assert load_data(RunSettings(validation_file=str(many), max_eval_samples=count), ("validation",)).validation
     found = load_data(replace(run, max_eval_samples=133), ("validation",)).validation
     assert found is not None and 60 < sum(found["label"]) < 73
 
@@ -370,6 +374,9 @@ def test_a_finished_run_says_what_its_data_is(tmp_path: Path) -> None:
     config = {"train_file": "a.csv", "validation_file": "a-dev.csv", "file_encoding": "latin-1", "task": "mine"}
     Metrics(task="mine", model="minilm", config=config).write(tmp_path)
     assert settings_of(str(tmp_path), {"text_columns": ["body"]}).file_encoding == "latin-1"
+    config |= {"data": "glue"}  # of a sweep with other tasks
+    Metrics(task="mine", model="minilm", config=config).write(tmp_path)
+    assert settings_of(str(tmp_path), {}).data is None
     run = settings_of(str(tmp_path), {"validation_file": "b.csv"})
     assert (run.train_file, run.file_encoding) == (None, "utf-8")
     assert settings_of("minilm", {"task": "rte"}).task == "rte"

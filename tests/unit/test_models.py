@@ -7,10 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from rose_ds.attack import Classifier
 from rose_ds.data import TASKS, TaskSpec, tokenize
 from rose_ds.data.loading import TaskData
 from rose_ds.experiments.evaluation import Evaluator
@@ -50,6 +55,25 @@ def test_labels_by_name(labels: tuple[str, ...], order: list[int], tmp_path: Pat
             model.classifier.weight, BertForSequenceClassification.from_pretrained(where).classifier.weight
         )
         assert [model.config.id2label[i] for i in order] == list(RTE.labels)
+
+
+def test_weights_are_fp32_whatever_they_were_saved_as(tmp_path: Path) -> None:
+    BertForSequenceClassification(BertConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
+    for trained in (True, False):
+        model = load_model(str(tmp_path), TaskSpec("mine", ("text",), ("no", "yes")), trained=trained)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_empty_texts_and_a_tokenizer_that_puts_nothing_around_them(tmp_path: Path) -> None:
+    """A search asks what a text says without its first word."""
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    tokenizer.save_pretrained(saved(tmp_path, "no", "yes"))
+    classifier = Classifier(str(tmp_path), TaskSpec("mine", ("text",), ("no", "yes")), max_length=8, batch_size=2)
+    assert np.isfinite(classifier.predict(["", "", "good bad"])).all()
 
 
 def test_labels_that_only_case_tells_apart(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,8 @@ from rose_ds.experiments.cells import Cell, Sweep, applies
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.methods import METHODS, method_named
 from rose_ds.experiments.settings import MethodSettings, RunSettings
+from rose_ds.experiments.store import Store
+from rose_ds.experiments.sweep import Runner
 
 pytestmark = pytest.mark.fast
 
@@ -224,6 +227,16 @@ def test_launchers_carry_the_flags_and_the_users_words() -> None:
         at = command.index("--some")
         assert command[at : at + 2] == ["--some", "word"]
     assert LAUNCHERS["slurm"].command(flags, [])[0] == "srun"
+
+
+def test_a_preset_has_one_batch_on_any_number_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for settings, fits in (({"preset": "paper-base"}, True), ({"global_batch_size": 32}, True), ({}, False)):
+        cell = Cell("rte", "rose-first", 0, settings)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--num_gpus N"):
+            Runner(Store(tmp_path), [cell], launcher="deepspeed")
 
 
 def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

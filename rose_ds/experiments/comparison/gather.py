@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,18 @@ class Comparison:
         return self.store.predictions(run.key).get(RECORDED[name])
 
 
-def gather(store: Store, baseline: str | None = None) -> Comparison:
+def models_in(store: Store) -> list[str]:
+    """The models that a store's cells start from."""
+    settings = [cell.settings for cell in store.plan()] + [line["settings"] for line in store.results().values()]
+    return list(dict.fromkeys(map(_model, settings)))
+
+
+def gather(store: Store, baseline: str | None = None, model: str | None = None) -> Comparison:
     """Read a store.
 
     Args:
         baseline: the method that others are compared with; None: vanilla, where it is among them.
+        model: whose cells; two models are no two settings of one method to choose among. None: of a store of one.
 
     Raises:
         ValueError: the store holds no cells, is damaged, or has no such method.
@@ -155,14 +162,10 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
     runs = [_run(line) for line in results.values()]
     if not plan and not runs:
         raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
-    several = len({_model(settings) for settings in [c.settings for c in plan] + [r.settings for r in runs]}) > 1
-
-    def task_of(one: Cell | Run) -> str:
-        """Two models are no two settings to choose among: each has tasks of its own."""
-        return f"{one.task} ({_model(one.settings)})" if several else one.task
-
-    runs = [replace(run, task=task_of(run)) for run in runs]
-    tasks = tuple(dict.fromkeys([task_of(cell) for cell in plan] + [run.task for run in runs]))
+    if model is not None:
+        plan = [cell for cell in plan if _model(cell.settings) == model]
+        runs = [run for run in runs if _model(run.settings) == model]
+    tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
     if baseline is not None and baseline not in methods:
         raise ValueError(f"baseline={baseline!r} is not one of the store's methods {list(methods)}")
@@ -171,7 +174,7 @@ def gather(store: Store, baseline: str | None = None) -> Comparison:
         for method in methods:
             candidates = _candidates(
                 [run for run in runs if (run.task, run.method) == (task, method)],
-                [cell for cell in plan if (task_of(cell), cell.method) == (task, method)],
+                [cell for cell in plan if (cell.task, cell.method) == (task, method)],
             )
             if candidates:
                 entries[task, method] = _entry(candidates)
