@@ -38,12 +38,10 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
-    constraints=$root/launch/requirements.txt
-    if "$root/.venv/bin/python" -c 'import triton' 2>/dev/null; then
-        # a CUDA build of torch needs the triton that came with it
-        grep -v '^triton==' "$constraints" >"$root/.venv/constraints.txt"
-        constraints=$root/.venv/constraints.txt
-    fi
+    constraints=$root/.venv/constraints.txt
+    grep -v '^torch==' "$root/launch/requirements.txt" >"$constraints" # it is there, and TORCH may have chosen another
+    # a build of torch for GPUs came with its triton; others have none, and the tests interpret it
+    "$root/.venv/bin/python" -c 'import triton' 2>/dev/null || echo 'triton==3.9.0' >>"$constraints"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$constraints" --editable "${root}[$extra]"
     echo "$wanted" >"$stamp"

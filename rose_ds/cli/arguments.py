@@ -54,6 +54,11 @@ class RunArguments(TrainingArguments):
             dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
+    @property
+    def n_gpu(self) -> int:
+        """One: without a launcher a command is one process on the first GPU, and not transformers' DataParallel."""
+        return min(1, int(super().n_gpu))
+
     def _accumulate_to(self, rows: int) -> None:
         if self.gradient_accumulation_steps != 1:  # type: ignore[has-type]  # transformers' field
             raise ValueError("--global_batch_size sets --gradient_accumulation_steps: give one of the two")

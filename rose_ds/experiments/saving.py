@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
+
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.training import checkpoints
@@ -48,7 +50,7 @@ def save_result(trainer: Any, output_dir: Path, others: Callable[[Path], None]) 
             shutil.rmtree(partial)  # of a run that was killed
         checkpoints.gather(None)
         with explaining_lost_ranks(lambda: f"saving the trained model in {output_dir}"):
-            trainer.save_model(str(partial))
+            trainer.save_model(str(partial), _internal_call=True)  # or it would push what is not whole yet
         if first:
             others(partial)
             checkpoints.to_disk(path for path in partial.rglob("*") if path.is_file())
@@ -60,6 +62,26 @@ def save_result(trainer: Any, output_dir: Path, others: Callable[[Path], None]) 
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # it would take the room that the next attempt needs
         raise checkpoints.not_written(f"the trained model in {output_dir}", output_dir, error) from error
+    if first and trainer.args.push_to_hub:
+        _push(trainer, output_dir)
+
+
+def _push(trainer: Any, folder: Path) -> None:
+    """The folder as it is, with its model card and what was measured, which Trainer's own push would write over."""
+    repository = trainer.hub_model_id
+    try:
+        HfApi(token=trainer.args.hub_token).upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Trained with rose_ds",
+            ignore_patterns=["_*", "checkpoint-*"],
+            revision=trainer.args.hub_revision,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the trained model is in {folder}, but could not be pushed to {repository} ({error}): hf upload "
+            f"{repository} {folder}"
+        ) from error
 
 
 def _move(source: Path, target: Path) -> None:

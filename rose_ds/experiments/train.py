@@ -22,7 +22,7 @@ from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_
 from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.losses import weighted_loss, weights_of
 from rose_ds.experiments.methods import method_with
-from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.metrics import FILE, Metrics
 from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.rehearsal import first_step, shorten
 from rose_ds.experiments.saving import refuse_unsavable, save_result
@@ -84,6 +84,9 @@ def _train(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
         hardware=provenance.hardware(),
         **evaluator.figures(found),
     )
+    done = Path(args.output_dir) / FILE
+    if trainer.took_no_step and done.is_file():  # the command was given again; what was found out since stays
+        metrics.under_attack = Metrics.read(done.parent).under_attack
     if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -217,6 +220,15 @@ def _refuse_mixing(method: MethodSettings, args: TrainingArguments) -> None:
             f"{args.output_dir} holds an earlier run's checkpoints ({', '.join(sorted(earlier))}): go on with --resume "
             "auto, or choose another --output_dir"
         )
+    if given and method.resume != "auto" and Path(given).resolve().parent == Path(args.output_dir).resolve():
+        whole, _ = checkpoints.whole_in(Path(args.output_dir))
+        step = next((step for step, folder in whole.items() if folder.name == Path(given).name), None)
+        later = [folder.name for other, folder in sorted(whole.items()) if step is not None and other > step]
+        if later:
+            raise RefusedConfiguration(
+                f"{args.output_dir} holds later checkpoints than {Path(given).name} ({', '.join(later)}), which "
+                "--resume auto would take the next time: move them away, or choose another --output_dir"
+            )
 
 
 def _checkpoint(method: MethodSettings, trainer: RoseTrainer) -> Path | None:

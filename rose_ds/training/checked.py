@@ -12,7 +12,7 @@ from rose_ds.errors import RefusedConfiguration
 from rose_ds.hardware import slow_bf16
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training.resuming import ResumableTrainer
+from rose_ds.training.resuming import ResumableTrainer, precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CheckedTrainer(ResumableTrainer):
         if self.args.n_gpu > 1:
             raise RefusedConfiguration(
                 "several GPUs in one process (nn.DataParallel) are not supported: start one process for each GPU with "
-                "deepspeed, torchrun or accelerate launch"
+                "deepspeed, torchrun or accelerate launch, or show one process one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         split = getattr(self.accelerator, "parallelism_config", None)
         if split is not None and split.cp_size > 1:
@@ -69,7 +69,8 @@ class CheckedTrainer(ResumableTrainer):
                     "several passes looks at it twice, so gradients would be wrong: set liger_kernel_config="
                     '{"swiglu": False, "geglu": False}, or leave use_liger_kernel out'
                 )
-        if self.args.bf16 and self.args.process_index == 0 and (reason := slow_bf16(self.args.device)):
+        reason = slow_bf16(self.args.device) if precision_of(self.args) == "bf16" else None
+        if reason and self.args.process_index == 0:
             logger.warning(reason)
         block = self._deepspeed_optimizer_block()
         if block is not None and block.get("type") != "RoseAdamW":

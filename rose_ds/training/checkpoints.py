@@ -94,7 +94,11 @@ def read(folder: Path) -> Record:
     """
     path = folder / FILE
     if not path.is_file():
-        raise RefusedConfiguration(f"{path} is missing: the checkpoint was not written to its end, or not by rose_ds")
+        raise RefusedConfiguration(
+            f"{path} is missing: the checkpoint was not written to its end, or not by rose_ds. "
+            "train(resume_from_checkpoint=True), or --resume auto, takes the newest that is whole; to begin with the "
+            "weights of another run's, load the model from its folder instead"
+        )
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:

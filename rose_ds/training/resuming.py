@@ -46,6 +46,9 @@ _FIXED = (
     "adam_epsilon",
     "max_grad_norm",
     "label_smoothing_factor",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "neftune_noise_alpha",
 )
 _FREE = (
     "world_size",
@@ -56,12 +59,15 @@ _FREE = (
     "warmup_steps",
     "logging_steps",
     "save_steps",
+    "ignore_data_skip",
+    "lr_scheduler_kwargs",
 )
 
 
 def precision_of(args: TrainingArguments) -> str:
-    """fp32, bf16 or fp16."""
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    """fp32, bf16 or fp16, by a flag or by accelerate's config, whose launcher tells it in a variable."""
+    chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return "fp32" if chosen == "no" else chosen
 
 
 def schedule_of(args: TrainingArguments) -> str:
@@ -159,6 +165,7 @@ class ResumableTrainer(Trainer):
             if folder is None:
                 raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._resumed = None if folder is None else self._check_resumable(folder)
+        self._counts_restored = False
         self.resumed_folder = folder
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
@@ -166,6 +173,8 @@ class ResumableTrainer(Trainer):
                 around.enter_context(sole_use_of(Path(self.args.output_dir)))
                 around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
+        if self._resumed is not None and not self._counts_restored:  # the checkpoint was that of the last step
+            self._restore_counts(self._resumed)
         if self._stop.stopping:
             if self.is_world_process_zero():
                 step = self.state.global_step
@@ -177,6 +186,11 @@ class ResumableTrainer(Trainer):
                 logger.warning("SIGTERM received: checkpoint saved at step %d, %s", step, resume)
             raise SystemExit(128 + signal.SIGTERM)  # the shell's code for it: a job that was stopped has not succeeded
         return result
+
+    @property
+    def took_no_step(self) -> bool:
+        """Whether training went on from a checkpoint of its last step."""
+        return self._resumed is not None and self._resumed.step == self.state.global_step
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint in ``output_dir`` that is whole; logs which are passed over. Every rank calls it."""
@@ -191,6 +205,8 @@ class ResumableTrainer(Trainer):
             found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
             self._train_batch_size: int = found or self.args.train_batch_size
         fixed, free = self._settings()
+        # a checkpoint of before there was a record of one says nothing about it
+        fixed = {name: value for name, value in fixed.items() if name in record.fixed or name not in _FIXED}
         for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
             logger.info("resuming with another setting: %s", change)
         return record
@@ -266,9 +282,25 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # Trainer would take one step more than max_steps
             return
-        if kwargs["epoch"] == kwargs["epochs_trained"]:
+        first, begun = kwargs["epoch"] == kwargs["epochs_trained"], self.state.global_step
+        if first:
             self.before_first_epoch(kwargs["model"])
         super()._run_epoch(*args, **kwargs)
+        if first and 0 < begun == self.state.global_step and not has_length(self.train_dataset):
+            raise RefusedConfiguration(
+                f"the training stream ended before step {begun}, where the checkpoint was saved: it had gone round "
+                "more than once, and where it was then nobody knows. Give it a length, or let it repeat itself"
+            )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a run that SIGTERM stopped is not at its end: no checkpoint goes, and no best model is loaded."""
+        best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
+        if self._stop.stopping:
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
 
     def _restore_counts(self, record: checkpoints.Record) -> None:
         """The loss that is logged next and the meter's totals are those of a run that was never interrupted."""
@@ -283,6 +315,7 @@ class ResumableTrainer(Trainer):
                 f"the checkpoint was saved after {record.optimizer_steps} optimizer steps, but the optimizer's state "
                 f"that was loaded is of {steps}: training would silently go on with other moments"
             )
+        self._counts_restored = True
         if self.meter is not None:
             self.meter.restore(record.totals)
         same = len(record.unlogged_loss) == self.args.world_size
@@ -294,10 +327,11 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = record.logged_step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, then the record that makes it whole, and only then are old ones deleted."""
+        """Trainer's, then the record that makes it whole, and only then are old ones deleted and is it pushed."""
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        push, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
@@ -311,9 +345,11 @@ class ResumableTrainer(Trainer):
         except (Exception, CheckpointException) as error:
             raise checkpoints.not_written(folder, run_dir, error) from error
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if push:
+            self._push_from_checkpoint(str(folder))
 
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()

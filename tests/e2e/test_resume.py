@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from launching import ROOT
 from safetensors.torch import load_file
 
 from rose_ds.cli import main
+from rose_ds.experiments.metrics import Metrics
 from rose_ds.training import checkpoints
 
 FLAGS = ["--task", "snippets", "--max_train_samples", "40", "--max_eval_samples", "8", "--max_length", "32"]
@@ -106,6 +108,51 @@ def test_a_finished_run_takes_no_further_step(whole: Path, tmp_path: Path) -> No
     main(["train", *FLAGS, "--max_steps", "7", "--resume", "auto", "--output_dir", str(out)])
     assert same_weights(out, whole)
     assert json.loads((out / "metrics.json").read_text())["steps"] == 7
+
+
+def test_a_finished_run_again_and_the_hub(
+    two_layers: str, snippets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of whole epochs, given again, measures what it had measured; what is pushed is the whole folder."""
+    out, pushed = tmp_path / "run", list[set[str]]()
+
+    def upload(self: HfApi, *, folder_path: Path, **_: Any) -> None:
+        pushed.append({path.name for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **_: RepoUrl(f"https://huggingface.co/{repo}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    flags = ["train", *FLAGS, "--model", two_layers, "--num_train_epochs", "1", "--output_dir", str(out)]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "me/mine", "--hub_token", "hf_x", "--hub_strategy", "end"]
+    main(flags)
+    assert {"README.md", "metrics.json", "model.safetensors", "predictions.jsonl"} <= pushed[0] and len(pushed) == 1
+    assert "hf_x" not in (out / "README.md").read_text()
+    first = Metrics.read(out)
+    first.under_attack = {"pruthi, 8 items a": 0.5}
+    first.write(out)
+
+    def offline(self: HfApi, **_: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(HfApi, "upload_folder", offline)
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--resume", "auto"])
+    assert stop.value.code == 2
+    assert f"hf upload me/mine {out}" in capsys.readouterr().err
+    again = Metrics.read(out)
+    assert (again.steps, again.skipped_steps, again.under_attack) == (EPOCH, 0, first.under_attack)
+    assert again.kept_fraction == pytest.approx(first.kept_fraction)
+    assert (again.train_seconds or 0) > 0.5 * (first.train_seconds or 1)
+
+
+def test_an_earlier_checkpoint_beside_later_ones(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which --resume auto would take the next time: a run that was given up would go on."""
+    out = copy(whole, tmp_path, "checkpoint-3", "checkpoint-6", "checkpoint-7")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *FLAGS, "--output_dir", str(out), "--resume_from_checkpoint", str(out / "checkpoint-3")])
+    assert stop.value.code == 2
+    assert "later checkpoints than checkpoint-3 (checkpoint-6, checkpoint-7)" in capsys.readouterr().err
 
 
 def test_a_torn_checkpoint_is_passed_over(

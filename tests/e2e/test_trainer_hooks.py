@@ -6,6 +6,8 @@ import gc
 import inspect
 import json
 import logging
+import os
+import signal
 import sys
 import weakref
 from pathlib import Path
@@ -18,14 +20,17 @@ from habits import arguments, assert_same, bert, rows, train, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import BertForSequenceClassification, Trainer
+from torch.utils.data import IterableDataset
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from rose_ds import RefusedConfiguration, RoseConfig
+from rose_ds.cli.arguments import RunArguments
 from rose_ds.engines.base import refuse_checkpointing
 from rose_ds.engines.passes import PassBatch
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.objectives import RDrop
 from rose_ds.training.predictions import labels_in, positions_of
+from rose_ds.training.resuming import precision_of
 from rose_ds.training.trainer import RoseTrainer
 
 NONE, SECOND = RoseConfig(strategy="none"), RoseConfig(strategy="second")
@@ -289,3 +294,80 @@ def test_the_accelerators_random_numbers_are_replayed_too(monkeypatch: pytest.Mo
     assert not torch.equal(torch.rand(3, generator=generator), first)
     device.is_initialized = lambda: False
     assert RngState.now().accelerator is None
+
+
+class SignalIn(TrainerCallback):
+    """A scheduler that wants its machine back."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class WorseAndWorse(RoseTrainer):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {"eval_loss": float(self.state.global_step)}
+
+
+def test_what_sigterm_saves_stays(tmp_path: Path) -> None:
+    """Where one checkpoint is kept, and the best is another one: the run goes on where it was, not from its best."""
+    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    stopped = trainer(
+        tmp_path, cls=WorseAndWorse, more=more, rose=SECOND, eval_dataset=rows(8), callbacks=[SignalIn(5)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        stopped.train()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
+    assert (stopped.args.load_best_model_at_end, stopped.args.save_total_limit) == (True, 1)
+    on = trainer(tmp_path, cls=WorseAndWorse, more=more, rose=SECOND, eval_dataset=rows(8))
+    assert on.newest_checkpoint().name == "checkpoint-5"
+    on.train(resume_from_checkpoint=True)
+    assert on.state.global_step == 6 and on.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+class Rounds(IterableDataset):
+    """A stream of two batches; it is over after one."""
+
+    def __iter__(self) -> Any:
+        return iter(rows(8))
+
+
+def test_a_stream_that_went_round(tmp_path: Path) -> None:
+    """Nobody knows where it was: not from the beginning, without a word."""
+    more = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    train(trainer(tmp_path, data=Rounds(), more=more, rose=SECOND))
+    on = trainer(tmp_path, data=Rounds(), more={**more, "max_steps": 8}, rose=SECOND)
+    with pytest.raises(RefusedConfiguration, match="ended before step 3"):
+        on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_another_order_of_rows_is_refused(tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2}
+    train(trainer(tmp_path, more=more, rose=SECOND))
+    other = trainer(tmp_path, more={**more, "max_steps": 4, "train_sampling_strategy": "group_by_length"}, rose=SECOND)
+    with pytest.raises(RefusedConfiguration, match="train_sampling_strategy random -> group_by_length"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.fast
+def test_precision_that_accelerates_config_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate launch tells it in a variable, and no flag says so."""
+    assert precision_of(arguments(tmp_path)) == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision_of(arguments(tmp_path)) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert precision_of(arguments(tmp_path, bf16=True)) == "bf16"
+
+
+@pytest.mark.fast
+def test_one_gpu_of_several_without_a_launcher(tmp_path: Path) -> None:
+    """transformers would split batches over all of them in one process, which is refused in a script of one's own."""
+    ours, theirs = RunArguments(str(tmp_path), use_cpu=True), arguments(tmp_path)
+    ours._n_gpu = theirs._n_gpu = 4
+    assert (ours.n_gpu, ours.train_batch_size) == (1, ours.per_device_train_batch_size)
+    assert theirs.n_gpu == 4

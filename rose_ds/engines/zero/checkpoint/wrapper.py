@@ -61,9 +61,15 @@ class Checkpoints:
     # --- save ---
 
     def save(
-        self, save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> Any:
-        """``DeepSpeedEngine.save_checkpoint``, with ROSE's record in the client state.
+        """``DeepSpeedEngine.save_checkpoint``, with ROSE's record in the client state. Its arguments by name: Trainer
+        looks whether frozen parameters can be left out.
 
         Raises:
             RefusedConfiguration: in the middle of an accumulation, whose gradients no checkpoint holds; a setting whose
@@ -79,7 +85,7 @@ class Checkpoints:
         tag = tag or f"global_step{self.engine.global_steps}"  # DeepSpeed's own default
         if self.state is not None:  # before DeepSpeed's "latest" names the checkpoint
             everywhere(lambda: self.state.save(Path(save_dir) / str(tag)))  # type: ignore[union-attr]
-        return self._save(save_dir, tag, state, *args, **kwargs)
+        return self._save(save_dir, tag, state, save_latest, exclude_frozen_parameters)
 
     def _refuse_within_accumulation(self, what: str) -> None:
         if self._accumulating():
