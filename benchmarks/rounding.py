@@ -1,6 +1,6 @@
 """What bf16 does to ROSE's masks: how many elements change sides against fp32 on the same step, and how many risks tie.
 
-    python benchmarks/rounding.py --model minilm --task snippets
+    python benchmarks/rounding.py --model minilm --task snippets --output benchmarks/results/rounding.json
 
 Trains a few fp32 steps, so that there is a momentum. Then the next step's two gradients are taken several times with
 the same weights, sentences and dropout masks: in fp32; in fp32 and then rounded to bf16 (an exact pass that is
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import origin, write
 from torch import Tensor, nn
 
 from rose_ds import RoseAdamW, RoseConfig, prepare, symmetric_kl
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="fp32 steps before the comparison")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--keep", type=float, default=0.6, help="keep_first and keep_second")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
 
     F.dropout = same_dropout  # type: ignore[assignment]
@@ -112,6 +115,7 @@ def main() -> None:
     print("| gradients | mask | other than fp32's | tau | ties at tau | kept beyond k |")
     print("| --- | --- | --- | --- | --- | --- |")
     exact: dict[str, Tensor] = {}
+    rows = []
     for how, (kl, task) in takes.items():
         norm = torch.stack([g.float().norm() for g in task.values()]).norm()
         clip = min(1.0, 1.0 / (norm.item() + 1e-6))
@@ -123,7 +127,14 @@ def main() -> None:
         for order, risk in risks.items():
             mask, k, ties, tau = kept(risk, options.keep)
             other = (mask != exact.setdefault(order, mask)).float().mean().item()
-            print(f"| {how} | {order} | {other:.2%} | {tau:.4g} | {ties} | {int(mask.sum()) - k} |")
+            beyond = int(mask.sum()) - k
+            rows.append({"gradients": how, "mask": order, "other": other, "tau": tau, "ties": ties, "beyond": beyond})
+            print(f"| {how} | {order} | {other:.2%} | {tau:.4g} | {ties} | {beyond} |")
+    if options.output is not None:
+        names = ("model", "task", "steps", "batch", "keep")
+        settings = " ".join(f"--{name} {getattr(options, name)}" for name in names)
+        told = origin(f"python benchmarks/rounding.py {settings}")
+        write(options.output, {**told, "eligible": moments.numel(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not trained and not {"-h", "--help"} & set(command.arguments):
         print(
             f"rose_ds.run: error: {command.script} ended without a training step of transformers.Trainer, so ROSE did "
-            "nothing. A Trainer of another kind (Seq2SeqTrainer, a loop of its own) needs rose_ds.prepare() or "
-            "RoseTrainer",
+            "nothing: was there nothing to train (evaluation alone, no steps left), or does it train in a loop of its "
+            "own, which needs rose_ds.prepare()?",
             file=sys.stderr,
         )
         raise SystemExit(1)
