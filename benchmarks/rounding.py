@@ -131,8 +131,8 @@ def main() -> None:
             rows.append({"gradients": how, "mask": order, "other": other, "tau": tau, "ties": ties, "beyond": beyond})
             print(f"| {how} | {order} | {other:.2%} | {tau:.4g} | {ties} | {beyond} |")
     if options.output is not None:
-        names = ("model", "task", "steps", "batch", "keep")
-        settings = " ".join(f"--{name} {getattr(options, name)}" for name in names)
+        flags = ("model", "task", "steps", "batch", "keep")
+        settings = " ".join(f"--{name} {getattr(options, name)}" for name in flags)
         told = origin(f"python benchmarks/rounding.py {settings}")
         write(options.output, {**told, "eligible": moments.numel(), "rows": rows})
 
