@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.experiments.settings import MethodSettings, RunSettings
@@ -203,3 +204,12 @@ def test_the_image_copies_what_is_there() -> None:
     assert sources and all((ROOT / source).exists() for source in sources)
     (torch,) = re.findall(r"^ARG TORCH=(.+)$", text, re.M)
     assert f"torch=={torch}" in (LAUNCH / "venv.sh").read_text()
+
+
+def test_constraints_that_any_build_of_torch_meets() -> None:
+    """Builds for GPUs pin the triton, and NVIDIA's libraries, that they bring: another version resolves nowhere."""
+    lines = (LAUNCH / "requirements.txt").read_text().splitlines()
+    pinned = dict(re.split("==", line.partition(";")[0].strip()) for line in lines if line and not line.startswith("#"))
+    assert not [name for name in pinned if name == "triton" or name.startswith("nvidia")]
+    (torch,) = re.findall(r'"torch(>=\S+?)"', (ROOT / "pyproject.toml").read_text())
+    assert SpecifierSet(torch).contains(pinned["torch"])
