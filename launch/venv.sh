@@ -39,7 +39,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
     constraints=$root/.venv/constraints.txt
-    grep -v '^torch==' "$root/launch/requirements.txt" >"$constraints" # it is there, and TORCH may have chosen another
+    cp "$root/launch/requirements.txt" "$constraints"
     # a build of torch for GPUs came with its triton; others have none, and the tests interpret it
     "$root/.venv/bin/python" -c 'import triton' 2>/dev/null || echo 'triton==3.9.0' >>"$constraints"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \

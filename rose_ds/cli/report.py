@@ -48,6 +48,11 @@ def run(arguments: Sequence[str]) -> None:
     print(f"written: {record}" + (f", {chart}" if chart else " (no chart: pip install matplotlib)"))
 
 
+def _plain(model: str) -> str:
+    """A folder's name."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-")
+
+
 def _report_store(folder: Path, baseline: str | None, output: Path | None) -> None:
     from rose_ds.experiments.comparison import render
     from rose_ds.experiments.comparison.gather import default_output, gather, models_in
@@ -58,7 +63,7 @@ def _report_store(folder: Path, baseline: str | None, output: Path | None) -> No
     models: list[str | None] = [*models_in(store)]
     for model in models or [None]:
         comparison = gather(store, baseline, model)
-        own = output if len(models) < 2 else output / re.sub(r"[^\w.-]+", "-", str(model)).strip("-")
+        own = output if len(models) < 2 else output / f"{models.index(model) + 1}-{_plain(str(model))}"
         written = render.write(comparison, own)
         missing = unfinished(comparison)
         for shown in [accuracy(comparison), *([missing] if missing.rows else [])]:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ USUAL_TEXTS = (
 OWN_TEXTS = ("text", "text_pair")
 VALIDATION_ONE_IN = 10
 """Without a validation file one text in so many goes there, chosen by its hash."""
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
+_WHOLE = re.compile(r"([+-]?[0-9]{1,1000})(?:\.0*)?")
 _TOO_MANY = 50
 """With more labels than this, half as many labels as rows are no classes."""
 
@@ -168,7 +167,7 @@ def _label_names(rows: Rows, column: str) -> tuple[str, ...]:
     """The classes in a file."""
     if rows.label_names is not None:
         return tuple(rows.label_names)
-    values = _labels(rows, column)
+    values = list(map(_plain, _labels(rows, column)))
     numbers = [_number(value) for value in values]
     if all(number is not None for number in numbers):
         for (line, _), value, number in zip(rows.rows, values, numbers, strict=True):
@@ -190,7 +189,7 @@ def _label_names(rows: Rows, column: str) -> tuple[str, ...]:
 
 
 def _labels(rows: Rows, column: str) -> list[str]:
-    """Each row's label as its name: 1, 1.0 and "1" are one."""
+    """Each row's label as a text."""
     at, found = rows.column(column), []
     for number, cells in rows.rows:
         value = cells[at]
@@ -203,15 +202,14 @@ def _labels(rows: Rows, column: str) -> list[str]:
                 raise DataError(f"{rows.where(number)}: no label in {column!r} ({value}): leave such rows out")
             found.append(rows.label_names[value])
             continue
-        text = str(value).lower() if isinstance(value, bool) else str(value).strip()
-        found.append(_whole_number(text) or text)
+        found.append(str(value).lower() if isinstance(value, bool) else str(value).strip())
     return found
 
 
-def _whole_number(text: str) -> str | None:
-    """1, 01, +1 and 1.0 as one text, whatever the size; None for what is no whole number."""
-    value = Decimal(text) if len(text) < 100 and _NUMBER.fullmatch(text) else None
-    return None if value is None or value != value.to_integral_value() else str(int(value))
+def _plain(label: str) -> str:
+    """1, 01, +1 and 1.0 as one text, whatever the size; any other label as it is, 1e1 too."""
+    whole = _WHOLE.fullmatch(label)
+    return str(int(whole[1])) if whole else label
 
 
 def _number(text: str) -> float | None:
@@ -229,11 +227,12 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
     at = [rows.column(name) for name in texts]
     columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
     values = _labels(rows, label_column)
-    known = {name: i for i, name in enumerate(spec.labels)}
-    if ids and not set(values) & set(known):
+    known = _known(spec.labels)
+    if ids and not any(value in known or _plain(value) in known for value in values):
         known = {str(i): i for i in range(len(spec.labels))}
     for (number, cells), value in zip(rows.rows, values, strict=True):
-        if value not in known:
+        label = known.get(value, known.get(_plain(value)))
+        if label is None:
             raise DataError(
                 f"{rows.where(number)}: label {value!r} is not one of {', '.join(map(repr, spec.labels)):.300}"
             )
@@ -244,9 +243,15 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
             if UNTEXT.search(text):
                 raise DataError(f"{rows.where(number)}: {column!r} has a NUL or half a surrogate pair: {text!r:.80}")
             columns[field].append(text)
-        columns["label"].append(known[value])
+        columns["label"].append(label)
         columns["idx"].append(len(columns["idx"]))
     return Dataset.from_dict(columns, features=task_features(spec))
+
+
+def _known(labels: Sequence[str]) -> dict[str, int]:
+    """The labels' ids by name, and by other texts for the same whole number, where those are of one label alone."""
+    plain = {_plain(name): i for i, name in enumerate(labels)}
+    return {**(plain if len(plain) == len(labels) else {}), **{name: i for i, name in enumerate(labels)}}
 
 
 def _split(rows: Dataset, spec: TaskSpec, path: Path) -> tuple[Dataset, Dataset]:

@@ -90,7 +90,8 @@ def _shown(words: Sequence[str]) -> str:
         name = name.replace("-", "_")
         if "__local_rank" not in (name, after):
             secret = after.endswith("_token") or (name.endswith("_token") and equals)
-            kept.append(word.partition("=")[0] * bool(equals) + equals + "..." if secret else word)
+            shown = word.partition("=")[0] + "=..." if name.endswith("_token") else "..."
+            kept.append(shown if secret else word)
         after = name if name.startswith("__") and not equals else ""
     if kept[:1] != ["train"]:  # launch/train.py's has no command
         kept.insert(0, "train")

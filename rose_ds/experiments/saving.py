@@ -74,7 +74,7 @@ def _push(trainer: Any, folder: Path) -> None:
             repo_id=repository,
             folder_path=folder,
             commit_message="Trained with rose_ds",
-            ignore_patterns=["_*", "checkpoint-*"],
+            ignore_patterns=["_*", "checkpoint-*", "training_args.bin"],  # which has the token
             revision=trainer.args.hub_revision,
         )
     except Exception as error:

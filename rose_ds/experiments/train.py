@@ -22,7 +22,7 @@ from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_
 from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.losses import weighted_loss, weights_of
 from rose_ds.experiments.methods import method_with
-from rose_ds.experiments.metrics import FILE, Metrics
+from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.rehearsal import first_step, shorten
 from rose_ds.experiments.saving import refuse_unsavable, save_result
@@ -84,9 +84,8 @@ def _train(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
         hardware=provenance.hardware(),
         **evaluator.figures(found),
     )
-    done = Path(args.output_dir) / FILE
-    if trainer.took_no_step and done.is_file():  # the command was given again; what was found out since stays
-        metrics.under_attack = Metrics.read(done.parent).under_attack
+    if trainer.took_no_step:
+        _take_over(metrics, Path(args.output_dir))
     if trainer.is_fsdp_enabled:  # checkpoints stay sharded if the config says so; the result is one whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
@@ -198,6 +197,17 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
         write_predictions(Path(args.output_dir), found)
         metrics.write(Path(args.output_dir))
     return metrics
+
+
+def _take_over(metrics: Metrics, folder: Path) -> None:
+    """The command was given again when the run was done: what only the run itself could measure, and attacks since."""
+    try:
+        before = Metrics.read(folder)
+    except ValueError:  # none, or damaged
+        return
+    if before.steps == metrics.steps:
+        for name in ("under_attack", "step_seconds", "peak_memory_bytes"):
+            setattr(metrics, name, getattr(before, name))
 
 
 def _check_engine(wanted: str, trainer: RoseTrainer) -> None:

@@ -66,7 +66,7 @@ _FREE = (
 
 def precision_of(args: TrainingArguments) -> str:
     """fp32, bf16 or fp16, by a flag or by accelerate's config, whose launcher tells it in a variable."""
-    chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else getattr(args, "mixed_precision", "no")
     return "fp32" if chosen == "no" else chosen
 
 
@@ -282,14 +282,20 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # Trainer would take one step more than max_steps
             return
-        first, begun = kwargs["epoch"] == kwargs["epochs_trained"], self.state.global_step
-        if first:
+        if kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._refuse_rounds()
             self.before_first_epoch(kwargs["model"])
         super()._run_epoch(*args, **kwargs)
-        if first and 0 < begun == self.state.global_step and not has_length(self.train_dataset):
+
+    def _refuse_rounds(self) -> None:
+        """Trainer skips as many batches of one round as were trained on in all."""
+        rounds = self.state.epoch or 0.0
+        endless = has_length(self.train_dataset) or self.args.ignore_data_skip
+        if self._resumed is not None and rounds > 1 and not endless:
             raise RefusedConfiguration(
-                f"the training stream ended before step {begun}, where the checkpoint was saved: it had gone round "
-                "more than once, and where it was then nobody knows. Give it a length, or let it repeat itself"
+                f"the training stream had begun its round {int(rounds) + 1} when the checkpoint was saved, and from "
+                "which of its rows to go on nobody knows. Give it a length, or let it repeat itself; with "
+                "ignore_data_skip=True it begins anew"
             )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -349,7 +355,10 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         if push:
-            self._push_from_checkpoint(str(folder))
+            try:
+                self._push_from_checkpoint(str(folder))
+            except OSError as error:
+                logger.warning("%s is whole, but was not pushed (%s); the next one will be", folder, error)
 
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()

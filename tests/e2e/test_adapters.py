@@ -81,6 +81,6 @@ def test_resumed_is_uninterrupted(stage: int, runs: Any) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_base_is_in_no_checkpoint(stage: int, runs: Any) -> None:
-    """Nor gathered on a rank to be written beside it: Trainer looks whether the engine can leave frozen weights out."""
+    """Trainer looks whether the engine can leave frozen weights out."""
     sizes = [path.stat().st_size for path in (runs[0] / f"straight-{stage}").rglob("*") if path.is_file()]
     assert max(sizes) < 4 * BASE.vocab_size * BASE.hidden_size / 4  # of the embeddings alone

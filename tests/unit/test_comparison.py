@@ -14,7 +14,7 @@ from scipy import stats
 from rose_ds.cli import main
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.comparison import render
-from rose_ds.experiments.comparison.gather import gather, matched
+from rose_ds.experiments.comparison.gather import gather, matched, models_in
 from rose_ds.experiments.comparison.statistics import compare, mean_sd, one_tailed_t
 from rose_ds.experiments.comparison.tables import Table, accuracy, tables
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
@@ -137,12 +137,17 @@ def test_two_models_are_no_two_settings(store: Store, capsys: pytest.CaptureFixt
     assert printed.count("## Table 1") == 2 and "me/large. Accuracy in percent" in printed
     small, large = (
         list(csv.DictReader((store.root / "report" / model / "accuracy.csv").open()))
-        for model in ("minilm", "me-large")
+        for model in ("1-minilm", "2-me-large")
     )
     assert [(row["method"], row["sst2 clean"]) for row in small] == [("vanilla", "50.00 ± 0.00")]
     assert [(row["method"], row["sst2 clean"]) for row in large] == [("vanilla", "100.00"), ("rose-first", "75.00")]
     difference = gather(store, model="me/large").difference("sst2", "rose-first", "clean")
     assert difference is not None and difference.points == -25.0
+    main(["report", "--store", str(store.root), "--baseline", "rose-first"])  # which one of the models has not got
+    assert gather(store, "rose-first", "minilm").baseline is None
+    preset = {"preset": "paper-large"}  # which names a model by itself
+    add(store, Cell("sst2", "vanilla", 0, preset), "11", None, model="roberta-large")
+    assert models_in(store) == ["minilm", "me/large", "roberta-large"]
 
 
 def test_attacks_stand_beside_their_like_alone(store: Store) -> None:

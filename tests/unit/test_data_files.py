@@ -134,7 +134,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["b", "a", "c", "a"], ("a", "b", "c")),
         (["yes", "1", "0.5", "no"], ("0.5", "1", "no", "yes")),
         (["1_1", "11", "1_2", "100"], ("100", "11", "1_1", "1_2")),
-        (["+1", "01", "-1", "0.0", "-0", "1e2"], ("-1", "0", "1", "100")),
+        (["+1", "01", "-1", "0.0", "-0"], ("-1", "0", "1")),
+        (["10", "1e1", "1f1"], ("10", "1e1", "1f1")),
         (["12345678901234567", "12345678901234568"], ("12345678901234567", "12345678901234568")),
     ],
 )
@@ -234,6 +235,18 @@ def test_a_trained_models_labels_by_name_or_id(tmp_path: Path) -> None:
         assert (data.validation["label"], data.spec.labels) == ([1, 1], names)
     with pytest.raises(DataError, match=r"dev\.csv:2: label '2' is not one of 'negative', 'positive'"):
         load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\na,2\n")), labels=names)
+
+
+def test_names_that_look_like_other_numbers(tmp_path: Path) -> None:
+    """Of a model from elsewhere: by its name first, and then as a number; an id where no row has either."""
+    names = ("01", "02", "03")
+    for values in ("01,03", "1,3", "1.0,3"):
+        rows = "".join(f"t,{value}\n" for value in values.split(","))
+        data = load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\n" + rows)), labels=names)
+        assert data.validation is not None and data.validation["label"] == [0, 2]
+    two = ("1", "01")  # two labels to whoever made the model
+    data = load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\nt,01\nt,1\n")), labels=two)
+    assert data.validation is not None and data.validation["label"] == [1, 0]
 
 
 def test_a_part_is_set_aside_by_the_text(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from packaging.specifiers import SpecifierSet
 
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.experiments.settings import MethodSettings, RunSettings
@@ -207,9 +206,8 @@ def test_the_image_copies_what_is_there() -> None:
 
 
 def test_constraints_that_any_build_of_torch_meets() -> None:
-    """Builds for GPUs pin the triton, and NVIDIA's libraries, that they bring: another version resolves nowhere."""
+    """Builds for GPUs pin the triton, and NVIDIA's libraries, that they bring; a cluster's own build stays."""
     lines = (LAUNCH / "requirements.txt").read_text().splitlines()
-    pinned = dict(re.split("==", line.partition(";")[0].strip()) for line in lines if line and not line.startswith("#"))
-    assert not [name for name in pinned if name == "triton" or name.startswith("nvidia")]
-    (torch,) = re.findall(r'"torch(>=\S+?)"', (ROOT / "pyproject.toml").read_text())
-    assert SpecifierSet(torch).contains(pinned["torch"])
+    pinned = [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
+    assert "transformers" in pinned
+    assert not [name for name in pinned if name in ("torch", "triton") or name.startswith("nvidia")]

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.fast
         (["train", "--hub_token", "hf_x", "--task=rte"], "rose-ds train --hub_token ... --task=rte"),
         (["train", "--hub-token=hf_x"], "rose-ds train --hub-token=..."),
         (["train", "--hub-token", "hf_x"], "rose-ds train --hub-token ..."),
+        (["train", "--hub_token", "hf_x==", "--bf16"], "rose-ds train --hub_token ... --bf16"),
     ],
 )
 def test_the_command_on_a_card(words: list[str], shown: str) -> None:

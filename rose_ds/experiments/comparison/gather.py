@@ -13,6 +13,7 @@ import numpy as np
 from rose_ds.experiments.cells import Cell, settings_key
 from rose_ds.experiments.comparison.statistics import Difference, compare
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.presets import PRESETS
 from rose_ds.experiments.settings import RunSettings
 from rose_ds.experiments.store import Status, Store
 
@@ -162,13 +163,14 @@ def gather(store: Store, baseline: str | None = None, model: str | None = None) 
     runs = [_run(line) for line in results.values()]
     if not plan and not runs:
         raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
+    everywhere = {cell.method for cell in plan} | {run.method for run in runs}
+    if baseline is not None and baseline not in everywhere:
+        raise ValueError(f"baseline={baseline!r} is not one of the store's methods {sorted(everywhere)}")
     if model is not None:
         plan = [cell for cell in plan if _model(cell.settings) == model]
         runs = [run for run in runs if _model(run.settings) == model]
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
-    if baseline is not None and baseline not in methods:
-        raise ValueError(f"baseline={baseline!r} is not one of the store's methods {list(methods)}")
     entries = {}
     for task in tasks:
         for method in methods:
@@ -191,12 +193,12 @@ def gather(store: Store, baseline: str | None = None, model: str | None = None) 
         methods,
         entries,
         unfinished,
-        baseline or ("vanilla" if "vanilla" in methods else None),
+        next((name for name in (baseline or "vanilla",) if name in methods), None),
     )
 
 
 def _model(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("model", RunSettings.model))
+    return str(settings.get("model") or PRESETS.get(settings.get("preset", ""), RunSettings.model))
 
 
 def _run(line: Mapping[str, Any]) -> Run:
