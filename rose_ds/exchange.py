@@ -100,9 +100,13 @@ def limit_waiting(timeout: timedelta) -> None:
 
 
 def communication_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device on which a group's backend communicates."""
-    if "nccl" in str(dist.get_backend(group)):
-        return torch.device("cuda", torch.cuda.current_device())
+    """The device on which a group's backends communicate: an accelerator where they do there alone, or by NCCL. Of a
+    group that was made without naming a backend, torch knows no name.
+    """
+    types = {device.type for device in (group or dist.group.WORLD)._device_types}  # type: ignore[union-attr]
+    if "nccl" in str(dist.get_backend(group)) or "cpu" not in types:
+        accelerator = next(iter(types - {"cpu"}))
+        return torch.device(accelerator, torch.accelerator.current_device_index())
     return torch.device("cpu")
 
 

@@ -40,7 +40,9 @@ def start_ranks(engine: str) -> None:
             "deepspeed --module rose_ds; without --engine one process holds the whole model"
         )
     if not dist.is_initialized():
-        dist.init_process_group()  # gloo for tensors on CPUs, and the accelerator's own
+        own = torch.accelerator.current_accelerator(check_available=True)
+        more = "" if own is None else f",{own.type}:{dist.get_default_backend_for_device(own)}"
+        dist.init_process_group(f"cpu:gloo{more}")
 
 
 class ShardedModel(Movable):

@@ -98,9 +98,10 @@ class Layout:
         """``over_ranks`` of one number a slice."""
 
         def local(mine: list[int]) -> Tensor:
-            found = torch.zeros(self.tensor_count, dtype=torch.float64)
-            for i in mine:
-                found[self.tensor_index[i]] += per_slice[i].to(found)
-            return found
+            if not mine:
+                return torch.zeros(self.tensor_count, dtype=torch.float64)
+            values = torch.stack([per_slice[i].double() for i in mine])  # read once, where they lie
+            index = torch.tensor([self.tensor_index[i] for i in mine], device=values.device)
+            return values.new_zeros(self.tensor_count).index_add_(0, index, values)
 
         return self.over_ranks(local)

@@ -26,6 +26,7 @@ def engine_for(
         raise ValueError(f"{accumulation_steps=} must be an integer >= 1")
     if max_grad_norm is not None and not max_grad_norm >= 0:
         raise ValueError(f"{max_grad_norm=} must be >= 0, or None")
+    _refuse_another_device(model)
     if _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):
         from rose_ds.engines.zero import ZeroEngine  # deepspeed is imported only where it is used
 
@@ -41,6 +42,22 @@ def engine_for(
     allow_two_backwards_when_compiled(model)
     model = _uncompiled(model)
     return _torch_engine(model)(model, rose_optimizer(optimizer), accumulation_steps, max_grad_norm)
+
+
+def _refuse_another_device(model: nn.Module) -> None:
+    """torch draws random numbers, and NCCL joins ranks, on the process's current device."""
+    own = torch.accelerator.current_accelerator(check_available=True)
+    if own is None or not isinstance(model, nn.Module):
+        return
+    current = torch.accelerator.current_device_index()
+    for param in model.parameters():
+        if param.device.type == own.type and param.device.index not in (None, current):
+            raise RefusedConfiguration(
+                f"the model lies on {param.device}, but the process's current device is {own.type}:{current}, whose "
+                "random numbers are replayed and over which ranks agree: call "
+                f"torch.accelerator.set_device_index({param.device.index}) first, in each process before its group is "
+                "made"
+            )
 
 
 def _torch_engine(model: nn.Module) -> Callable[[Any, RoseAdamW, int, float | None], Engine]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rose_ds.core.risk import squared_norms
 from rose_ds.engines.base import Engine
 from rose_ds.engines.passes import Forward, Loss, PassBatch
 
@@ -40,6 +41,10 @@ def mean_squared_gradient(
 def _clip_each(engine: Engine, grads: list[Tensor], max_norm: float) -> None:
     """Each named tensor's gradient by its own L2 norm over all ranks, in place."""
     layout = engine.layout
-    norms = layout.sums([g.double().square().sum() for g in grads]).sqrt()
+    norms = layout.over_ranks(
+        lambda mine: squared_norms(
+            [grads[i] for i in mine], [layout.tensor_index[i] for i in mine], layout.tensor_count
+        )
+    ).sqrt()
     for i, grad in enumerate(grads):
         grads[i] = grad * min(1.0, max_norm / (float(norms[layout.tensor_index[i]]) + 1e-6))

@@ -16,10 +16,19 @@ from rose_ds.training import checkpoints
 from rose_ds.training.checked import CheckedTrainer
 from rose_ds.training.predictions import find_logits, labels_in, positions_of, refuse_unclear_labels
 
+_LOSS = "_rose_loss"
+
+
+def _with_loss(logits: Tensor, loss: Tensor) -> Tensor:
+    """A pass's logits with its loss on them, so that the one's graph does not outlive the other's."""
+    setattr(logits, _LOSS, loss)
+    return logits
+
 
 class MicroBatchTrainer(CheckedTrainer):
     """Trainer's ``compute_loss``, as a stepper needs it."""
 
+    loss_is_scaled_for_ga: bool | None = None  # Trainer's, from transformers 5.19 on
     _loss_uses_count: bool | None = None
 
     def _passes(
@@ -30,16 +39,14 @@ class MicroBatchTrainer(CheckedTrainer):
         first = (
             next((x for x in inputs.values() if isinstance(x, Tensor) and x.dim()), None) if labels is None else labels
         )
-        latest: list[Tensor] = []
 
         def forward() -> Tensor:
             with self.compute_loss_context_manager():
                 # outputs that nobody looks at may cost a pass more, or be refused
                 found = self.compute_loss(model, dict(inputs), return_outputs=compares, num_items_in_batch=count)
             loss, outputs = found if isinstance(found, tuple) else (found, None)
-            latest[:] = [loss]
             if not compares:
-                return loss.reshape(1)  # a pass ends somewhere, and nobody looks at logits
+                return _with_loss(loss.reshape(1), loss)  # a pass ends somewhere, and nobody looks at logits
             core = self.accelerator.unwrap_model(model)
             classes = getattr(getattr(core, "config", None), "num_labels", None)
             logits = find_logits(outputs, labels, None if first is None else first.shape[0], classes)
@@ -49,9 +56,9 @@ class MicroBatchTrainer(CheckedTrainer):
                     f"{type(self).__name__}.compute_loss() returns logits that are cut off from the graph, so their "
                     'divergence has no gradient: return those that the loss was made of, or use strategy="second"'
                 )
-            return logits
+            return _with_loss(logits, loss)
 
-        return forward, lambda logits: latest.pop() * times
+        return forward, lambda logits: vars(logits).pop(_LOSS) * times
 
     def _positions(self, inputs: dict[str, Any], count: Tensor | int | None) -> dict[str, Any]:
         """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is."""

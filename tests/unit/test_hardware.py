@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
+from rose_ds import RefusedConfiguration
 from rose_ds.doctor.environment import check_device
+from rose_ds.engines import registry
+from rose_ds.exchange import communication_device
 from rose_ds.hardware import default_device, has_bf16, slow_bf16
 from rose_ds.training.trainer import RoseTrainer
 
@@ -54,3 +58,50 @@ def test_the_trainer_warns(
     with caplog.at_level(logging.WARNING, logger="rose_ds"):
         RoseTrainer(BertForSequenceClassification(config), args)
     assert ("many times slower" in caplog.text) is bf16
+
+
+@pytest.mark.parametrize(
+    ("backend", "types", "device"),
+    [
+        ("gloo", ["cpu"], "cpu"),
+        ("gloo", ["cpu", "cuda"], "cpu"),
+        ("nccl", ["cuda"], "cuda:1"),
+        ("cpu:gloo,cuda:nccl", ["cpu", "cuda"], "cuda:1"),
+        ("undefined", ["cuda"], "cuda:1"),  # init_process_group() without a name
+        ("xccl", ["xpu"], "xpu:1"),
+    ],
+)
+def test_where_a_group_communicates(
+    backend: str, types: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group: Any = SimpleNamespace(_device_types=[torch.device(kind) for kind in types])
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda _: backend)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert communication_device(group) == torch.device(device)
+
+
+def test_a_group_of_cpus_communicates_there(tmp_path: Path) -> None:
+    """Torch's own object, with and without a backend's name."""
+    for backend in ("gloo", "cpu:gloo"):
+        torch.distributed.init_process_group(
+            backend, rank=0, world_size=1, init_method=f"file://{tmp_path / backend[:3]}"
+        )
+        assert communication_device(None) == CPU
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_on_another_device_than_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers would be replayed, and votes taken, on the current one."""
+
+    class Elsewhere(torch.nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=CPU), SimpleNamespace(device=torch.device("cuda", 1))])
+
+    model = Elsewhere()
+    registry._refuse_another_device(model)  # no accelerator here
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    registry._refuse_another_device(model)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    with pytest.raises(RefusedConfiguration, match=r"set_device_index\(1\) first"):
+        registry._refuse_another_device(model)

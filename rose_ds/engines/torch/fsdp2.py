@@ -64,6 +64,8 @@ class Fsdp2Engine(ShardedEngine):
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
+        if torch.accelerator.is_available() and any(local(m.param).device.type == "cpu" for m in self.managed):
+            torch.accelerator.synchronize()  # offloaded shards are pinned, and may still be on their way
 
     def gather_parameters(self) -> dict[str, Tensor]:
         return {m.name: _whole(m.param).float().clone() for m in self.managed}

@@ -21,6 +21,8 @@ class Adapter(ABC):
 
     #: Whether two backward passes may share the first pass's graph; otherwise it is run again.
     shares_graph = True
+    #: Whether a gradient that is kept apart is only reduced in a backward pass at an accumulation boundary.
+    reduces_at_boundary = True
     #: Whether this rank's slices of the gradient are reduced after each micro-batch, and not at a step's end alone.
     reduces_each_micro_batch = False
 

@@ -77,7 +77,9 @@ class ZeroEngine(Engine):
                 pull.p.attached()
             # reduced at once, so that only this rank's slice of the sum is kept
             self.adapter.backward_apart(
-                lambda part=part: self._backward(part, boundary=True, retain_graph=self.retains_graphs),  # type: ignore[misc]
+                lambda part=part: self._backward(  # type: ignore[misc]
+                    part, boundary=self.adapter.reduces_at_boundary, retain_graph=self.retains_graphs
+                ),
                 self._risk_grads,
             )
 

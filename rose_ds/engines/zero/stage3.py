@@ -25,6 +25,7 @@ class Stage3Adapter(ScaledAdapter):
     """DeepSpeedZeroOptimizer_Stage3, with and without CPU offload."""
 
     reduces_each_micro_batch = True
+    reduces_at_boundary = False  # where DeepSpeed would also copy it to the offloaded optimizer
     shares_graph = False  # a backward pass releases the gathered parameters that other graphs still refer to
 
     def __init__(self, ds: Any, rose_optimizer: RoseAdamW) -> None:
@@ -89,7 +90,9 @@ class Stage3Adapter(ScaledAdapter):
         # parameters that are never masked have to go somewhere too: all to one place.
         lent = {p.ds_id: total._base for p, total in zip(self.params, sums, strict=True)}  # type: ignore[attr-defined]
         others = [buffer for i, buffer in saved.items() if i not in lent]
-        scratch = torch.empty_like(max(others, key=Tensor.numel)) if others else None
+        largest = max(others, key=Tensor.numel) if others else None
+        # pinned where those are: or each copy into it would be waited for
+        scratch = None if largest is None else torch.empty_like(largest, pin_memory=largest.is_pinned())
         for i, buffer in saved.items():
             into = lent.get(i)
             buffers[i] = scratch.narrow(0, 0, buffer.numel()) if into is None else into  # type: ignore[union-attr]

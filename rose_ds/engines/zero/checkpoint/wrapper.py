@@ -167,18 +167,14 @@ class Checkpoints:
                 "checkpoint.use_node_local_storage keeps the files of other ranks out of reach: a checkpoint of "
                 "another number of ranks or another stage must lie where every rank can read it"
             )
-        patient = dist.new_group(backend="gloo", timeout=_CONVERSION)
-        try:
-            tag = on_first_rank(lambda: convert(saved), patient)
-        finally:
-            dist.destroy_process_group(patient)
+        tag = _patiently_on_first_rank(lambda: convert(saved))
         converted = on_first_rank(lambda: find(saved.load_dir, tag, False))
         assert converted is not None, "a tag was given"
         return self._checked(converted)
 
     def _prepare_universal(self, saved: Saved, strict: bool) -> Callable[[], None]:
         """Make sure that DeepSpeed's loader will go through. The result does what that leaves undone."""
-        on_first_rank(lambda: complete(saved.folder, layout_of(self.engine)))
+        _patiently_on_first_rank(lambda: complete(saved.folder, layout_of(self.engine)))
 
         def look() -> Callable[[], None]:
             z = self.engine.optimizer
@@ -203,3 +199,12 @@ class Checkpoints:
         wanted, used = self.engine.gradient_clipping(), getattr(self.engine.optimizer, "clip_grad", None)
         if used is not None and used != wanted:
             warn(f"gradient_clipping={used} comes from the checkpoint; the configuration says {wanted}")
+
+
+def _patiently_on_first_rank(run: Callable[[], Any]) -> Any:
+    """As ``on_first_rank``, for what may read and write every state of the model: longer than a collective may take."""
+    patient = dist.new_group(backend="gloo", timeout=_CONVERSION)
+    try:
+        return on_first_rank(run, patient)
+    finally:
+        dist.destroy_process_group(patient)
