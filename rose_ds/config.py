@@ -49,6 +49,11 @@ LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
 }
 
 
+def _defaults_of(strategy: str) -> dict[str, Any]:
+    """Of the settings whose default a strategy chooses."""
+    return {"keep_first": 0.6, "include": DEFAULT_INCLUDE, **_DEFAULTS.get(strategy, {})}
+
+
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -119,8 +124,7 @@ class RoseConfig:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(Strategy))
         _one_of("granularity", self.granularity, get_args(Granularity))
-        defaults = {"keep_first": 0.6, "include": DEFAULT_INCLUDE, **_DEFAULTS.get(self.strategy, {})}
-        for name, default in defaults.items():
+        for name, default in _defaults_of(self.strategy).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for name in ("keep_first", "keep_second"):
@@ -178,7 +182,7 @@ class RoseConfig:
         """Settings that were given another value than their default and that the strategy does not look at."""
         if self.strategy == "none":  # which is tried beside others
             return []
-        defaults = {f.name: f.default for f in fields(self)} | {"keep_first": 0.6} | _DEFAULTS.get(self.strategy, {})
+        defaults = {f.name: f.default for f in fields(self)} | _defaults_of(self.strategy)
         unused = [name for name, by in LOOKED_AT_BY.items() if self.strategy not in by]
         return [name for name in unused if getattr(self, name) != defaults[name]]
 

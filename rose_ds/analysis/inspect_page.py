@@ -238,10 +238,8 @@ def _modules(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str
         if number is None:
             kind, layer, at = name, "-1", (-1, -1)
         else:
-            kind, at = (
-                name[number.end() :].removesuffix(".weight"),
-                (lists.index(name[: number.start()]), int(number[1])),
-            )
+            kind = name[number.end() :].removesuffix(".weight")
+            at = lists.index(name[: number.start()]), int(number[1])
             layer = number[1] if len(lists) == 1 else f"{lists[at[0]]}.{number[1]}"
         place.append((kind, layer))
         order[layer] = at

@@ -56,8 +56,10 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
     )
 
 
+#: Fields of RunSettings that name rows of one's own.
+_FILES = ("train_file", "validation_file", "dataset")
 #: Fields of RunSettings that name what is read: one of them given, nothing of _SOURCE is taken over from a run.
-_NAMED = ("task", "train_file", "validation_file", "dataset")
+_NAMED = ("task", *_FILES)
 #: Fields that say which rows are read, and how.
 _SOURCE = (
     "task",
@@ -89,7 +91,7 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
         config = Metrics.read(Path(folder)).config
         own = set(given) & set(_NAMED)
         wanted = names - set(_OF_TRAINING) - set((*_SOURCE, *_THINNING) if own else ())
-        if any(config.get(name) is not None for name in ("train_file", "validation_file", "dataset")):
+        if any(config.get(name) is not None for name in _FILES):
             wanted -= {"data"}  # which a run of files does not read
         known = {name: value for name, value in config.items() if name in wanted}
     return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})

@@ -290,8 +290,8 @@ class ResumableTrainer(Trainer):
     def _refuse_rounds(self) -> None:
         """Trainer skips as many batches of one round as were trained on in all."""
         rounds = self.state.epoch or 0.0
-        endless = has_length(self.train_dataset) or self.args.ignore_data_skip
-        if self._resumed is not None and rounds > 1 and not endless:
+        skips = not (has_length(self.train_dataset) or self.args.ignore_data_skip)
+        if self._resumed is not None and rounds > 1 and skips:
             raise RefusedConfiguration(
                 f"the training stream had begun its round {int(rounds) + 1} when the checkpoint was saved, and from "
                 "which of its rows to go on nobody knows. Give it a length, or let it repeat itself; with "

@@ -171,7 +171,7 @@ def gather(store: Store, baseline: str | None = None, model: str | None = None) 
         runs = [run for run in runs if _model(run.settings) == model]
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
-    entries = {}
+    wanted, entries = baseline or "vanilla", {}
     for task in tasks:
         for method in methods:
             candidates = _candidates(
@@ -193,7 +193,7 @@ def gather(store: Store, baseline: str | None = None, model: str | None = None) 
         methods,
         entries,
         unfinished,
-        next((name for name in (baseline or "vanilla",) if name in methods), None),
+        wanted if wanted in methods else None,
     )
 
 
