@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,17 @@ def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Sig
     """
     mine = inspect.signature(init).parameters
     return inspect.Signature([*inspect.signature(Trainer.__init__).parameters.values(), *(mine[name] for name in own)])
+
+
+@contextmanager
+def _with_settings(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Other values for a while, where Trainer's own code looks at them."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 class _SeededLengthSampler(LengthGroupedSampler):
@@ -252,11 +263,9 @@ class ResumableTrainer(Trainer):
         """
         drops = self.args.dataloader_drop_last
         # without even_batches ranks would have unequally many, and wait for each other
-        self.args.dataloader_drop_last = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
-        try:
+        drops = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
+        with _with_settings(self.args, dataloader_drop_last=drops):
             loader = super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drops
         made = getattr(loader, "base_dataloader", loader)  # in accelerate's, which starts the workers of that one
         if made.num_workers:
             made.worker_init_fn = partial(outlive_sigterm, made.worker_init_fn)
@@ -300,13 +309,9 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run that SIGTERM stopped is not at its end: no checkpoint goes, and no best model is loaded."""
-        best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
-        if self._stop.stopping:
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        try:
+        stopped = {"load_best_model_at_end": False, "save_total_limit": None} if self._stop.stopping else {}
+        with _with_settings(self.args, **stopped):
             return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
 
     def _restore_counts(self, record: checkpoints.Record) -> None:
         """The loss that is logged next and the meter's totals are those of a run that was never interrupted."""
@@ -336,22 +341,20 @@ class ResumableTrainer(Trainer):
         """Trainer's, then the record that makes it whole, and only then are old ones deleted and is it pushed."""
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        push, self.args.push_to_hub = self.args.push_to_hub, False
-        try:
-            if self.args.should_save and folder.exists():
-                shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
-            checkpoints.gather(None)
-            with explaining_lost_ranks(lambda: f"saving {folder}"):
-                super()._save_checkpoint(model, trial)
-                self.save_method_state(folder)
-            self._write_record(folder)
-        except (RankLost, RefusedConfiguration):
-            raise
-        except (Exception, CheckpointException) as error:
-            raise checkpoints.not_written(folder, run_dir, error) from error
-        finally:
-            self.args.save_total_limit, self.args.push_to_hub = limit, push
+        limit, push = self.args.save_total_limit, self.args.push_to_hub
+        with _with_settings(self.args, save_total_limit=None, push_to_hub=False):
+            try:
+                if self.args.should_save and folder.exists():
+                    shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
+                checkpoints.gather(None)
+                with explaining_lost_ranks(lambda: f"saving {folder}"):
+                    super()._save_checkpoint(model, trial)
+                    self.save_method_state(folder)
+                self._write_record(folder)
+            except (RankLost, RefusedConfiguration):
+                raise
+            except (Exception, CheckpointException) as error:
+                raise checkpoints.not_written(folder, run_dir, error) from error
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         if push:
