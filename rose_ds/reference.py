@@ -159,7 +159,7 @@ class Reference:
                 agrees = ((beta1 * self.m[n] + (1 - beta1) * whole[n]) * whole[n] > 0).float()
                 kept += int(agrees.sum())
                 masks["first"][n] = agrees * agrees.numel() / (agrees.sum() + 1)
-            seen.tau["first"], seen.kept["first"] = 0.0, kept
+            seen.tau["first"], seen.kept["first"] = 1.0, kept
         return masks
 
     def _magnitude(self, x: Tensor) -> Tensor:

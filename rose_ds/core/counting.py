@@ -131,8 +131,9 @@ def _read(selector: Selector, inputs: StepInputs, indices: Sequence[int]) -> dic
     read["scale"] = float(inputs.scale)
     if inputs.share and inputs.risk_grads is not None:
         read |= {"others": mine(inputs.risk_grads), "share": inputs.share * inputs.clip}
-    if selector.kernel == "second":
+    if selector.kernel in ("second", "agreement"):
         read |= {"exp_avgs": mine(inputs.exp_avgs), "alphas": [1 - beta1 for beta1 in mine(inputs.beta1s)]}
+        read["agreement"] = selector.kernel == "agreement"
     return read
 
 
@@ -147,7 +148,7 @@ def can_compile(kernels: Any, selector: Selector, inputs: StepInputs) -> bool:
     if selector.kernel is None:
         return False
     others = [] if inputs.risk_grads is None or not inputs.share else inputs.risk_grads
-    moments = inputs.exp_avgs if selector.kernel == "second" else []
+    moments = inputs.exp_avgs if selector.kernel in ("second", "agreement") else []
     return all(fits(g, half=True) for g in inputs.grads) and all(map(fits, (*moments, *others)))
 
 

@@ -42,6 +42,18 @@ class BitMask:
             found |= (eights[:, plane] >> places & 1).mul_(bit)
         return found.view(-1)[: self.numel]
 
+    def kept(self) -> Tensor:
+        """How many elements have a code other than 0: int64, of no dimension."""
+        ones = self.words[:, 0].clone()
+        for plane in range(1, len(self.bits)):
+            ones |= self.words[:, plane]
+        # of each 2, 4 and 8 bits, then of all bytes, in the highest one; what a shift of a negative word fills in is
+        # masked
+        ones -= ones >> 1 & 0x5555555555555555
+        ones = (ones & 0x3333333333333333) + (ones >> 2 & 0x3333333333333333)
+        ones = ones + (ones >> 4) & 0x0F0F0F0F0F0F0F0F
+        return (ones * 0x0101010101010101 >> 56).sum()
+
 
 def keep_count(fraction: float, n: int) -> int:
     """k of Eq. 3: how many of ``n`` risks are kept, at least one. 1e-9 absorbs the rounding of e.g. 0.6 * 5."""

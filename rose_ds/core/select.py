@@ -39,7 +39,7 @@ class Selector:
     """The score is of the gradient kept apart, which nothing else looks at: not finite, it skips the step."""
     fixed: float | None = None
     """A threshold that is known, instead of ``keep``."""
-    kernel: Literal["first", "second", "gradient", "uniform"] | None = None
+    kernel: Literal["first", "second", "gradient", "uniform", "agreement"] | None = None
     """Which score it is, where compiled kernels know it (``rose_ds.kernels``)."""
 
 
@@ -212,7 +212,8 @@ def _wanted(selector: Selector, count: int) -> Wanted:
     return Wanted(rank(keep_count(selector.keep, count)), selector.largest, selector.fixed)
 
 
-def kept_by_tensor(layout: Layout, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Kept and all elements of each tensor over all ranks, fp64, shape (tensor_count,). A collective."""
-    kept = layout.sums([(code != 0).sum() for code in codes])
-    return kept, layout.sums([torch.tensor(code.numel()) for code in codes])
+def kept_by_tensor(layout: Layout, codes: Sequence[Tensor | BitMask]) -> tuple[Tensor, Tensor]:
+    """Kept and all elements of each tensor over all ranks, fp64, shape (tensor_count,). Two collectives."""
+    kept = layout.sums([code.kept() if isinstance(code, BitMask) else (code != 0).sum() for code in codes])
+    sizes = [code.numel if isinstance(code, BitMask) else code.numel() for code in codes]
+    return kept, layout.sums([torch.tensor(size) for size in sizes])

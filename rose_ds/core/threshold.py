@@ -162,6 +162,9 @@ class Search:
         """All rounds."""
         rounds: Sequence[tuple[int, int]] = ROUNDS
         wanted = None if want.fixed is None else bits_of_number(want.fixed)
+        if wanted is not None and want.largest and wanted % (1 << SCAN_SHIFT) == 0 and count is not None:
+            yield from self.by_number(wanted)
+            return
         last = 0 if callable(want.k) else want.k
         known = count or 0
         guided = known >= MANY and 1 <= last <= known and wanted is None
@@ -212,6 +215,14 @@ class Search:
         self.prefix = low
         self.narrow(inside, k, 1)  # a digit of more than one bit, where the window is more than one bin
         return True
+
+    def by_number(self, threshold: int) -> Asking:
+        """All rounds in one scan, where the threshold is known: what lies below, and nothing looked at closely."""
+        row = yield from self.ask("scan", threshold >> SCAN_SHIFT, threshold >> SCAN_SHIFT)
+        total, below, infinite, nan, negative, zeros = row.tolist()
+        self._check(total, infinite, nan, negative, zeros)
+        self.rank_totals, self.rank_below = self.rows[:, 0], self.rows[:, 1]
+        self.below, self.prefix = below, threshold
 
     def window(self, quantile: float, stride: int) -> Generator[Question, Sequence[Tensor], tuple[int, int] | None]:
         """The top 21 bits [low, high) between which a quantile lies, by five standard deviations of a sample; None:

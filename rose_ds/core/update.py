@@ -110,11 +110,13 @@ def adamw_masked_update_(
 ) -> None:
     """AdamW whose moments and weight decay know no mask; the step itself is multiplied with it. In place."""
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    update = list(torch._foreach_div(exp_avgs, _denominator(grads, exp_avg_sqs, step, beta2, eps)))
-    torch._foreach_mul_(update, masks)
+    denominator = _denominator(grads, exp_avg_sqs, step, beta2, eps)
+    change = list(torch._foreach_mul(masks, -(lr / (1 - beta1**step))))
+    change = [c * m for c, m in zip(change, exp_avgs, strict=True)]
+    torch._foreach_div_(change, denominator)
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, update, alpha=-lr / (1 - beta1**step))
+    torch._foreach_add_(params, change)
 
 
 def _denominator(grads: list[Tensor], exp_avg_sqs: list[Tensor], step: int, beta2: float, eps: float) -> list[Tensor]:
@@ -152,9 +154,8 @@ class UpdateBatch:
         values: what the mask is where the code is 0, 1, 2, 3.
         rule: what the mask does. ``robust``: Algorithm 1, a 0 freezes the parameter and its momentum. ``gradient``: it
             multiplies the gradient; moments decay and weight decay goes on. ``update``: it multiplies the step alone.
-        kernels: compiled ones (``rose_ds.kernels``), which take what fits them under the rule ``robust``, and on CPUs
-            under ``gradient``: the bits of ``masked_adamw_``, also where the mask is 1 everywhere, unless the group
-            says of foreach or fused whether it wants torch's.
+        kernels: compiled ones (``rose_ds.kernels``), which take what fits them: the bits of ``masked_adamw_``, also
+            where the mask is 1 everywhere, unless the group says of foreach or fused whether it wants torch's.
     """
 
     def __init__(
@@ -172,10 +173,7 @@ class UpdateBatch:
         )
         self.kernel = {"foreach": group["foreach"], "fused": group["fused"]}
         self.torchs = any(choice is not None for choice in self.kernel.values())
-        self.values, self.rule = values, rule
-        for_cpus = hasattr(kernels, "Risks")  # Triton's know one rule, and are not told which
-        self.kernels = kernels if rule == "robust" or (rule == "gradient" and for_cpus) else None
-        self.told = (rule == "gradient",) if for_cpus else ()
+        self.values, self.rule, self.kernels = values, rule, kernels
         self.fits = getattr(kernels, "fits", fits)  # of the C++ kernels, where they do not say
         self.compiled: list[tuple[Any, ...]] = []
         self.free: list[tuple[Tensor, ...]] = []
@@ -188,12 +186,12 @@ class UpdateBatch:
         for the mask's values.
         """
         whole = isinstance(code, int) and self.values[code] * scale == 1.0
-        ours = self.kernels is not None and scale == 1.0 and not (whole and self.torchs)
+        ours = self.kernels is not None and not (whole and self.torchs)
         if ours and all(self.fits(v, half=i == 1) for i, v in enumerate(views)):
             mask = (code, 0) if isinstance(code, Tensor) else (_NO_CODES, code)
             if isinstance(code, BitMask):
                 mask = (code.words, int.from_bytes(code.bits, "little"))
-            self.compiled.append((*views, *mask))
+            self.compiled.append((*views, *mask, scale))
             return
         if whole and views[1].dtype == views[0].dtype:
             self.free.append(views)
@@ -244,7 +242,7 @@ class UpdateBatch:
             columns = [list(column) for column in zip(*self.compiled, strict=True)]
             x = self.scalars
             numbers = (x["step"], x["lr"], x["beta1"], x["beta2"], x["eps"], x["weight_decay"])
-            self.kernels.adamw(*columns, list(self.values), *numbers, *self.told)  # type: ignore[union-attr]
+            self.kernels.adamw(*columns, list(self.values), *numbers, self.rule)  # type: ignore[union-attr]
             # of what was written by address, so that a backward pass through the old weights is refused
             increment_version([tensor for column in (columns[0], *columns[2:4]) for tensor in column])
             self.compiled = []

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +85,7 @@ class TritonKernels:
         exp_avg_sqs: Sequence[Tensor],
         codes: Sequence[Tensor],
         code: Sequence[int],
+        scales: Sequence[float],
         values: Sequence[float],
         step: float,
         lr: float,
@@ -91,14 +93,17 @@ class TritonKernels:
         beta2: float,
         eps: float,
         weight_decay: float,
+        rule: str,
     ) -> None:
-        """Masked AdamW in place, on slices; a slice's mask is ``values[code]``: by its uint8 ``codes``, or its one
-        ``code`` where these are empty. ``step`` counts from 1.
+        """Masked AdamW in place, on slices; a slice's mask is ``values[code]``, times its scale: by its uint8
+        ``codes``, or its one ``code`` where these are empty. ``step`` counts from 1; ``rule`` is core's.
         """
         rows = [
             [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), c.data_ptr() if c.numel() else 0, one, p.numel(),
-             int(g.dtype == torch.bfloat16)]
-            for p, g, m, v, c, one in zip(params, grads, exp_avgs, exp_avg_sqs, codes, code, strict=True)
+             int(g.dtype == torch.bfloat16), _fp32_bits(scale)]
+            for p, g, m, v, c, one, scale in zip(
+                params, grads, exp_avgs, exp_avg_sqs, codes, code, scales, strict=True
+            )
             if p.numel()
         ]  # fmt: skip
         if not rows:
@@ -108,7 +113,9 @@ class TritonKernels:
             1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), eps, -(lr / (1 - beta1**step)), less,
         )  # fmt: skip
         kernel, sizes = self.programs.masked_adamw, [row[6] for row in rows]
-        self.launch(kernel, self.table(rows), sizes, *map(float, (*values, *numbers)), DECAYS=weight_decay != 0)
+        self.launch(
+            kernel, self.table(rows), sizes, *map(float, (*values, *numbers)), DECAYS=weight_decay != 0, RULE=rule
+        )
 
     def launch(self, kernel: Any, table: Tensor, sizes: Sequence[int], *arguments: Any, **constants: Any) -> None:
         """One launch for all rows of a table, of slices of these sizes."""
@@ -205,8 +212,10 @@ def _try_out(kernels: TritonKernels) -> None:
             risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), shift, width)
         codes.zero_()
         risks.mark(torch.ones(2, device=kernels.device))  # the last time |0 * 0.1 / 1e-40 - 1|, which is 1, too
-    for decay in (0.01, 0.0):
-        kernels.adamw([p], [g], [m], [v], [codes], [0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 0.0, decay)
+    for decay, rule in product((0.01, 0.0), ("robust", "gradient", "update")):
+        kernels.adamw(
+            [p], [g], [m], [v], [codes], [0], [1.0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 0.0, decay, rule
+        )
     # which waits for an error of the device too
     if codes.tolist() != [3, 3] or not all(map(math.isfinite, p.tolist())):
         raise RuntimeError("it divides by denormal numbers as if they were zeros: triton 3.6 and later do not")

@@ -22,7 +22,8 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 #: Columns of the tables: addresses, then numbers.
 RISK_COLUMNS = tl.constexpr(7)  # risk gradient, gradient, exp_avg, codes, elements, 1 - beta1 (fp32), gradient is bf16
-UPDATE_COLUMNS = tl.constexpr(8)  # parameter, gradient, exp_avg, exp_avg_sq, codes (0: one), code, elements, is bf16
+# parameter, gradient, exp_avg, exp_avg_sq, codes (0: one), code, elements, gradient is bf16, the masks' factor (fp32)
+UPDATE_COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
@@ -148,14 +149,17 @@ def _lerp(a, b, weight):
 @triton.jit
 def masked_adamw(
     table, value0, value1, value2, value3, weight1, beta2, weight2, root2, eps, minus_step, less,
-    DECAYS: tl.constexpr, BLOCK: tl.constexpr,
+    DECAYS: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``rose_ds.core.update.masked_adamw_``, operation by operation. The mask is the value that belongs to a code."""
+    """``rose_ds.core.update.masked_adamw_``, operation by operation; under the rule "update", ``adamw_masked_update_``.
+    The mask is the value that belongs to a code, times the slice's factor.
+    """
     row = table + tl.program_id(0) * UPDATE_COLUMNS
     param = tl.load(row).to(tl.pointer_type(tl.float32))
     exp_avg = tl.load(row + 2).to(tl.pointer_type(tl.float32))
     exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(tl.float32))
     codes, n, half = tl.load(row + 4), tl.load(row + 6), tl.load(row + 7)
+    factor = tl.load(row + 8).to(tl.int32).to(tl.float32, bitcast=True)
     for start in range(tl.program_id(1).to(tl.int64) * BLOCK, n, tl.num_programs(1) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         live = at < n
@@ -163,19 +167,26 @@ def masked_adamw(
         if codes != 0:
             code = tl.load(codes.to(tl.pointer_type(tl.uint8)) + at, mask=live, other=0).to(tl.int32)
         low = tl.where((code & 1) != 0, value1, value0)
-        mask = tl.where((code & 2) != 0, tl.where((code & 1) != 0, value3, value2), low)
-        frozen = mask == 0.0
+        mask = tl.where((code & 2) != 0, tl.where((code & 1) != 0, value3, value2), low) * factor
+        ones = tl.zeros((BLOCK,), tl.float32) + 1.0
         g = _gradient(tl.load(row + 1), at, live, half)
         p = tl.load(param + at, mask=live, other=0.0)
         m = tl.load(exp_avg + at, mask=live, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
-        used = tl.where(mask == 1.0, g, _lerp(m, g, mask))
-        used = tl.where(frozen, m, used)
+        if RULE == "robust":
+            frozen, on_step, on_decay = mask == 0.0, mask, mask
+            used = tl.where(frozen, m, tl.where(mask == 1.0, g, _lerp(m, g, mask)))
+        elif RULE == "gradient":
+            frozen, on_step, on_decay = ones == 0.0, ones, ones
+            used = g * mask
+        else:
+            frozen, on_step, on_decay = ones == 0.0, mask, ones
+            used = g
         moved = tl.where(frozen, m, _lerp(m, used, tl.zeros((BLOCK,), tl.float32) + weight1))
         second = _fma(weight2 * used, used, v * beta2)
         root = tl.div_rn(tl.sqrt_rn(second), tl.zeros((BLOCK,), tl.float32) + root2)
-        step = tl.div_rn(mask * minus_step * moved, root + eps)
-        updated = step + (p * (mask * less + 1.0) if DECAYS else p)
+        step = tl.div_rn(on_step * minus_step * moved, root + eps)
+        updated = step + (p * (on_decay * less + 1.0) if DECAYS else p)
         tl.store(param + at, tl.where(frozen, p, updated), mask=live)
         tl.store(exp_avg + at, moved, mask=live)
         tl.store(exp_avg_sq + at, second, mask=live)

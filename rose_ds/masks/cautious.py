@@ -10,12 +10,12 @@ from rose_ds.core.select import Selector
 from rose_ds.masks.base import MaskPolicy
 
 
-def disagreement(x: ElementMagnitudes) -> Tensor:
-    """1 where the momentum after the step and the gradient differ in sign, or either is 0; else 0."""
-    return (x.next_momentum * x.signed_grad <= 0).float()
+def agreement(x: ElementMagnitudes) -> Tensor:
+    """1 where the momentum after the step and the gradient have one sign; 0 where not, or where either is 0."""
+    return (x.next_momentum * x.signed_grad > 0).float()
 
 
 def cautious(config: RoseConfig) -> MaskPolicy:
     """No threshold to look for: where signs agree, the step is taken, scaled up by the share of those that do not."""
-    selector = Selector(disagreement, keep=1.0, fixed=0.0)
+    selector = Selector(agreement, keep=1.0, largest=True, fixed=1.0, kernel="agreement")
     return MaskPolicy((selector,), rule="update", ranks_momentum=True, preserve_scale=True)

@@ -86,7 +86,7 @@ def test_select(
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "infinite", "nan"])
-@pytest.mark.parametrize("strategy", ["random", "gradient-mask"])
+@pytest.mark.parametrize("strategy", ["random", "gradient-mask", "cautious"])
 @pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
 def test_other_scores(
     strategy: Any, kind: str, dtype: torch.dtype, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
@@ -121,7 +121,7 @@ def test_random_numbers_by_place(many: int, compiled: Any, monkeypatch: pytest.M
 
 
 @needs_compiler
-@pytest.mark.parametrize("strategy", ["ensemble", "random", "gradient-mask"])
+@pytest.mark.parametrize("strategy", ["ensemble", "random", "gradient-mask", "cautious"])
 @pytest.mark.parametrize("many", [threshold.MANY, 1], ids=["all digits", "guided"])
 def test_ranks_may_differ_in_having_kernels(
     strategy: Any, many: int, compiled: Any, monkeypatch: pytest.MonkeyPatch
@@ -260,6 +260,8 @@ def test_without_avx512(portable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for many in (threshold.MANY, 1):
             test_select(kind, [1000, 33, 257, 1], dtype, many, portable, monkeypatch)
         test_update(kind, 0.01, dtype, portable)
+        test_a_mask_of_the_step(kind, 0.01, dtype, portable)
+    test_other_scores("cautious", "normal", torch.bfloat16, 1, portable, monkeypatch)
 
 
 @needs_compiler
@@ -324,6 +326,41 @@ def test_a_mask_of_the_gradient(kind: str, values: Any, dtype: torch.dtype, comp
     for ours, exact, torchs in zip(*results, strict=True):
         assert torch.equal(ours, exact)
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_a_mask_of_the_step(kind: str, decay: float, dtype: torch.dtype, compiled: Any) -> None:
+    """Each tensor's times a factor of its own; bit for bit as core's, where the mask is 0 too."""
+    sizes = [70_001, 3, 257, 0, 1]
+    table, group = (0.0, 1.0, 0.3, 1.0), {**GROUP, "weight_decay": decay}
+    codes, scales, runs = codes_of(sizes, 3, table), [1.7, 1.0, 0.9, 1.0, 2.0], []
+    packed = [as_bits(code) if isinstance(code, Tensor) else code for code in codes]
+    for found, masks in ((None, codes), (compiled, codes), (compiled, packed)):
+        held = tensors(kind, sizes, dtype)
+        before = [t.clone() for t in held[0]]
+        batch = UpdateBatch(group, 5, table, "update", kernels=found)
+        for i, code in enumerate(masks):
+            batch.add(code, tuple(column[i] for column in held), scales[i])
+        assert len(batch.compiled) == (len(sizes) if found else 0)
+        batch.flush()
+        runs.append(held)
+        still = codes[0] == 0
+        assert torch.equal(held[0][0][still], before[0][still] * (1 - 3e-3 * decay))
+    for run in runs[1:]:
+        check_same_bits(runs[0], run, kind)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bits", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_kept_of_bits(bits: tuple[int, ...], share: float) -> None:
+    for n in (0, 1, 63, 64, 65, 1000):
+        drawn = torch.rand(n, 2, generator=torch.Generator().manual_seed(n)) < share
+        codes = sum((drawn[:, bit - 1].to(torch.uint8) * bit for bit in bits), torch.zeros(n, dtype=torch.uint8))
+        assert as_bits(codes, bits).kept() == (codes != 0).sum()
 
 
 @needs_compiler

@@ -36,15 +36,16 @@ count = {"prefixes": "*i64", "counts": "*i64"}, {"SHIFT": 10, "WIDTH": 10, "COPI
 mark = {"taus": "*i32"}, {"FIRST_LARGEST": False, "SECOND_LARGEST": True}
 numbers = "value0 value1 value2 value3 weight1 beta2 weight2 root2 eps minus_step less".split()
 update = {"table": "*i64", **dict.fromkeys(numbers, "fp32")}, {"DECAYS": True, "BLOCK": 1024}
-for kernel, (arguments, constants) in {
-    programs.count_risks: (risks | count[0], kinds | count[1]),
-    programs.mark_risks: (risks | mark[0], kinds | mark[1]),
-    programs.masked_adamw: update,
-}.items():
+for kernel, (arguments, constants), form in (
+    (programs.count_risks, (risks | count[0], kinds | count[1]), ""),
+    (programs.mark_risks, (risks | mark[0], kinds | mark[1]), ""),
+    *((programs.masked_adamw, (update[0], update[1] | {"RULE": rule}), "/" + rule)
+      for rule in ("robust", "gradient", "update")),
+):
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     made = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    print("KERNEL", kernel.fn.__name__, made.asm["ptx"])
+    print("KERNEL", kernel.fn.__name__ + form, made.asm["ptx"])
 """
 
 
@@ -72,16 +73,18 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     """
     made = python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).split("KERNEL ")[1:]
     ptx = dict(part.split(maxsplit=1) for part in made)
-    assert set(ptx) == {"count_risks", "mark_risks", "masked_adamw"}
+    rules = {f"masked_adamw/{rule}": lerps for rule, lerps in (("robust", 2), ("gradient", 1), ("update", 1))}
+    assert set(ptx) == {"count_risks", "mark_risks", *rules}
     for name, text in ptx.items():
         assert not re.findall(r"\b\w+\.(?:approx|full|ftz)[.\w]*", text), name
         assert "div.rn.f32" in text, name
         fused = len(re.findall(r"\bfma\.rn\.f32", text))
         divided = len(re.findall(r"\bdiv\.rn\.f32", text))
-        # of the update: two lerps and a second moment for an element, beside two divisions
-        assert (fused, divided) == ((3 * divided // 2, divided) if name == "masked_adamw" else (0, divided)), name
-    assert "sqrt.rn.f32" in ptx["masked_adamw"]
-    assert "cvt.rn.f32.f64" not in ptx["masked_adamw"], "the interpreter's multiply-add"
+        # of the update: a lerp or two and a second moment for an element, beside two divisions
+        assert fused == ((rules[name] + 1) * divided // 2 if name in rules else 0), name
+    for rule in rules:
+        assert "sqrt.rn.f32" in ptx[rule]
+        assert "cvt.rn.f32.f64" not in ptx[rule], "the interpreter's multiply-add"
 
 
 class Weight:

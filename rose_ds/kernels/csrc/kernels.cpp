@@ -14,9 +14,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Risks>(m, "Risks")
       .def(py::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>, double,
-                    std::vector<at::Tensor>, double, std::vector<Draw>, std::vector<at::Tensor>, int64_t, bool>(),
+                    bool, std::vector<at::Tensor>, double, std::vector<Draw>, std::vector<at::Tensor>, int64_t, bool>(),
            py::kw_only(), py::arg("grads"), py::arg("exp_avgs") = none, py::arg("alphas") = std::vector<double>(),
-           py::arg("scale") = 1.0, py::arg("others") = none, py::arg("share") = 0.0,
+           py::arg("scale") = 1.0, py::arg("agreement") = false, py::arg("others") = none, py::arg("share") = 0.0,
            py::arg("draws") = std::vector<Draw>(), py::arg("masks") = none, py::arg("plane") = 0,
            py::arg("largest") = false)
       .def("histogram", &Risks::histogram, without_gil)

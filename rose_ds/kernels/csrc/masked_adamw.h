@@ -13,16 +13,13 @@ struct Scalars {  // computed in fp64 and rounded once, as torch does
   bool decays;
 };
 
-// torch.lerp's two branches, each a fused multiply-add
-inline float lerp(float a, float b, float w) {
-  const bool near_a = std::fabs(w) < 0.5f;
-  return std::fma(near_a ? w : w - 1.0f, b - a, near_a ? a : b);
-}
+// 1 for all, so that none is read; 0 or 1; any numbers; any, of the gradient alone; any, of the step alone
+enum class Mask { kWhole, kHard, kSoft, kGradient, kStep };
 
-// 1 for all, so that none is read; 0 or 1; any numbers; any, of the gradient alone
-enum class Mask { kWhole, kHard, kSoft, kGradient };
+// A mask of 0 freezes an element.
+constexpr bool freezes(Mask mask) { return mask == Mask::kHard || mask == Mask::kSoft; }
 
-// rose_ds.core.update.masked_adamw_, operation by operation.
+// rose_ds.core.update.masked_adamw_, operation by operation; kStep: adamw_masked_update_.
 template <Mask kMask, class G>
 void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __restrict grad, float* __restrict m,
                   float* __restrict v, const float* __restrict masks) {
@@ -31,7 +28,7 @@ void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __r
   const bool decays = s.decays;
   for (int64_t i = 0; i < n; ++i) {
     const float mask = kMask == Mask::kWhole ? 1.0f : masks[i];
-    const bool frozen = kMask != Mask::kGradient && mask == 0.0f, whole = mask == 1.0f;
+    const bool frozen = freezes(kMask) && mask == 0.0f, whole = mask == 1.0f;
     const float p0 = p[i], g = load(grad, i), m0 = m[i], v0 = v[i];
     float used = g, step_size = minus_step, kept = kept_of_whole;
     if constexpr (kMask == Mask::kSoft) {
@@ -39,6 +36,7 @@ void masked_adamw(const Scalars& s, int64_t n, float* __restrict p, const G* __r
       used = whole ? g : mixed, step_size = mask * minus_step, kept = mask * less + 1.0f;
     }
     if constexpr (kMask == Mask::kGradient) used = g * mask;
+    if constexpr (kMask == Mask::kStep) step_size = mask * minus_step;
     used = frozen ? m0 : used;
     const float moved = lerp(m0, used, weight1);
     const float m1 = frozen ? m0 : moved;
@@ -70,7 +68,7 @@ inline __m512 lerp(__m512 a, __m512 b, __m512 w) {
 
 // The same with masks of bits, a word of each plane at a time. Hard: `first` says whether an element's mask is 1 or 0; else
 // it is the one of `values` that the two bits say.
-template <bool kHard, class G>
+template <Mask kMask, class G>
 void masked_adamw(const Scalars& s, int n, float* p, const G* grad, float* m, float* v, const float (&values)[4],
                   uint64_t first, uint64_t second) {
   const __m512 weight1 = _mm512_set1_ps(s.weight1), beta2 = _mm512_set1_ps(s.beta2), eps = _mm512_set1_ps(s.eps);
@@ -84,12 +82,17 @@ void masked_adamw(const Scalars& s, int n, float* p, const G* grad, float* m, fl
     const __m512 m0 = load16(m + i, live), v0 = load16(v + i, live);
     __mmask16 moves = __mmask16(first);
     __m512 used = g, step_size = minus_step, kept = _mm512_add_ps(less, one);
-    if constexpr (!kHard) {
+    if constexpr (kMask != Mask::kHard) {
       const __m512 low = _mm512_mask_mov_ps(value0, moves, value1), high = _mm512_mask_mov_ps(value2, moves, value3);
       const __m512 mask = _mm512_mask_mov_ps(low, __mmask16(second), high);
-      moves = _mm512_cmp_ps_mask(mask, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-      used = _mm512_mask_mov_ps(lerp(m0, g, mask), _mm512_cmp_ps_mask(mask, one, _CMP_EQ_OQ), g);
-      step_size = _mm512_mul_ps(mask, minus_step), kept = _mm512_add_ps(_mm512_mul_ps(mask, less), one);
+      moves = __mmask16(0xffff);
+      if constexpr (kMask == Mask::kSoft) {
+        moves = _mm512_cmp_ps_mask(mask, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        used = _mm512_mask_mov_ps(lerp(m0, g, mask), _mm512_cmp_ps_mask(mask, one, _CMP_EQ_OQ), g);
+        kept = _mm512_add_ps(_mm512_mul_ps(mask, less), one);
+      }
+      if constexpr (kMask == Mask::kGradient) used = _mm512_mul_ps(g, mask);
+      else step_size = _mm512_mul_ps(mask, minus_step);
     }
     used = _mm512_mask_mov_ps(m0, moves, used);
     const __m512 m1 = _mm512_mask_mov_ps(m0, moves, lerp(m0, used, weight1));
@@ -135,21 +138,22 @@ inline void look_up(const float (&values)[4], const uint64_t* words, int64_t pla
   }
 }
 
-// Tensors are contiguous pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code]: codes has a
-// uint8 tensor for it; or one of bits, int64, (words, planes), where plane i set means the i-th byte of `code`; or is
-// empty where the piece has one code, in `code`. `on_gradient`: the masks multiply the gradient, and no more.
+// Tensors are contiguous pieces of parameters, gradients (fp32 or bf16) and moments. A piece's mask is values[code], times its
+// scale: codes has a uint8 tensor for it; or one of bits, int64, (words, planes), where plane i set means the i-th byte
+// of `code`; or is empty where the piece has one code, in `code`. `rule`: core's.
 void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& grads,
            const std::vector<at::Tensor>& exp_avgs, const std::vector<at::Tensor>& exp_avg_sqs,
-           const std::vector<at::Tensor>& codes, const std::vector<int64_t>& code, const std::vector<double>& values,
-           double step, double lr, double beta1, double beta2, double eps, double weight_decay, bool on_gradient) {
+           const std::vector<at::Tensor>& codes, const std::vector<int64_t>& code, const std::vector<double>& scales,
+           const std::vector<double>& values, double step, double lr, double beta1, double beta2, double eps,
+           double weight_decay, const std::string& rule) {
   Scalars s;
   s.weight1 = float(1 - beta1), s.beta2 = float(beta2), s.weight2 = float(1 - beta2);
   s.root2 = float(std::sqrt(1 - std::pow(beta2, step))), s.eps = float(eps);
   s.minus_step = float(-(lr / (1 - std::pow(beta1, step))));
   s.decays = weight_decay != 0, s.less = float(double(float(1 - lr * weight_decay)) - 1.0);
   TORCH_CHECK(values.size() == 4);
-  const float table[4] = {float(values[0]), float(values[1]), float(values[2]), float(values[3])};
-  const bool hard = std::all_of(table, table + 4, [](float x) { return x == 0.0f || x == 1.0f; });
+  const bool on_gradient = rule == "gradient", on_step = rule == "update";
+  TORCH_CHECK(on_gradient || on_step || rule == "robust");
   struct Piece {
     float *p, *m, *v;
     const void* g;
@@ -158,6 +162,8 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
     int64_t planes;
     bool half;
     int64_t code;
+    float table[4];
+    bool hard;
   };
   std::vector<Piece> pieces;
   std::vector<int64_t> sizes;
@@ -173,7 +179,12 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
                       data_of<void>(grads[i], half ? at::kBFloat16 : at::kFloat),
                       bytes ? data_of<uint8_t>(codes[i], at::kByte) : nullptr,
                       bits ? reinterpret_cast<uint64_t*>(data_of<int64_t>(codes[i], at::kLong)) : nullptr,
-                      bits ? codes[i].size(1) : 0, half, code[i]});
+                      bits ? codes[i].size(1) : 0, half, code[i], {}, true});
+    Piece& x = pieces.back();
+    for (int j = 0; j < 4; ++j) {
+      x.table[j] = float(values[j]) * float(scales[i]);
+      x.hard = x.hard && (x.table[j] == 0.0f || x.table[j] == 1.0f);
+    }
     sizes.push_back(n);
   }
   const auto chunks = chunks_of(sizes);
@@ -181,25 +192,28 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
     const Piece& x = pieces[chunks[c].piece];
     const int64_t b = chunks[c].begin, n = chunks[c].size;
     const bool one = !x.codes && !x.words;
+    const float(&table)[4] = x.table;
     const auto run = [&](auto* g) {
       if (one && table[x.code] == 1.0f)
         return masked_adamw<Mask::kWhole>(s, n, x.p + b, g + b, x.m + b, x.v + b, nullptr);
-      if (one && table[x.code] == 0.0f && !on_gradient) return frozen_adamw(s, n, x.m + b, x.v + b);
+      if (one && table[x.code] == 0.0f && !on_gradient && !on_step) return frozen_adamw(s, n, x.m + b, x.v + b);
       alignas(64) float masks[kBlock];
       // one code for all is written out: a mask that is constant along a loop is not vectorised
       if (one) std::fill_n(masks, kBlock, table[x.code]);
       const int64_t first = x.code & 0xff, second = x.code >> 8;
       const float by_plane[4] = {table[0], table[first & 3], table[second & 3], table[(first | second) & 3]};
 #if defined(ROSE_AVX512)
-      if (x.words && !on_gradient) {
+      if (x.words) {
         for (int64_t i = b; i < b + n; i += kWord) {
           const int size = int(std::min<int64_t>(kWord, b + n - i));
           const uint64_t *word = x.words + i / kWord * x.planes, other = x.planes > 1 ? word[1] : 0;
-          const auto update = [&](auto is_hard, uint64_t of_first, uint64_t of_second) {
-            masked_adamw<is_hard.value>(s, size, x.p + i, g + i, x.m + i, x.v + i, by_plane, of_first, of_second);
+          const auto update = [&](auto mask, uint64_t of_first, uint64_t of_second) {
+            masked_adamw<mask()>(s, size, x.p + i, g + i, x.m + i, x.v + i, by_plane, of_first, of_second);
           };
-          if (hard) update(std::true_type(), ones_of(by_plane, *word, other), 0);
-          else update(std::false_type(), *word, other);
+          if (on_gradient) update(std::integral_constant<Mask, Mask::kGradient>(), *word, other);
+          else if (on_step) update(std::integral_constant<Mask, Mask::kStep>(), *word, other);
+          else if (x.hard) update(std::integral_constant<Mask, Mask::kHard>(), ones_of(by_plane, *word, other), 0);
+          else update(std::integral_constant<Mask, Mask::kSoft>(), *word, other);
         }
         return;
       }
@@ -209,7 +223,8 @@ void adamw(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>&
         if (x.words) look_up(by_plane, x.words + i / kWord * x.planes, x.planes, size, masks);
         else if (x.codes) look_up(table, x.codes + i, size, masks);
         if (on_gradient) masked_adamw<Mask::kGradient>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
-        else if (hard) masked_adamw<Mask::kHard>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+        else if (on_step) masked_adamw<Mask::kStep>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
+        else if (x.hard) masked_adamw<Mask::kHard>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
         else masked_adamw<Mask::kSoft>(s, size, x.p + i, g + i, x.m + i, x.v + i, masks);
       }
     };

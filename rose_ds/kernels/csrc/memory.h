@@ -39,6 +39,12 @@ inline int32_t as_bits(float value) {
 inline float load(const float* p, int64_t i) { return p[i]; }
 inline float load(const uint16_t* p, int64_t i) { return as_float(int32_t(uint32_t(p[i]) << 16)); }  // bf16
 
+// torch.lerp's two branches, each a fused multiply-add
+inline float lerp(float a, float b, float w) {
+  const bool near_a = std::fabs(w) < 0.5f;
+  return std::fma(near_a ? w : w - 1.0f, b - a, near_a ? a : b);
+}
+
 // Fetches what comes some blocks later: the processor's own prefetching stops at every page.
 template <class T>
 inline void ahead(const T* p, int64_t n) {

@@ -15,9 +15,10 @@ class Risks {
   // Masks are bits, set where risk <= tau, or >= tau: the given plane of `masks`, each of (words, planes); without masks
   // there are none. The others: what risks are computed from, as for Scores.
   Risks(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, std::vector<double> alphas, double scale,
-        std::vector<at::Tensor> others, double share, std::vector<Draw> draws, std::vector<at::Tensor> masks,
+        bool agreement, std::vector<at::Tensor> others, double share, std::vector<Draw> draws, std::vector<at::Tensor> masks,
         int64_t plane, bool largest)
-      : scores_(std::move(grads), std::move(exp_avgs), alphas, scale, std::move(others), share, std::move(draws)),
+      : scores_(std::move(grads), std::move(exp_avgs), alphas, scale, agreement, std::move(others), share,
+                std::move(draws)),
         sizes_(scores_.sizes), masks_(std::move(masks)), largest_(largest), threads_(at::get_num_threads()) {
     TORCH_CHECK(masks_.empty() || masks_.size() == sizes_.size());
     for (size_t i = 0; i < masks_.size(); ++i) {
@@ -114,12 +115,13 @@ class Risks {
     return rows;
   }
 
-  // Sets the mask: of those alone of which the scan was not sure, where it had tau in its window.
+  // Sets the mask: of those alone of which the scan was not sure, where it had tau in its window (or, where the largest
+  // are kept, at its end).
   void mark(double tau) const {
     if (masks_.empty()) return;
     const int32_t bound = as_bits(float(tau));
     const bool largest = largest_;
-    if (sure_ && window_.low <= bound && bound < window_.high) {
+    if (sure_ && window_.low <= bound && bound < window_.high + int32_t(largest)) {
       at::parallel_for(0, int64_t(found_.size()), 1, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t)
           each_found(size_t(t), [&](size_t c, int32_t bits, int32_t at) {

@@ -12,14 +12,15 @@ namespace {
 using Draw = std::tuple<int64_t, uint32_t, uint32_t>;
 
 // Non-negative fp32 numbers, as bits. |scale * gradient - share * other|: Eq. 2, or the task gradient's magnitude; no
-// others where share is 0. With exp_avgs, Eq. 4: | alpha times that / |exp_avg| - 1 |, and 0 where exp_avg is 0. With draws,
-// random numbers, and the gradients only say how many.
+// others where share is 0. With exp_avgs, Eq. 4: | alpha times that / |exp_avg| - 1 |, and 0 where exp_avg is 0; or, as
+// `agreement`, 1 where exp_avg after the step has the gradient's sign, and 0 where not. With draws, random numbers, and
+// the gradients only say how many.
 class Scores {
  public:
   Scores(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, const std::vector<double>& alphas, double scale,
-         std::vector<at::Tensor> others, double share, std::vector<Draw> draws)
+         bool agreement, std::vector<at::Tensor> others, double share, std::vector<Draw> draws)
       : grads_(std::move(grads)), exp_avgs_(std::move(exp_avgs)), others_(std::move(others)), draws_(std::move(draws)),
-        scale_(float(scale)), share_(float(share)) {
+        scale_(float(scale)), share_(float(share)), agreement_(agreement) {
     TORCH_CHECK(exp_avgs_.empty() || exp_avgs_.size() == grads_.size());
     TORCH_CHECK(others_.empty() || others_.size() == grads_.size());
     TORCH_CHECK(draws_.empty() || (draws_.size() == grads_.size() && exp_avgs_.empty() && others_.empty()));
@@ -82,7 +83,15 @@ class Scores {
         out[i] = magnitude == 0.0f ? 0 : bits;
       }
     };
-    if (other) second_order(without);
+    const auto agreement = [&](const auto& g) {
+      for (int i = 0; i < n; ++i) {
+        const float gradient = g(i);
+        out[i] = lerp(m[i], gradient, alpha) * gradient > 0.0f ? as_bits(1.0f) : 0;
+      }
+    };
+    if (agreement_ && other) agreement(without);
+    else if (agreement_) agreement(alone);
+    else if (other) second_order(without);
     else second_order(alone);
   }
 
@@ -112,6 +121,7 @@ class Scores {
   std::vector<const float*> moments_, other_;
   std::vector<float> alphas_;
   float scale_, share_;
+  bool agreement_;
 };
 
 }  // namespace
