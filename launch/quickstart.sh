@@ -18,9 +18,12 @@ print(gpus, "zero2_bf16.json" if has_bf16() else "zero2.json")
 EOF
 )
 read -r gpus config <<<"$hardware"
-ranks=2
+ranks=2 where=(--num_gpus 2)
 if [ "$gpus" -gt 0 ]; then
     ranks=$((gpus < 2 ? gpus : 2))
+    where=(--num_gpus "$ranks")
+    # deepspeed drops the variable where it is told a number
+    [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || where=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # tensors in huge pages
@@ -37,7 +40,7 @@ train() { # NAME [flags of the method]
     rm -rf "${run:?}"
     mkdir -p "$run"
     echo "training $(basename "$run") (log: $run/train.log)"
-    deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launch/train.py --deepspeed "ds_configs/$config" \
+    deepspeed "${where[@]}" --master_port "$(free_port)" launch/train.py --deepspeed "ds_configs/$config" \
         --task snippets --model minilm "$@" --output_dir "$run" --seed "${SEED:-0}" --max_steps "${STEPS:-80}" \
         --per_device_train_batch_size 8 --learning_rate 2e-4 --train_sampling_strategy group_by_length \
         --save_strategy no --max_eval_samples 500 \

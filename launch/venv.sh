@@ -23,7 +23,7 @@ install_torch() {
     local pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     if [ -n "${TORCH:-}" ]; then
         "${pip[@]}" "$TORCH"
-    elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    elif [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
         "${pip[@]}" torch==2.13.0
     else
         # The local version picks a CPU-only build where pip is configured to find one; the default build runs on CPUs too.
@@ -32,12 +32,13 @@ install_torch() {
 }
 
 stamp="$root/.venv/.rose_ds-$extra"
-wanted=$(cat "$root/pyproject.toml" "$root/launch/requirements.txt" | cksum)
+wanted=$(cat "$root/pyproject.toml" "$root/launch/requirements.txt" - <<<"${TORCH:-}" | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     python=$(find_python)
     echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
-    "$root/.venv/bin/python" -c 'import torch' 2>/dev/null || install_torch
+    # TORCH may be another build than the one that is there
+    if [ -n "${TORCH:-}" ] || ! "$root/.venv/bin/python" -c 'import torch' 2>/dev/null; then install_torch; fi
     constraints=$root/.venv/constraints.txt
     cp "$root/launch/requirements.txt" "$constraints"
     # a build of torch for GPUs came with its triton; others have none, and the tests interpret it

@@ -16,7 +16,9 @@ from filelock import FileLock
 # before torch is imported, and for every process a test starts
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv):
+_GPU = Path(__file__).parent / "gpu"
+_given = [Path(word.partition("::")[0]).resolve() for word in sys.argv[1:] if not word.startswith("-")]
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(path.is_relative_to(_GPU) for path in _given):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are on CPUs, whatever the machine has; workers inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

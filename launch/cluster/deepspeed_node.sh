@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# DeepSpeed without ssh: started by hand, or by a scheduler, on every host of a hostfile.
+# DeepSpeed without ssh: started by hand on every host of a hostfile. (A scheduler that stops jobs by SIGTERM should start
+# torchrun_node.sh --deepspeed CONFIG: the deepspeed command passes none on, and the ranks would train on without it. By
+# hand: kill deepspeed.launcher.launch, which it starts.)
 #   NODE_RANK=0 HOSTFILE=launch/cluster/hostfile bash launch/cluster/deepspeed_node.sh --deepspeed ds_configs/zero2_bf16.json \
 #       --task sst2 --model roberta-large --output_dir /shared/runs/sst2
 # NODE_RANK is the host's line in the hostfile, counted from 0; all else is the same on every host.

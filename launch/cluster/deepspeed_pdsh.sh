@@ -11,6 +11,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 command -v pdsh >/dev/null || { echo "pdsh is not installed: apt install pdsh, or use launch/cluster/deepspeed_node.sh" >&2; exit 1; }
+# DeepSpeed quotes words with a space for the hosts' shells, and no others ("layer.*weight", JSON)
+for word; do
+    [[ $word == *" "* ]] || word=$(printf %q "$word")
+    set -- "$@" "$word"
+    shift
+done
 first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
 exec deepspeed --hostfile "$hostfile" --launcher pdsh --force_multi \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \

@@ -6,16 +6,18 @@
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into head: pipefail would take its closed pipe for an error
 MASTER_ADDR=${ROSE_MASTER_ADDR:-${hosts%%$'\n'*}}
 MASTER_PORT=${ROSE_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-# GPUs of a node (--gpus-per-node=8, or a100:8); ranks of a node where there are none
-ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
-RANKS_PER_NODE=${RANKS_PER_NODE:-${ranks##*:}}
-: "${RANKS_PER_NODE:?ask for --gpus-per-node, or set RANKS_PER_NODE}"
+# Ranks of a node: its GPUs (--gpus-per-node=8, or a100:8), whatever RANKS_PER_NODE another script has left in the shell.
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+RANKS_PER_NODE=${ROSE_RANKS_PER_NODE:-${gpus##*:}}
+: "${RANKS_PER_NODE:?ask for --gpus-per-node, or set ROSE_RANKS_PER_NODE}"
 # Both launchers wait so long for their ranks to save a checkpoint on SIGTERM, less than the 300 s that --signal leaves
 # (torch 2.13 and later; before, 30 s).
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 # srun does not take sbatch's --cpus-per-task over (Slurm 22.05 and later): all ranks would share one core
 SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
-export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK
+# torchrun and accelerate would give each rank one thread, and deepspeed each all cores: offloaded steps need their share
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > RANKS_PER_NODE ? SRUN_CPUS_PER_TASK / RANKS_PER_NODE : 1))}
+export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK OMP_NUM_THREADS
 
 # Runs a command with the arguments given here as one task on each node, in CONTAINER if that is set
 # (CONTAINER="apptainer exec --nv rose.sif"); training with --resume auto. Before the time limit, and when the job is

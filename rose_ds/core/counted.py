@@ -97,18 +97,22 @@ class Chunks:
             inside = bits[(bits >= low << SCAN_SHIFT) & (bits < high << SCAN_SHIFT)]
             self.inside.append(inside)
             counts = torch.bincount((inside >> 10) - (low << 1), minlength=high - low << 1)
-            top = bits >> 20
-            nan = (top > INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
-            facts = [(top >= 0) & (bits < low << SCAN_SHIFT), top == INFINITY, nan, top < 0, top == 0]
-            sums = torch.stack([fact.sum() for fact in facts])
-            sums[3] -= (nan & (top < 0)).sum()
-            row = torch.cat([torch.full_like(sums[:1], bits.numel()), sums, counts])
+            row = torch.cat([facts_of(bits, low << SCAN_SHIFT), counts])
             found = row if found is None else found.add_(row)
         return torch.zeros(FACTS + (high - low << 1), dtype=torch.int64) if found is None else found
 
     def _bits(self) -> Iterator[Tensor]:
         for chunk in self.chunks():
             yield from map(bits_of, chunk.detach().reshape(-1).split(_CHUNK))
+
+
+def facts_of(bits: Tensor, bound: int | Tensor) -> Tensor:
+    """What a scan's row begins with: int64, (FACTS,). ``bound``: of what is counted as below."""
+    top = bits >> 20
+    nan = (top > INFINITY) | (top < 0) & (top > _MINUS_INFINITY)
+    facts = [(top >= 0) & (bits < bound), top == INFINITY, nan, (top < 0) & ~nan, top == 0]
+    sums = torch.stack([fact.sum() for fact in facts])
+    return torch.cat([torch.full_like(sums[:1], bits.numel()), sums])
 
 
 def bits_of(values: Tensor) -> Tensor:

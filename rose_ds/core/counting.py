@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rose_ds.core.counted import Chunks, bits_of
+from rose_ds.core.counted import FACTS, Chunks, bits_of, facts_of
 from rose_ds.core.device import OnDevice
 from rose_ds.core.magnitudes import ElementMagnitudes, StepInputs, keys
 from rose_ds.core.mask import BitMask, add_mask_
@@ -211,6 +211,13 @@ class LazyOnDevice:
                     digits += ((bits >> (shift + width)) != prefixes[kind]).long() << width
                 found[kind].scatter_add_(0, digits, one.expand(len(digits)))
         return found[:, : 1 << width]
+
+    def facts(self, bounds: Tensor) -> Tensor:
+        found = torch.zeros(len(self.kinds), FACTS, dtype=torch.int64, device=self.device)
+        for kind, values in enumerate(self.kinds):
+            for chunk in values.chunks():
+                found[kind] += facts_of(bits_of(chunk), bounds[kind])
+        return found
 
     def mark(self, taus: Tensor) -> None:
         for kind, values in enumerate(self.kinds):

@@ -23,6 +23,9 @@ class OnDevice(Protocol):
     def histogram(self, prefixes: Tensor, shift: int, width: int) -> Tensor:
         """``Counted.histogram`` of every ranking: int64, (rankings, 2**width). ``prefixes``: int64, (rankings,)."""
 
+    def facts(self, bounds: Tensor) -> Tensor:
+        """What a scan's row begins with, of every ranking: int64, (rankings, FACTS). ``bounds``: bits, (rankings,)."""
+
     def mark(self, taus: Tensor) -> None:
         """Set every ranking's bit of the codes, by its own threshold: fp32, (rankings,)."""
 
@@ -47,9 +50,14 @@ def kth_smallest_on_device(
         same with all counts, one by one: the first that is asked for reads from the device, and each may raise what
         ``kth_smallest`` raises.
     """
+    fixed = [w.fixed for w in wanted if w.fixed is not None]
+    if fixed:
+        assert len(fixed) == len(wanted), "thresholds are known, or looked for"
+        bounds = numbers([bits_of_number(number) for number in fixed], device, torch.int32)
+        facts = [exchange(values.facts(bounds)) for values, exchange in spreads]
+        return bounds.view(torch.float32), _read_facts(facts, spreads, fixed)
     ks = [0 if callable(w.k) else w.k for w in wanted]
     last = numbers(ks, device)
-    fixed = numbers([-1 if w.fixed is None else bits_of_number(w.fixed) for w in wanted], device)
     prefix = below = torch.zeros_like(last)
     rank_below = torch.zeros((), dtype=torch.int64, device=device)
     first = rank_totals = rank_below
@@ -65,7 +73,6 @@ def kth_smallest_on_device(
         cumulative = counts.cumsum(1)
         # clamped: a k out of range is an error, but not before the read
         digit = torch.searchsorted(cumulative, (last - below).unsqueeze(1))[:, 0].clamp_(max=(1 << width) - 1)
-        digit = torch.where(fixed < 0, digit, (fixed >> shift) & ((1 << width) - 1))
         at = digit.unsqueeze(1)
         with_prefix = counts.gather(1, at)[:, 0]
         below = below + cumulative.gather(1, at)[:, 0] - with_prefix
@@ -75,6 +82,18 @@ def kth_smallest_on_device(
         prefix = (prefix << width) + digit
     found = (first, rank_totals, below, with_prefix, prefix, rank_below, rank_with)
     return prefix.int().view(torch.float32), _read(found, spreads, wanted, ks)
+
+
+def _read_facts(
+    facts: Sequence[Tensor], spreads: Sequence[tuple[OnDevice, Exchange]], fixed: Sequence[float]
+) -> Iterator[Threshold]:
+    host = torch.cat([rows.reshape(-1) for rows in facts]).cpu().split([rows.numel() for rows in facts])
+    parts = [h.view(rows.shape) for h, rows in zip(host, facts, strict=True)]
+    for i, number in enumerate(fixed):
+        search = Search([exchange for _, exchange in spreads])
+        search.rows = parts[0][:, i]
+        search.read_facts(torch.stack([part[:, i].sum(0) for part in parts]).sum(0), number)
+        yield search.threshold(largest=True)
 
 
 def _read(

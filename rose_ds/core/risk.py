@@ -56,6 +56,8 @@ def squared_norms(
             squares = torch.stack([_squared(s) for s in slices])
         if scales is not None:
             squares *= torch.tensor(list(scales), dtype=torch.float64, device=device).square()
+        if count == 1:  # no index, which the host would copy to the device and wait for
+            return squares.sum().view(1)
         sums.index_add_(0, torch.tensor(list(index), device=device), squares)
     return sums
 

@@ -38,7 +38,7 @@ class Selector:
     ranks_risk: bool = False
     """The score is of the gradient kept apart, which nothing else looks at: not finite, it skips the step."""
     fixed: float | None = None
-    """A threshold that is known, instead of ``keep``."""
+    """A threshold that is known, instead of ``keep``; see ``rose_ds.core.threshold.Wanted``."""
     kernel: Literal["first", "second", "gradient", "uniform", "agreement"] | None = None
     """Which score it is, where compiled kernels know it (``rose_ds.kernels``)."""
 
@@ -212,8 +212,6 @@ def _wanted(selector: Selector, count: int) -> Wanted:
     return Wanted(rank(keep_count(selector.keep, count)), selector.largest, selector.fixed)
 
 
-def kept_by_tensor(layout: Layout, codes: Sequence[Tensor | BitMask]) -> tuple[Tensor, Tensor]:
-    """Kept and all elements of each tensor over all ranks, fp64, shape (tensor_count,). Two collectives."""
-    kept = layout.sums([code.kept() if isinstance(code, BitMask) else (code != 0).sum() for code in codes])
-    sizes = [code.numel if isinstance(code, BitMask) else code.numel() for code in codes]
-    return kept, layout.sums([torch.tensor(size) for size in sizes])
+def kept_by_tensor(layout: Layout, codes: Sequence[Tensor | BitMask]) -> Tensor:
+    """Kept elements of each tensor over all ranks, fp64, shape (tensor_count,). A collective."""
+    return layout.sums([code.kept() if isinstance(code, BitMask) else (code != 0).sum() for code in codes])

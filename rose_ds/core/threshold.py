@@ -71,7 +71,7 @@ def kth_smallest(
         spreads: each a re-iterable of floating tensors (any shape; empty is fine) and the exchange between its ranks.
         k: 1 <= k <= number of values over all ranks; or what chooses it, by ``Threshold.histogram``.
         largest: count the values from the k-th smallest upwards as kept, instead of those up to it.
-        fixed: count by this value instead of looking for the k-th smallest.
+        fixed: see Wanted.
         count: how many values there are over all ranks. Where it is given and large, a sample guides the search, and
             there is no ``Threshold.histogram``.
 
@@ -90,6 +90,9 @@ class Wanted:
     """1-based; or what chooses it, by ``Threshold.histogram``."""
     largest: bool = False
     fixed: float | None = None
+    """A threshold that is known, at or above which values are counted as kept (``largest``); k is not looked at. The
+    last 11 bits of its fp32 pattern are 0.
+    """
 
 
 def kth_smallest_of_each(
@@ -161,13 +164,13 @@ class Search:
     def run(self, want: Wanted, count: int | None) -> Asking:
         """All rounds."""
         rounds: Sequence[tuple[int, int]] = ROUNDS
-        wanted = None if want.fixed is None else bits_of_number(want.fixed)
-        if wanted is not None and want.largest and wanted % (1 << SCAN_SHIFT) == 0 and count is not None:
-            yield from self.by_number(wanted)
+        if want.fixed is not None:
+            at = bits_of_number(want.fixed) >> SCAN_SHIFT
+            self.read_facts((yield from self.ask("scan", at, at)), want.fixed)
             return
         last = 0 if callable(want.k) else want.k
         known = count or 0
-        guided = known >= MANY and 1 <= last <= known and wanted is None
+        guided = known >= MANY and 1 <= last <= known
         if guided and (yield from self.by_sample(last, known)):
             rounds = ROUNDS[2:]
         for shift, width in rounds:
@@ -176,7 +179,7 @@ class Search:
                 last = self.begin(counts, want.k)
             if self.nan:
                 break
-            self.narrow(counts, last, width, None if wanted is None else wanted >> shift & (1 << width) - 1)
+            self.narrow(counts, last, width)
 
     def ask(self, method: str, *arguments: int) -> Generator[Question, Sequence[Tensor], Tensor]:
         """The sum of all ranks' answers."""
@@ -216,13 +219,12 @@ class Search:
         self.narrow(inside, k, 1)  # a digit of more than one bit, where the window is more than one bin
         return True
 
-    def by_number(self, threshold: int) -> Asking:
-        """All rounds in one scan, where the threshold is known: what lies below, and nothing looked at closely."""
-        row = yield from self.ask("scan", threshold >> SCAN_SHIFT, threshold >> SCAN_SHIFT)
-        total, below, infinite, nan, negative, zeros = row.tolist()
+    def read_facts(self, row: Tensor, fixed: float) -> None:
+        """All rounds in one, where the threshold is known: a scan with an empty window, which begins there."""
+        total, self.below, infinite, nan, negative, zeros = row.tolist()
         self._check(total, infinite, nan, negative, zeros)
         self.rank_totals, self.rank_below = self.rows[:, 0], self.rows[:, 1]
-        self.below, self.prefix = below, threshold
+        self.prefix = bits_of_number(fixed)
 
     def window(self, quantile: float, stride: int) -> Generator[Question, Sequence[Tensor], tuple[int, int] | None]:
         """The top 21 bits [low, high) between which a quantile lies, by five standard deviations of a sample; None:
@@ -245,11 +247,10 @@ class Search:
         origin = LOWEST + low << SAMPLE_SHIFT - SCAN_SHIFT
         return origin + start, origin + end
 
-    def narrow(self, counts: Tensor, k: int, width: int, digit: int | None = None) -> None:
-        """Append the digit that the k-th smallest has, or this one."""
+    def narrow(self, counts: Tensor, k: int, width: int) -> None:
+        """Append the digit that the k-th smallest has."""
         cumulative = counts.cumsum(0)
-        if digit is None:
-            digit = int(torch.searchsorted(cumulative, k - self.below))
+        digit = int(torch.searchsorted(cumulative, k - self.below))
         self.rank_below = self.rank_below.to(self.rows.device) + self.rows[:, :digit].sum(1)
         self.below += int(cumulative[digit - 1]) if digit else 0
         self.with_prefix, self.rank_with = int(counts[digit]), self.rows[:, digit]

@@ -34,12 +34,13 @@ _SECTIONS = (
 )
 
 
-def check_config(path: str, world_size: int) -> tuple[list[Finding], dict[str, Any]]:
+def check_config(path: str, world_size: int, *, here: bool = True) -> tuple[list[Finding], dict[str, Any]]:
     """Everything that is wrong with a config file, and the config; it is empty where it cannot be read.
 
     Args:
         path: of the JSON file.
         world_size: of the job.
+        here: it is going to run on hosts like this one.
     """
     try:
         config = read(path, "--deepspeed")
@@ -49,11 +50,13 @@ def check_config(path: str, world_size: int) -> tuple[list[Finding], dict[str, A
         *_parsed(config),
         *refused_by_file(config),
         *_optimizer(config),
-        *_machine(config),
+        *_unsavable(config),
         *_batch(config, world_size),
     ]
+    odd = _misspelt(config)
+    (wrong if here else odd).extend(_machine(config))
     findings = [Finding("config", "failed", f"{path}: {text}", mend) for text, mend in map(_split, wrong)]
-    findings += [Finding("config", "warning", f"{path}: {text}", mend) for text, mend in map(_split, _misspelt(config))]
+    findings += [Finding("config", "warning", f"{path}: {text}", mend) for text, mend in map(_split, odd)]
     if not findings:
         stage = config.get("zero_optimization", {}).get("stage", 0)
         findings = [Finding("config", "ok", f"{path}: ZeRO-{stage}, {_precision(config)}, nothing that is refused")]
@@ -77,20 +80,29 @@ def _split(message: str) -> tuple[str, str]:
 
 
 def _parsed(config: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed's own schema says of the ZeRO section."""
+    """What DeepSpeed's own schema says of the sections whose unknown names it refuses, and of settings it once had."""
+    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    wrong = []
     try:
-        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-    except ValidationError as error:
-        return [
-            f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}: correct or remove it"
-            for e in error.errors()
-        ]
-    except (ValueError, TypeError, AssertionError) as error:
-        return [f"zero_optimization {error}: correct or remove it"]
-    return []
+        _reject_removed_config_keys(config)
+    except DeepSpeedConfigError as error:
+        wrong.append(f"{error}: remove it")
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, schema in sections.items():
+        try:
+            schema(**config.get(name, {}))
+        except ValidationError as error:
+            wrong += [
+                f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}: correct or remove it"
+                for e in error.errors()
+            ]
+        except (ValueError, TypeError, AssertionError) as error:
+            wrong.append(f"{name} {error}: correct or remove it")
+    return wrong
 
 
 def _optimizer(config: Mapping[str, Any]) -> list[str]:
@@ -118,14 +130,16 @@ def _optimizer(config: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _machine(config: Mapping[str, Any]) -> list[str]:
-    wrong = []
+def _unsavable(config: Mapping[str, Any]) -> list[str]:
     zero = config.get("zero_optimization", {})
     key = "stage3_gather_16bit_weights_on_model_save"
     if zero.get("stage") == 3 and zero.get(key) is not True:
-        wrong.append(
-            f"at ZeRO-3 rose-ds train cannot save the model whole without zero_optimization.{key}: set it to true"
-        )
+        return [f"at ZeRO-3 rose-ds train cannot save the model whole without zero_optimization.{key}: set it to true"]
+    return []
+
+
+def _machine(config: Mapping[str, Any]) -> list[str]:
+    wrong = []
     precision, cuda = _precision(config), torch.cuda.is_available()
     if precision == "fp16" and not cuda:
         wrong.append("fp16 is not there on CPU ranks: use bf16 or fp32")

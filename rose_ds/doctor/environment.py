@@ -19,7 +19,7 @@ from rose_ds.kernels import build as kernels
 #: Whose versions change what a run computes; their pins are in rose_ds's own metadata.
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 #: A build takes about a minute. Who has held the lock for longer than this was killed.
-_BUILD_SECONDS = 600.0
+BUILD_SECONDS = 600.0
 
 
 def required() -> dict[str, Requirement]:
@@ -34,7 +34,7 @@ def required() -> dict[str, Requirement]:
 
 def installed() -> dict[str, str]:
     """Versions of ``PACKAGES`` that are there."""
-    found = {}
+    found: dict[str, str] = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -61,11 +61,11 @@ def check_versions(wanted: Mapping[str, Requirement], found: Mapping[str, str]) 
     return [Finding("versions", "ok", ", ".join(f"{name} {found[name]}" for name in wanted))]
 
 
-_INSTALL = "pip install -e . in the checkout, or pip install rose_ds"
+_INSTALL = "pip install -e . in the checkout"
 
 
 def check_compiler(needed: bool) -> list[Finding]:
-    """A C++ compiler and ninja, with which DeepSpeed builds its extension for CPU ranks.
+    """A C++ compiler and ninja, with which DeepSpeed builds its extension for CPU ranks, and rose_ds its kernels.
 
     Args:
         needed: whether a run without them fails.
@@ -78,7 +78,8 @@ def check_compiler(needed: bool) -> list[Finding]:
     if not missing:
         return [Finding("compiler", "ok", f"{shutil.which(compiler)}, ninja")]
     mend = "apt install g++ (or set CXX to a compiler), pip install ninja"
-    why = "DeepSpeed on CPU ranks builds an extension with it" if needed else "only DeepSpeed on CPU ranks needs it"
+    why = "the optimizer step runs without kernels, where it is on CPUs (offload) or the compiler is missing"
+    why = "DeepSpeed on CPU ranks builds an extension with it" if needed else why
     return [Finding("compiler", "failed" if needed else "warning", f"no {' and no '.join(missing)}: {why}", mend)]
 
 
@@ -106,7 +107,7 @@ def check_extension_locks(folder: Path, now: float | None = None) -> list[Findin
         built = sorted({path.stem for pattern in ("*/*.so", "*/*/*.so") for path in folder.glob(pattern)})
         return [Finding("extensions", "ok", f"{folder}: {', '.join(built) or 'nothing built yet'}, no lock")]
     ages = {path: (time.time() if now is None else now) - path.stat().st_mtime for path in locks}
-    stale = [path for path, age in ages.items() if age > _BUILD_SECONDS]
+    stale = [path for path, age in ages.items() if age > BUILD_SECONDS]
     if stale:
         names = ", ".join(map(str, stale))
         text = f"{names} is left from a build that was killed: DeepSpeed would wait for it for ever"
@@ -128,13 +129,25 @@ def build_extension() -> list[Finding]:
     return [Finding("build", "ok", f"DeepSpeed's extension for CPU ranks, {time.monotonic() - start:.0f} s")]
 
 
-def check_device(local_rank: int) -> list[Finding]:
-    """This rank's accelerator."""
+def check_device(local_rank: int, variables: Mapping[str, str]) -> list[Finding]:
+    """This rank's accelerator.
+
+    Args:
+        local_rank: its number among the host's ranks.
+        variables: the process's environment.
+    """
     if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        if built and shutil.which("nvidia-smi"):
-            mend = "python -c 'import torch; torch.cuda.init()' says why; the driver must be new enough for this torch"
-            return [Finding("device", "failed", f"there is a GPU driver, but torch ({built}) sees no GPU", mend)]
+        built, sign = torch.version.cuda or torch.version.hip, _sign_of_gpus(variables)
+        if sign and not built:
+            mend = "install a build for the GPUs; or CUDA_VISIBLE_DEVICES= (empty) where ranks shall train on the CPU"
+            return [Finding("device", "failed", f"{sign}, but torch {torch.__version__} is a build for CPUs", mend)]
+        if sign:
+            mend = (
+                "python -c 'import torch; torch.cuda.init()' says why: a driver that is too old for this torch, or a "
+                "container without them (docker run --gpus all, apptainer exec --nv); CUDA_VISIBLE_DEVICES= (empty) "
+                "where ranks shall train on the CPU"
+            )
+            return [Finding("device", "failed", f"{sign}, but torch ({built}) sees no GPU", mend)]
         half = "bf16" if has_bf16("cpu") else "no bf16 instructions: use fp32"
         return [Finding("device", "ok", f"no GPU: ranks train on the CPU, with gloo; {half}")]
     count = torch.cuda.device_count()
@@ -143,6 +156,29 @@ def check_device(local_rank: int) -> list[Finding]:
         return [Finding("device", "failed", f"local rank {local_rank} has no GPU: this host has {count}", mend)]
     half = "bf16" if has_bf16("cuda") else "no bf16: use fp16"
     return [Finding("device", "ok", f"{count} x {torch.cuda.get_device_name(local_rank)}, {half}")]
+
+
+def _sign_of_gpus(variables: Mapping[str, str]) -> str:
+    """What says that this host has GPUs, or that the job was given some; empty: nothing, or they are not wanted."""
+    if variables.get("DS_ACCELERATOR") == "cpu" or variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    given = [name for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE") if variables.get(name)]
+    if given and (given[0], variables[given[0]]) != ("SLURM_GPUS_ON_NODE", "0"):
+        return f"{given[0]}={variables[given[0]]}"
+    drivers = [path for path in ("/proc/driver/nvidia", "/dev/kfd") if Path(path).exists()]
+    if drivers or shutil.which("nvidia-smi"):
+        return f"there is a GPU driver ({drivers[0] if drivers else shutil.which('nvidia-smi')})"
+    return ""
+
+
+def same_devices(gpus: Sequence[bool], hosts: Sequence[str]) -> Finding:
+    """Whether all ranks have a GPU, or none has. Each argument by rank."""
+    without = [rank for rank, there in enumerate(gpus) if not there]
+    if not without or len(without) == len(gpus):
+        return Finding("same devices", "ok", "a GPU for every rank" if not without else "no rank has a GPU")
+    there = gpus.index(True)
+    text = f"rank {without[0]} on {hosts[without[0]]} sees no GPU, rank {there} on {hosts[there]} does"
+    return Finding("same devices", "failed", text, "run the doctor on that host alone")
 
 
 def same_everywhere(versions: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> Finding:
@@ -154,7 +190,7 @@ def same_everywhere(versions: Sequence[Mapping[str, str]], hosts: Sequence[str])
     first = versions[odd[0]]
     differ = [
         f"{name} {versions[0].get(name)} and {first.get(name)}"
-        for name in PACKAGES
+        for name in dict.fromkeys([*versions[0], *first])
         if first.get(name) != versions[0].get(name)
     ]
     text = f"rank 0 on {hosts[0]} and rank {odd[0]} on {hosts[odd[0]]} differ: {', '.join(differ)}"

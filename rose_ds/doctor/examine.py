@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
+import rose_ds
 from rose_ds.config import RoseConfig
 from rose_ds.doctor import disk, environment, memory, ranks
 from rose_ds.doctor.config import check_config, half_of
@@ -19,6 +22,7 @@ from rose_ds.doctor.finding import Finding, merged
 from rose_ds.eligible import eligible_names
 from rose_ds.experiments.methods import method_named
 from rose_ds.experiments.models import ModelError, parameter_shapes
+from rose_ds.experiments.provenance import commit
 
 
 @dataclass
@@ -68,40 +72,49 @@ def examine(asked: Questions, variables: Mapping[str, str]) -> tuple[list[Findin
         The findings, and the launcher's number of ranks. Where ranks are missing: those of this rank alone.
     """
     launch, launcher = ranks.launch_from(variables)
-    found = [*_local(asked, variables, 1 if launch is None else launch.world_size), *launcher]
+    found = [*_local(asked, variables, launch), *launcher]
     if launch is None:
         return found, 1
-    joined = ranks.join(launch, asked.timeout)
+    joined = ranks.join(launch, asked.timeout + environment.BUILD_SECONDS * asked.build)
     if joined.status == "failed":
         return [*found, joined], launch.world_size
     everyone: list[Any] = [None] * launch.world_size
-    dist.all_gather_object(everyone, (found, environment.installed(), platform.node(), torch.cuda.is_available()))
-    between = [joined, environment.same_everywhere([e[1] for e in everyone], [e[2] for e in everyone])]
-    between += _collectives(all(e[3] for e in everyone), memory.local_rank(variables))
+    versions = environment.installed() | {"rose_ds": f"{rose_ds.__version__} ({commit() or 'not a checkout'})"}
+    dist.all_gather_object(everyone, (found, versions, platform.node(), torch.cuda.is_available()))
+    hosts = [e[2] for e in everyone]
+    between = [joined, environment.same_everywhere([e[1] for e in everyone], hosts)]
+    between.append(environment.same_devices([e[3] for e in everyone], hosts))
+    between += [ranks.check_all_reduce(None), ranks.check_threshold(None)]
     between.append(_shared_output(Path(asked.output_dir), launch.rank))
+    known = merged([e[0] for e in everyone])
+    if all(e[3] for e in everyone) and dist.is_nccl_available():
+        if launch.rank == 0:
+            _tell_first([*known, *between])
+        between += _nccl(known, memory.local_rank(variables), asked.timeout)
     gathered: list[Any] = [None] * launch.world_size
     dist.all_gather_object(gathered, between)
-    return [*merged([e[0] for e in everyone]), *merged(gathered)], launch.world_size
+    return [*known, *merged(gathered)], launch.world_size
 
 
-def _local(asked: Questions, variables: Mapping[str, str], world: int) -> list[Finding]:
+def _local(asked: Questions, variables: Mapping[str, str], launch: ranks.Launch | None) -> list[Finding]:
     cpu_deepspeed = asked.deepspeed is not None and not torch.cuda.is_available()
     found = environment.check_versions(environment.required(), environment.installed())
     found += environment.check_compiler(needed=cpu_deepspeed)
     if asked.build and memory.local_rank(variables) == 0:
         found += environment.build_extension()
     found += environment.check_extension_locks(environment.extensions_folder())
-    found += environment.check_device(memory.local_rank(variables))
-    planned = asked.world_size or world
+    found += environment.check_device(memory.local_rank(variables), variables)
+    planned = asked.world_size or (1 if launch is None else launch.world_size)
+    here = asked.world_size is None or launch is not None  # or else the run is planned for other hosts
     config: dict[str, Any] | None = None
     if asked.deepspeed is not None:
-        findings, config = check_config(asked.deepspeed, planned)
+        findings, config = check_config(asked.deepspeed, planned, here=here)
         found += findings
     half = asked.bf16 or half_of(config or {})
     parameters = 0
     if asked.model is not None:
         findings, parameters = _check_model(asked, config, half, planned, variables)
-        found += findings
+        found += findings if here else [_of_this_host(f) for f in findings]
     checkpoint = memory.checkpoint_bytes(parameters, half) if parameters else None
     return found + disk.check_disk(Path(asked.output_dir), checkpoint, (2 if half else 4) * parameters)
 
@@ -133,13 +146,31 @@ def _check_model(
     return memory.check_memory(parameters, masked, plans, there), parameters
 
 
-def _collectives(cuda: bool, local_rank: int) -> list[Finding]:
-    found = [ranks.check_all_reduce(None), ranks.check_threshold(None)]
-    if cuda and dist.is_nccl_available():
+def _of_this_host(finding: Finding) -> Finding:
+    """Memory that is missing here may be there where the run is going to be."""
+    if finding.check != "memory" or finding.status != "failed":
+        return finding
+    return replace(finding, status="warning", text=f"{finding.text}, on this host")
+
+
+def _tell_first(known: Sequence[Finding]) -> None:
+    """NCCL's watchdog ends a process that hangs, and what is known with it."""
+    lines = [finding.line() for finding in known if finding.status != "ok"]
+    print("\n".join([*lines, "now NCCL; if nothing follows it hangs: NCCL_DEBUG=INFO shows where"]), file=sys.stderr)
+
+
+def _nccl(known: Sequence[Finding], local_rank: int, seconds: float) -> list[Finding]:
+    """Sums and a threshold over NCCL, where every rank has a GPU of its own."""
+    if any(finding.check == "device" and finding.status == "failed" for finding in known):
+        text = "not tried, as a rank has no GPU of its own"
+        return [Finding("all-reduce nccl", "failed", text, "see device")]
+    try:
         torch.cuda.set_device(local_rank)
-        group = dist.new_group(backend="nccl")
-        found += [ranks.check_all_reduce(group), ranks.check_threshold(group)]
-    return found
+        group = dist.new_group(backend="nccl", timeout=timedelta(seconds=seconds))
+        return [ranks.check_all_reduce(group), ranks.check_threshold(group)]
+    except RuntimeError as error:
+        text = f"rank {dist.get_rank()} on {platform.node()}: {ranks.first_line(error)}"
+        return [Finding("all-reduce nccl", "failed", text, f"NCCL_DEBUG=INFO shows the path; {ranks.INTERFACE}")]
 
 
 def _shared_output(output_dir: Path, rank: int) -> Finding:

@@ -111,12 +111,38 @@ def _memory_available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left to this container by cgroups v2; a very large number where there is no limit."""
+#: What a control group's files are called: limit, use, and of its statistics what the kernel gives back when it must.
+_CGROUPS = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _container_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes left to this process by the limits of its control groups (a container's, a Slurm job's), those around them
+    included; a very large number where there is none.
+    """
     try:
-        limit = (root / "memory.max").read_text().strip()
-        return int(limit) - int((root / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroups v2, or "max"
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    groups = [(2, root, "/"), (1, root / "memory", "/")]  # a container may see its own as the root, by another path
+    groups += [(2, root, path) for number, kinds, path in lines if (number, kinds) == ("0", "")]
+    groups += [(1, root / "memory", path) for _, kinds, path in lines if "memory" in kinds.split(",")]
+    left = [2**63]
+    for version, top, path in groups:
+        inner = top / path.strip("/")
+        around = [inner, *inner.parents]
+        left += [_left_in(folder, *_CGROUPS[version]) for folder in around[: around.index(top) + 1]]
+    return min(left)
+
+
+def _left_in(folder: Path, limit: str, current: str, reclaimed: str) -> int:
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / current).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return most - used + int(statistics.get(reclaimed, 0))
+    except (OSError, ValueError):  # no such group, or "max"
         return 2**63
 
 

@@ -20,7 +20,7 @@ from rose_ds.exchange import communication_device, kth_smallest
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FLOATS = 1 << 20
 _VALUES = 1_000_000
-_INTERFACE = (
+INTERFACE = (
     "if a host has several networks, or its name resolves to 127.0.0.1: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "to the interface between the hosts (ip -br addr), on every host"
 )
@@ -86,10 +86,11 @@ def join(launch: Launch, seconds: float) -> Finding:
         store = dist.PrefixStore(f"rose_ds/doctor/{restart}", store)  # type: ignore[attr-defined]
         absent, hosts = _roll_call(store, launch, seconds)
     except (RuntimeError, ValueError, OSError) as error:
-        text = f"rank {launch.rank} on {platform.node()} cannot reach {address}: {_first_line(error)}"
+        text = f"rank {launch.rank} on {platform.node()} cannot reach {address}: {first_line(error)}"
         mend = (
             "rank 0's host must listen there, the name must resolve to it on every host, and the port must be open "
-            "between hosts and free on rank 0's (--master_port, --main_process_port, --rdzv_endpoint)"
+            "between hosts and free on rank 0's (--master_port, --main_process_port; torchrun with a rendezvous takes "
+            "rank 0's host name and any free port: PET_LOCAL_ADDR=ADDRESS on every host names the right network)"
         )
         return Finding(check, "failed", text, mend)
     if absent:
@@ -108,8 +109,8 @@ def join(launch: Launch, seconds: float) -> Finding:
             timeout=timeout,
         )
     except RuntimeError as error:
-        text = f"all reach {address}, but not each other: {_first_line(error)}"
-        return Finding(check, "failed", text, _INTERFACE)
+        text = f"all reach {address}, but not each other: {first_line(error)}"
+        return Finding(check, "failed", text, INTERFACE)
     return Finding(check, "ok", f"all {launch.world_size} reach each other")
 
 
@@ -194,5 +195,6 @@ def _listed(ranks: list[int]) -> str:
     return shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -111,13 +111,19 @@ def places(name: str, jobs: int, extra: Sequence[str], *, fixed_batch: bool = Tr
             'machine: give --launcher_args="--num_gpus N", or the setting global_batch_size'
         )
     ranks = given.num_gpus or max(1, len(devices) // jobs) if name == "deepspeed" else 1
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")  # which deepspeed drops where it is told --num_gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = []
     for job in range(jobs):
         words, chosen = tuple(extra), {}
         if name == "local" and len(devices) > 1:
             chosen["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
-        elif name == "deepspeed" and jobs > 1 and devices:
+        elif name == "deepspeed" and devices and (jobs > 1 or (given.num_gpus and named and not chosen_ranks)):
+            if not all(device.isdigit() for device in devices):
+                raise ValueError(
+                    "CUDA_VISIBLE_DEVICES names devices by their ids, which deepspeed's launcher does not know: give "
+                    "their numbers"
+                )
             if chosen_ranks:
                 raise ValueError("--jobs above 1 shares this machine's GPUs out: leave --include and the like out")
             if ranks * jobs > len(devices):

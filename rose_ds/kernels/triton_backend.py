@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import struct
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +20,7 @@ from rose_ds.kernels.tensors import readable
 logger = logging.getLogger(__name__)
 
 _PROGRAMS = 4096  # wanted in a launch: some for each multiprocessor
+_PIECE = 1 << 20  # elements of a row of a table, at most
 _COPIES = 64  # of a histogram
 _ROUNDS = ((20, 12), (10, 10), (0, 10))  # core's: first bit and number of bits of what is counted
 
@@ -30,17 +29,16 @@ _ROUNDS = ((20, 12), (10, 10), (0, 10))  # core's: first bit and number of bits 
 def load(device: torch.device) -> TritonKernels | None:
     """Kernels for ``device``; None, and one line in the log, where triton is missing or cannot compile for it."""
     try:
-        from triton.errors import TritonError
-
         from rose_ds.kernels import triton_programs
-    except ImportError as error:
+    except Exception as error:  # whatever another version of it raises
         report(logger, f"triton cannot be imported ({error}): the optimizer step runs with torch's operations")
         return None
     kernels = TritonKernels(device, triton_programs)
     try:
         _try_out(kernels)
-    except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        # no C compiler for triton's launcher, a cache that cannot be written, a device that it does not know
+    except Exception as error:
+        # no C compiler for triton's launcher, a cache that cannot be written, no libcuda, a device that it does not
+        # know: of each its own kind, AssertionError and KeyError among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         report(logger, f"triton's kernels do not run on {device} ({reason}): the optimizer step runs without")
         return None
@@ -99,13 +97,10 @@ class TritonKernels:
         ``codes``, or its one ``code`` where these are empty. ``step`` counts from 1; ``rule`` is core's.
         """
         rows = [
-            [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), c.data_ptr() if c.numel() else 0, one, p.numel(),
-             int(g.dtype == torch.bfloat16), _fp32_bits(scale)]
-            for p, g, m, v, c, one, scale in zip(
-                params, grads, exp_avgs, exp_avg_sqs, codes, code, scales, strict=True
-            )
-            if p.numel()
-        ]  # fmt: skip
+            [*addresses, one, size, int(g.dtype == torch.bfloat16), _fp32_bits(scale)]
+            for p, g, m, v, c, one, scale in zip(params, grads, exp_avgs, exp_avg_sqs, codes, code, scales, strict=True)
+            for addresses, size in _pieces(p.numel(), (p, g, m, v, c if c.numel() else None))
+        ]
         if not rows:
             return
         less = _as_fp32(1 - lr * weight_decay) - 1.0
@@ -165,13 +160,14 @@ class RisksOnDevice:
         self.kernels, self.kinds = kernels, {"FIRST": first, "SECOND": second}
         self.share, self.largest = share, largest
         self.held = (grads, exp_avgs, risk_grads, codes)  # alive as long as their addresses are used
-        count = len(codes)
-        addresses = [
-            [t.data_ptr() for t in held] if held else [0] * count for held in (risk_grads, grads, exp_avgs, codes)
+        none: list[Tensor | None] = [None] * len(codes)
+        columns = [held or none for held in (risk_grads, grads, exp_avgs, codes)]
+        halves = [int(g.dtype == torch.bfloat16) for g in grads] or [0] * len(codes)
+        rows = [
+            [*addresses, size, _fp32_bits(alpha), half]
+            for *tensors, alpha, half in zip(*columns, alphas, halves, strict=True)
+            for addresses, size in _pieces(tensors[3].numel(), tensors)  # of the codes
         ]
-        halves = [int(g.dtype == torch.bfloat16) for g in grads] or [0] * count
-        columns = (*addresses, [c.numel() for c in codes], [_fp32_bits(a) for a in alphas], halves)
-        rows = [list(row) for row in zip(*columns, strict=True) if row[4]]
         self.sizes = [row[4] for row in rows]
         self.table = kernels.table(rows) if rows else None
         if isinstance(scale, Tensor) and scale.device == kernels.device:
@@ -198,8 +194,17 @@ class RisksOnDevice:
             )  # fmt: skip
 
 
+def _pieces(numel: int, tensors: Sequence[Tensor | None]) -> Iterator[tuple[list[int], int]]:
+    """Addresses (0: no tensor) and size of each piece of a slice: all rows of a table get as many programs, so that one
+    of an embedding's length would be walked through long after the others.
+    """
+    for start in range(0, numel, _PIECE):
+        addresses = [0 if t is None else t.data_ptr() + start * t.element_size() for t in tensors]
+        yield addresses, min(_PIECE, numel - start)
+
+
 def _try_out(kernels: TritonKernels) -> None:
-    """Compile each kernel in each of its forms and run it once, on numbers that a device may flush to zero."""
+    """Compile each kernel and run it once, on numbers that a device may flush to zero."""
     p, g, m, v = [torch.ones(2, device=kernels.device) for _ in range(4)]
     g[1], m[1], v[1] = 0.0, 1e-40, 1e-40
     codes = torch.zeros(2, dtype=torch.uint8, device=kernels.device)
@@ -212,7 +217,7 @@ def _try_out(kernels: TritonKernels) -> None:
             risks.histogram(torch.zeros(2, dtype=torch.int64, device=kernels.device), shift, width)
         codes.zero_()
         risks.mark(torch.ones(2, device=kernels.device))  # the last time |0 * 0.1 / 1e-40 - 1|, which is 1, too
-    for decay, rule in product((0.01, 0.0), ("robust", "gradient", "update")):
+    for rule, decay in (("robust", 0.01), ("gradient", 0.0), ("update", 0.01)):
         kernels.adamw(
             [p], [g], [m], [v], [codes], [0], [1.0], [0.0, 1.0, 1.0, 1.0], 1, 1e-3, 0.9, 0.999, 0.0, decay, rule
         )

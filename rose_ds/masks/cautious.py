@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rose_ds.config import RoseConfig
@@ -11,8 +12,9 @@ from rose_ds.masks.base import MaskPolicy
 
 
 def agreement(x: ElementMagnitudes) -> Tensor:
-    """1 where the momentum after the step and the gradient have one sign; 0 where not, or where either is 0."""
-    return (x.next_momentum * x.signed_grad > 0).float()
+    """1 where the momentum after the step and the gradient have one sign; 0 where not, or where either is 0; or NaN."""
+    product = x.next_momentum.mul_(x.signed_grad)
+    return torch.where(product.isnan(), product, (product > 0).float())
 
 
 def cautious(config: RoseConfig) -> MaskPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,5 +175,7 @@ class Masking:
         )
 
     def _scales(self, selection: Selection) -> list[float]:
-        kept, count = kept_by_tensor(self.engine.layout, selection.codes)  # type: ignore[arg-type]  # by element
-        return [float(count[i] / (kept[i] + 1)) for i in self.engine.layout.tensor_index]
+        layout = self.engine.layout
+        kept = kept_by_tensor(layout, selection.codes).tolist()  # type: ignore[arg-type]  # by element
+        sizes = [math.prod(block.shape) for block in layout.blocks]
+        return [size / (kept[i] + 1) for size, i in zip(sizes, layout.tensor_index, strict=True)]

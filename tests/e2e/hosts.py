@@ -58,7 +58,8 @@ def why_not() -> str | None:
     if not Path("/etc/ssh/ssh_config").is_file():
         return "no /etc/ssh/ssh_config to put another one over"
     command = [shutil.which("unshare", path=_PATH) or "", "--net", "--mount", "--pid", "--uts", "--fork"]
-    tried = subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True, text=True)
+    command += ["mount", "-t", "tmpfs", "tmpfs", "/run"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return None if tried.returncode == 0 else f"namespaces are not permitted: {tried.stderr.strip()}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def missing(name: str) -> str | None:
 def tried(name: str) -> Tried:
     if missing(name) is not None:
         pytest.skip(f"{missing(name)} is not installed")
+    return once(name)
+
+
+@cache
+def once(name: str) -> Tried:
     return models.try_plain(all_models()[name])
 
 

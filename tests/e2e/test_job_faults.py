@@ -85,7 +85,9 @@ def launch(engine: str, output_dir: Path, faults: dict[str, Any], *flags: str, r
             # deepspeed's runner would just die: its child is the launcher that starts and stops the ranks
             target = psutil.Process(process.pid).children()[0].pid if engine == "zero2" else process.pid
             os.kill(target, signal.SIGTERM)
-            time.sleep(0.5)
+            while not list(out.glob("told-*")):  # one is enough, as ranks agree on the step
+                assert process.poll() is None and time.time() < start + 60, log.read_text()[-6000:]
+                time.sleep(0.05)
             (out / "go").touch()
         family = psutil.Process(process.pid).children(recursive=True)
         process.wait(timeout=TIMEOUT)

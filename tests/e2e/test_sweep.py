@@ -40,16 +40,18 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
     command = [sys.executable, "-m", "rose_ds", "sweep", "--store", str(store.root), "--config", str(definition)]
     command += ["--jobs", "2", "--attack", "pruthi", "--attack_items", "8", *FLAGS]
     sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not list(store.root.glob("cells/*/run/checkpoint-4/rose_checkpoint.json")):
-        assert sweep.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    runs = children(sweep.pid)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(store.root.glob("cells/*/run/checkpoint-4/rose_checkpoint.json")):
+            assert sweep.poll() is None, "the sweep ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        runs = children(sweep.pid)
+        for pid in (sweep.pid, *runs):
+            os.kill(pid, signal.SIGKILL)
+        sweep.wait()
     assert runs
-    for pid in (sweep.pid, *runs):
-        os.kill(pid, signal.SIGKILL)
-    sweep.wait()
     assert store.results() == {}
     status = run([*command, "--status"])
     assert "2 cells: 1 failed, 1 incomplete" in status.stdout

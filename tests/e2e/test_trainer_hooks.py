@@ -23,12 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import IterableDataset
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from rose_ds import RefusedConfiguration, RoseConfig
+from rose_ds import RefusedConfiguration, RoseAdamW, RoseConfig, prepare
+from rose_ds import run as runner
 from rose_ds.cli.arguments import RunArguments
 from rose_ds.engines.base import refuse_checkpointing
 from rose_ds.engines.passes import PassBatch
 from rose_ds.engines.rng import RngState, replay
-from rose_ds.objectives import RDrop
+from rose_ds.objectives import FreeLB, RDrop, Smart
 from rose_ds.training.predictions import labels_in, positions_of
 from rose_ds.training.resuming import precision_of
 from rose_ds.training.trainer import RoseTrainer
@@ -378,3 +379,76 @@ def test_one_gpu_of_several_without_a_launcher(tmp_path: Path) -> None:
     ours._n_gpu = theirs._n_gpu = 4
     assert (ours.n_gpu, ours.train_batch_size) == (1, ours.per_device_train_batch_size)
     assert theirs.n_gpu == 4
+
+
+# --- what is minimised ---
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        FreeLB(passes=2, init_mag=0.0, step_size=5.0, max_norm=0.0),
+        RDrop(alpha=1.0),
+        Smart(init_std=1e-2, step_size=1.0),
+    ],
+    ids=lambda objective: objective.name,
+)
+def test_an_objective_is_that_of_a_loop_of_ones_own(objective: Any, tmp_path: Path) -> None:
+    """The gradient of a step of RoseTrainer, and it is not the task's."""
+    data = rows(8)
+    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in data]) for key in data[0]}
+    labels = batch["labels"]
+
+    def norm_of(minimised: Any) -> float:
+        model = bert().train()
+        optimizer = RoseAdamW(model.named_parameters(), lr=1e-3, strategy="none")
+        stepper = prepare(model, optimizer, objective=minimised, max_grad_norm=1.0)
+        torch.manual_seed(1)
+        stepper.backward(lambda: model(**batch).logits, lambda logits: F.cross_entropy(logits, labels))
+        report = stepper.step()
+        assert report is not None
+        return float(report.grad_norm)
+
+    more = {"max_steps": 1, "per_device_train_batch_size": 8, "train_sampling_strategy": "sequential"}
+    made = trainer(tmp_path, bert(), data, more=more, rose=NONE, objective=objective)
+    torch.manual_seed(1)
+    # the state of random numbers when the step begins is that of the loop
+    step = made.training_step
+    made.training_step = lambda *args, **kwargs: (torch.manual_seed(1), step(*args, **kwargs))[1]
+    made.train()
+    (entry,) = [entry for entry in made.state.log_history if "loss" in entry]
+    assert entry["grad_norm"] == pytest.approx(norm_of(objective), rel=1e-4)
+    assert abs(norm_of(objective) / norm_of("task") - 1) > 1e-3
+
+
+def test_a_scripts_trainer_minimises_what_it_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport transformers\nfrom habits import trainer\n"
+        "made = trainer(Path(sys.argv[1]), cls=transformers.Trainer)\nmade.train()\n"
+        "assert made.stepper.objective.record() == {'name': 'r-drop', 'alpha': 0.5, 'kl_reduction': 'mean'}\n"
+    )
+    told = ["--rose", "objective=r-drop", "alpha=0.5", "strategy=none", str(script), str(tmp_path / "out")]
+    assert runner.run(runner.parse(told))
+
+
+# --- checkpoints on the hub ---
+
+
+def test_a_checkpoint_is_pushed_whole_and_no_network_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole: list[bool] = []
+
+    def push(self: Any, folder: str) -> None:
+        whole.append((Path(folder) / "rose_checkpoint.json").is_file())
+        if len(whole) == 1:
+            raise OSError("no network")
+
+    monkeypatch.setattr(RoseTrainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(RoseTrainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(RoseTrainer, "push_to_hub", lambda self, **kwargs: None)
+    made = trainer(tmp_path, more={"save_strategy": "steps", "save_steps": 1}, rose=NONE)
+    made.args.push_to_hub = True
+    train(made)
+    assert whole == [True, True] and "was not pushed (no network)" in caplog.text

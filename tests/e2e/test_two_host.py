@@ -83,7 +83,9 @@ def test_two_host_slurm_preemption(cluster: Cluster) -> None:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
             time.sleep(0.05)
         signal_batch_script(cluster.hosts[0], "deepspeed.sbatch")
-        time.sleep(5)  # scancel reaches both hosts through ssh
+        while not list(out.glob("told-*")):  # scancel reaches both hosts through ssh
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
+            time.sleep(0.05)
         (out / "go").touch()
         code = process.wait(TIMEOUT)
     finally:

@@ -35,9 +35,10 @@ def tiny(cluster: Cluster, minilm: str) -> Path:
     return folder
 
 
-@pytest.mark.skipif(SlowLink.why_not() is not None, reason=f"no slow link can be made here: {SlowLink.why_not()}")
 def test_two_host_slow_link(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
     """20 ms each way, 1% of frames lost, 100 Mbit/s: the same losses, thresholds and weights, later."""
+    if (reason := SlowLink.why_not()) is not None:
+        pytest.skip(f"no slow link can be made here: {reason}")
     common = {"RENDEZVOUS": "node1:29400", "JOB": "slow"}
     seconds = {}
     with joined_hosts(tmp_path, link=SlowLink(delay_ms=20, loss=0.01, rate_mbit=100)) as hosts:

@@ -181,6 +181,11 @@ def refused(rank: int, world: int) -> dict[str, str]:
         with wrapped.no_sync():
             train(stepper, wrapped, Case(steps=1))
 
+    def mixed_precision() -> Any:
+        wrapped = ddp(model())
+        wrapped.mixed_precision = object()  # as its argument would set it
+        return prepare(wrapped)
+
     def without_rng() -> Any:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -221,6 +226,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         return prepare(wrapped)
 
     return {
+        "mixed_precision": message_of(mixed_precision),
         "hook": message_of(hooked),
         "python_reducer": message_of(python_reducer),
         "static_graph": message_of(lambda: prepare(ddp(model(), static_graph=True))),
@@ -237,6 +243,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
 
 
 REFUSALS = {
+    "mixed_precision": ("RefusedConfiguration", "mixed_precision", "torch.autocast"),
     "hook": ("RefusedConfiguration", "communication hook", "leave the hook out"),
     "python_reducer": ("RefusedConfiguration", "python_reducer", "before the model is wrapped"),
     "static_graph": ("RefusedConfiguration", "static_graph=False"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_jobs
 from plain_jobs import build
 from reference import train
 from spawn import run_ranks
@@ -200,6 +201,46 @@ def test_micro_batches_that_weigh_differently() -> None:
     early, late = (torch.cat([g.reshape(-1) for g in mean]) for mean in means)
     # of a whole weight of 2, the second micro-batch has a quarter
     torch.testing.assert_close(seen.ranked[0], (early - late) / 4, rtol=1e-3, atol=1e-7)
+
+
+#: Of the micro-batches of each of two ranks.
+WEIGHTS = ((1.5, 0.5), (0.25, 1.0))
+
+
+def weighed(rank: int, world: int) -> tuple[Tensor, Any]:
+    """What a rank ranks, and its threshold."""
+    model, stepper = torch_jobs.start(torch_jobs.Job(HALVES, "ddp"))
+    seen = Seen(stepper)
+    for i, weight in enumerate(WEIGHTS[rank]):
+        ids, labels = micro_batch(HALVES, 1, i)
+        share = len(ids) // world
+        mine = slice(rank * share, (rank + 1) * share)
+        with rows(len(ids), mine):
+            stepper.backward(
+                lambda ids=ids[mine]: model(ids),
+                lambda logits, y=labels[mine], w=weight: w * F.cross_entropy(logits, y),
+                weight=torch.tensor(weight),
+            )
+        report = stepper.step()
+    assert report is not None
+    return seen.ranked[0], (report.tau_first, report.kept_first)
+
+
+def test_ranks_weigh_their_micro_batches_together() -> None:
+    """By the weights of all ranks: replicas that each took their own would part."""
+    (ranked, told), (other, also) = run_ranks(weighed, 2)
+    assert torch.equal(ranked, other) and told == also
+    model, stepper = build(HALVES)
+    halves = []
+    for i in range(2):
+        ids, labels = micro_batch(HALVES, 1, i)
+        parts = zip(ids.chunk(2), labels.chunk(2), WEIGHTS, strict=True)
+        with rows(len(ids) // 2, slice(0, len(ids) // 2)):
+            loss = sum(weights[i] * F.cross_entropy(model(x), y) for x, y, weights in parts) / 4  # ranks, micro-batches
+        halves.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, eligible_of(stepper))]))
+    # of a whole weight of 3.25 the first halves have 1.75
+    wanted = halves[0] * 3.25 / 1.75 - halves[0] - halves[1]
+    torch.testing.assert_close(ranked, wanted, rtol=1e-3, atol=1e-7)
 
 
 def eligible_of(stepper: Stepper) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from spawn import run_ranks
 from tiny import Case
 from torch_jobs import Job, start
 
+from rose_ds import kernels
 from rose_ds.training.mask_record import FILE, MaskRecorder, read_masks
 
 CASES = {
@@ -90,6 +92,23 @@ def test_over_ranks(how: str, name: str, folder: Path, tmp_path: Path) -> None:
             risks = [dict(map(tuple, line["risks"][order])) for line in (mine, want)]
             moved = sum(abs(risks[0].get(e, 0) - risks[1].get(e, 0)) for e in {**risks[0], **risks[1]})
             assert moved <= 0.01 * sum(risks[1].values()) + 2
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_record_the_same(name: str, tmp_path: Path, extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their masks are bits, whose memory the next step takes."""
+    found = {}
+    for choice in ("torch", "cpp"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        found[choice] = alone(CASES[name], tmp_path / choice)[:2]
+    (head, wanted), (other, lines) = found["torch"], found["cpp"]
+    assert other == head
+    total = sum(head["sizes"])
+    for mine, want in zip(lines, wanted, strict=True):
+        assert mine["same"] == pytest.approx(want["same"], abs=5 / total)
+        assert mine.get("both", 0.0) == pytest.approx(want.get("both", 0.0), abs=3 / total)
+        assert all(mine["kept"][order] == pytest.approx(kept, abs=0.06) for order, kept in want["kept"].items())
 
 
 @pytest.mark.fast

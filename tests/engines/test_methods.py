@@ -84,6 +84,9 @@ RISKS = [
     case_of("task", "ensemble", keep_first="auto", keep_second="knee"),
     case_of("task", "ensemble-tensor", 1, keep_first="knee", keep_second="auto"),
     case_of("task", "inverted", 1, keep_first="auto"),
+    case_of("task", "ensemble", keep_largest=True, keep_first=0.55),
+    case_of("task", "second-tensor", keep_largest=True),
+    case_of("task", "random", 1, mask_seed=7),
 ]
 #: Risk from the two halves of a step, of one micro-batch or more each; where gradients are reduced in between.
 HALVES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import pickle
 import re
@@ -299,7 +300,8 @@ def test_a_parameter_missing_from_the_optimizer() -> None:
 
 
 def test_the_version_and_the_names_a_user_imports() -> None:
-    assert set(rose_ds.__all__) <= set(dir(rose_ds))
+    assert rose_ds.__version__ == importlib.metadata.version("rose_ds")
+    assert all(getattr(rose_ds, name) is not None for name in rose_ds.__all__)
     assert RoseConfig(**{name: getattr(RoseConfig(), name) for name in RoseConfig.field_names()}) == RoseConfig()
 
 

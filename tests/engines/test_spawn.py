@@ -45,7 +45,7 @@ def test_an_exception_comes_back_with_rank_and_traceback() -> None:
 
 def test_a_rank_that_hangs_is_killed() -> None:
     with pytest.raises(RanksFailed, match="rank 0 did not finish and was killed"):
-        run_ranks(hang, 2, timeout=20, process_group=False)
+        run_ranks(hang, 2, timeout=8, process_group=False)
 
 
 def test_a_rank_that_dies() -> None:

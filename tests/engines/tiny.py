@@ -21,7 +21,7 @@ DATA_SEED, DROPOUT_SEED = 11, 1234
 FISHER_STEPS, FISHER_CLIP = (101, 102, 103), 0.5  # batches that Child-Tuning_D looks at first
 
 
-RISK = ("risk_ema", "risk_every")
+RISK = ("risk_ema", "risk_every", "mask_seed")
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Case:
     """A fast risk is found from every other row; the number of rows of every rank must be even."""
     risk_ema: float = 0.0
     risk_every: int = 1
+    mask_seed: int = 0
 
     @property
     def rose(self) -> dict[str, Any]:
         """The settings that RoseAdamW takes."""
         names = ["strategy", "granularity", "keep_first", "keep_second", "gamma", "mask_warmup_steps", "keep_largest"]
-        names += ["first_order", "risk_ema", "risk_every"]
+        names += ["first_order", *RISK]
         return {name: getattr(self, name) for name in names}
 
     @property

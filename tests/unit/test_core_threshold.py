@@ -155,7 +155,7 @@ def test_several_rankings(summed: bool, monkeypatch: pytest.MonkeyPatch) -> None
     held = [many_values(kind, 30_000).split([9_000, 1, 20_999]) for kind in kinds]
     wanted = [
         *(Wanted(k, largest) for k, largest in ((18_000, False), (400, True), (7, False), (3, False))),
-        *(Wanted(lambda histogram: int(histogram.sum()) // 3), Wanted(1, fixed=0.75)),
+        *(Wanted(lambda histogram: int(histogram.sum()) // 3), Wanted(1, largest=True, fixed=0.75)),
     ]
     asked: list[int] = []
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from transformers import GPT2Config
 
 from rose_ds.cli import main
-from rose_ds.doctor import disk, environment, memory, ranks
+from rose_ds.doctor import disk, environment, examine, memory, ranks
 from rose_ds.doctor.config import check_config
 from rose_ds.doctor.finding import Finding, merged, record
 from rose_ds.kernels import build
@@ -75,6 +76,47 @@ def test_hosts_with_other_packages_are_named() -> None:
     assert found.text == "rank 0 on a and rank 2 on b differ: torch 2.13.0 and 2.12.0"
 
 
+def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without them, or a build of torch for CPUs, on a host that has some, is not a CPU rank."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(environment.shutil, "which", lambda _: None)
+    for variables in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_JOB_GPUS": "0,1"}):
+        for built, words in ((None, "a build for CPUs"), ("13.0", "torch (13.0) sees no GPU")):
+            monkeypatch.setattr(torch.version, "cuda", built)
+            (found,) = environment.check_device(0, variables)
+            assert found.status == "failed" and words in found.text, found
+    for wanted_none in ({"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"}, {"DS_ACCELERATOR": "cpu"}):
+        monkeypatch.setattr(environment.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+        assert environment.check_device(0, wanted_none)[0].status == "ok"
+    (found,) = environment.check_device(0, {"SLURM_GPUS_ON_NODE": "0"})
+    assert found.status == "failed" and "/usr/bin/nvidia-smi" in found.text
+
+
+def test_one_host_without_gpus() -> None:
+    hosts = ["a", "b", "c"]
+    assert environment.same_devices([True] * 3, hosts).status == "ok"
+    assert environment.same_devices([False] * 3, hosts).status == "ok"
+    found = environment.same_devices([True, True, False], hosts)
+    assert (found.status, found.text) == ("failed", "rank 2 on c sees no GPU, rank 0 on a does")
+
+
+def test_nccl_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a finding like others, and is not tried where a rank has no GPU."""
+
+    def broken(**_: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled system error\nmore")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(examine.dist, "new_group", broken)
+    monkeypatch.setattr(examine.dist, "get_rank", lambda: 3)
+    good, bad = Finding("device", "ok", "8 x H100"), Finding("device", "failed", "local rank 8 has no GPU")
+    (found,) = examine._nccl([good], 0, 5.0)
+    assert found.status == "failed" and "rank 3 on" in found.text and "unhandled system error" in found.text
+    assert "more" not in found.text and "NCCL_SOCKET_IFNAME" in found.mend
+    (found,) = examine._nccl([good, bad], 0, 5.0)
+    assert found.status == "failed" and "not tried" in found.text
+
+
 # --- configs ---
 
 
@@ -129,6 +171,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "keep": ({"optimizer": {**ROSE, "params": {"keep_first": 2}}}, "keep_first=2 must be in (0, 1]", "params"),
     "unknown": ({"optimizer": {**ROSE, "params": {"keep": 1}}}, "unknown ROSE setting(s) ['keep']", "params"),
     "schema": ({"zero_optimization": {"reduce_bucket": 5}}, "zero_optimization.reduce_bucket", "correct or remove it"),
+    "bf16": ({"bf16": {"enabled": True, "typo": 1}}, "bf16.typo", "correct or remove it"),
+    "removed": ({"elasticity": {}}, "elasticity", "remove it"),
     "stage": (
         {"zero_optimization": {"stage": 4}},
         '"stage" in "zero_optimization" must be 0, 1, 2 or 3',
@@ -212,12 +256,27 @@ def test_what_does_not_fit_is_said_with_what_does() -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    assert memory._container_limit(tmp_path) > 2**50
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("100\n")
-    assert memory._container_limit(tmp_path) > 2**50
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._container_limit(tmp_path) == 900
+    own = tmp_path / "own"
+    root = tmp_path / "cgroup"
+
+    def group(path: str, **files: object) -> None:
+        (root / path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (root / path / name.replace("__", ".")).write_text(f"{text}\n")
+
+    assert memory._container_limit(root, own) > 2**50
+    stat = "anon 40\ninactive_file 30"
+    group("", memory__max="max", memory__current=100, memory__stat=stat)
+    assert memory._container_limit(root, own) > 2**50
+    group("", memory__max=1000)  # of a container, which sees its own as the root
+    assert memory._container_limit(root, own) == 930  # the page cache is given back
+    own.write_text("0::/slurm/job_7/step_0\n")
+    group("slurm/job_7", memory__max=600, memory__current=100, memory__stat="inactive_file 0")
+    assert memory._container_limit(root, own) == 500
+    own.write_text("9:cpu:/\n4:memory:/slurm/job_7\n0::/\n")
+    group("memory/slurm/job_7", memory__limit_in_bytes=300, memory__usage_in_bytes=100,
+          memory__stat="total_inactive_file 50")  # fmt: skip
+    assert memory._container_limit(root, own) == 250
 
 
 def test_the_output_folder(tmp_path: Path) -> None:

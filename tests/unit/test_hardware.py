@@ -33,13 +33,16 @@ def test_a_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_device() == torch.device("cuda", 1)
 
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def test_bf16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for found in ({"avx512_f": True, "avx512_bf16": True}, {"amx_bf16": True}, {"neon": True, "bf16": True}):
         _cpu(monkeypatch, **found)
-        assert has_bf16(CPU) and slow_bf16(CPU) == "" and check_device(0)[0].text.endswith("; bf16")
+        assert has_bf16(CPU) and slow_bf16(CPU) == "" and check_device(0, NO_GPU)[0].text.endswith("; bf16")
     _cpu(monkeypatch, avx2=True, avx512_bf16=False)
     assert not has_bf16(CPU) and "leave bf16 out" in slow_bf16(CPU)
-    assert "no bf16 instructions" in check_device(0)[0].text
+    assert "no bf16 instructions" in check_device(0, NO_GPU)[0].text
     assert slow_bf16(torch.device("cuda")) == ""
 
 

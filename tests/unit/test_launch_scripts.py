@@ -88,7 +88,8 @@ def test_ranks_get_less_time_than_slurm_leaves() -> None:
 _SLURM = {
     "srun": """
 echo "$@" >srun
-echo "cpus $SRUN_CPUS_PER_TASK address $MASTER_ADDR port $MASTER_PORT" >environment
+echo "cpus $SRUN_CPUS_PER_TASK ranks $RANKS_PER_NODE threads $OMP_NUM_THREADS address $MASTER_ADDR port $MASTER_PORT" \
+    >environment
 echo >started
 trap 'touch interrupted' TERM # which a step's tasks get, and this program of theirs does not
 until [ -f ended ]; do sleep 0.02; done
@@ -124,6 +125,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             "SLURM_GPUS_PER_NODE": "a100:8",
             "SLURM_SUBMIT_DIR": str(tmp_path),
             "MASTER_PORT": "1",  # of whatever was in the shell of sbatch
+            "RANKS_PER_NODE": "1",
             **variables,
         }
         command = ["bash", "launch/slurm/deepspeed.sbatch", *flags]
@@ -155,16 +157,17 @@ def test_a_slurm_step_has_the_tasks_cores_and_resumes(job: Job, tmp_path: Path) 
     assert process.wait(timeout=30) == 0
     words = "apptainer exec --nv rose.sif bash launch/slurm/torchrun_task.sh --task sst2 --resume auto"
     assert (tmp_path / "srun").read_text().split("--export=ALL ")[1].strip() == words
-    assert (tmp_path / "environment").read_text() == "cpus 32 address node1 port 24711\n"
+    assert (tmp_path / "environment").read_text() == "cpus 32 ranks 8 threads 4 address node1 port 24711\n"
     assert not (tmp_path / "scontrol").exists()
 
 
 def test_a_slurm_step_of_another_command(job: Job, tmp_path: Path) -> None:
-    process = job("--json", COMMAND="doctor", ROSE_MASTER_ADDR="node1i", ROSE_MASTER_PORT="29500")
+    variables = {"ROSE_MASTER_ADDR": "node1i", "ROSE_MASTER_PORT": "29500", "ROSE_RANKS_PER_NODE": "2"}
+    process = job("--json", COMMAND="doctor", **variables)
     (tmp_path / "ended").write_text("0")
     assert process.wait(timeout=30) == 0
     assert (tmp_path / "srun").read_text().endswith("torchrun_task.sh --json\n")
-    assert (tmp_path / "environment").read_text() == "cpus 1 address node1i port 29500\n"
+    assert (tmp_path / "environment").read_text() == "cpus 1 ranks 2 threads 1 address node1i port 29500\n"
 
 
 @pytest.mark.parametrize(

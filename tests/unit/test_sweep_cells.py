@@ -269,6 +269,13 @@ def test_gpus_and_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # a scheduler's
     assert [device for _, device, _ in shared("local", 2)] == ["5", "7"]
     assert shared("deepspeed", 2)[1][0] == ("--include", "localhost:7")
+    assert shared("deepspeed", 1)[0][0] == ()  # which deepspeed sees to
+    assert shared("deepspeed", 1, "--num_gpus", "1")[0][0] == ("--include", "localhost:5")
+    assert shared("deepspeed", 1, "--include=localhost:5")[0][0] == ("--include=localhost:5",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f,GPU-77b0")
+    with pytest.raises(ValueError, match="give their numbers"):
+        places("deepspeed", 2, [])
+    assert [device for _, device, _ in shared("local", 2)] == ["GPU-8a1f", "GPU-77b0"]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert shared("deepspeed", 2, "--num_gpus=2") == [(("--num_gpus=2",), None, "4")] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")

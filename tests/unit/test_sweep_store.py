@@ -281,10 +281,11 @@ def test_a_task_that_slurm_itself_stops_saves(tmp_path: Path) -> None:
     *_, bash, option, task, name, _, _, _ = slurm([], [])
     command = [bash, option, task, name, sys.executable, "-c", _RANK, str(tmp_path / "marker")]
     step = subprocess.Popen(command, start_new_session=True)
-    while not (tmp_path / "marker").is_file() or (tmp_path / "marker").read_text() != "started":
-        time.sleep(0.05)
-    os.killpg(step.pid, signal.SIGTERM)
-    assert step.wait(timeout=20) == 0
+    try:
+        until_started(tmp_path / "marker")
+    finally:
+        os.killpg(step.pid, signal.SIGTERM)
+        assert step.wait(timeout=20) == 0
     assert (tmp_path / "marker").read_text() == "saved"
 
 
@@ -308,15 +309,23 @@ _RANK = (
 )
 
 
+def until_started(marker: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not marker.is_file() or marker.read_text() != "started":
+        assert time.monotonic() < deadline, f"{marker} did not come"
+        time.sleep(0.05)
+
+
 def stopped(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, launcher: Launcher) -> None:
     """A sweep that gets SIGTERM once its run has started leaves it incomplete, and waits until it has saved."""
     monkeypatch.setitem(LAUNCHERS, name, launcher)
     sweep, marker = Runner(store, [CELL], launcher=name), store.root / "marker"
 
     def stop_when_started() -> None:
-        while not marker.is_file() or marker.read_text() != "started":
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            until_started(marker)
+        finally:  # which the sweep waits for
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_started, daemon=True).start()
     assert sweep.run() == {CELL.key: Status.INCOMPLETE}

@@ -8,13 +8,15 @@
 
 namespace {
 
+constexpr int32_t kNan = 0x7fc00000;
+
 // Where a piece begins in its tensor, and two keys: what its random numbers are hashed from.
 using Draw = std::tuple<int64_t, uint32_t, uint32_t>;
 
 // Non-negative fp32 numbers, as bits. |scale * gradient - share * other|: Eq. 2, or the task gradient's magnitude; no
 // others where share is 0. With exp_avgs, Eq. 4: | alpha times that / |exp_avg| - 1 |, and 0 where exp_avg is 0; or, as
-// `agreement`, 1 where exp_avg after the step has the gradient's sign, and 0 where not. With draws, random numbers, and
-// the gradients only say how many.
+// `agreement`, 1 where exp_avg after the step has the gradient's sign, 0 where not, or NaN. With draws, random numbers,
+// and the gradients only say how many.
 class Scores {
  public:
   Scores(std::vector<at::Tensor> grads, std::vector<at::Tensor> exp_avgs, const std::vector<double>& alphas, double scale,
@@ -85,8 +87,9 @@ class Scores {
     };
     const auto agreement = [&](const auto& g) {
       for (int i = 0; i < n; ++i) {
-        const float gradient = g(i);
-        out[i] = lerp(m[i], gradient, alpha) * gradient > 0.0f ? as_bits(1.0f) : 0;
+        const float gradient = g(i), product = lerp(m[i], gradient, alpha) * gradient;
+        const int32_t one = product > 0.0f ? as_bits(1.0f) : 0;
+        out[i] = product != product ? kNan : one;
       }
     };
     if (agreement_ && other) agreement(without);

@@ -4,7 +4,7 @@ A fault names the optimizer step, from 0, and the rank it happens on; each is le
     {"nan": [step, rank]}         the model's logits and loss are not a number
     {"kill": [step, rank]}        SIGKILL in the middle of the step, between its two forward passes
     {"full": [step, rank]}        from this step on no file grows past 1 MB, as on a full disk
-    {"pause": step}               every rank writes OUT/pausing-RANK and waits for OUT/go
+    {"pause": step}               every rank writes OUT/pausing-RANK and waits for OUT/go; OUT/told-RANK: it got SIGTERM
     {"out": folder}               where each rank reports:
         OUT/fault                   written when a rank is killed or its disk full
         OUT/rows-RANK.json          the rows of each step
@@ -61,6 +61,8 @@ class FaultyTrainer(module.RoseTrainer):
         if FAULTS.get("pause") == self.state.global_step:
             (OUT / f"pausing-{RANK}").touch()
             while not (OUT / "go").exists():
+                if self._stop.requested:
+                    (OUT / f"told-{RANK}").touch()
                 time.sleep(0.05)
         return super().training_step(model, inputs, *args)
 

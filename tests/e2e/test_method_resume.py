@@ -1,0 +1,60 @@
+"""What a method keeps over a run goes through RoseTrainer's checkpoints, on ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from habits import trainer
+from spawn import run_ranks
+from torch import Tensor
+
+from rose_ds import RoseConfig
+
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"ddp_backend": "gloo"},
+    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}},
+    "zero3": {
+        "deepspeed": {**ZERO, "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "child-tuning": {"rose": RoseConfig(strategy="child-tuning", keep_first=0.3)},
+    "risk-average": {"rose": RoseConfig(strategy="first", risk_ema=0.7, risk_every=3)},
+    "smart-average": {
+        "rose": RoseConfig(strategy="none"),
+        "objective": {"name": "smart", "proximal": 1.0, "init_std": 1e-2, "step_size": 1.0},
+    },
+}
+
+
+def once(folder: Path, engine: str, method: str, resume: Path | None = None) -> dict[str, Tensor]:
+    """The weights after four steps, of which two may have been another run's."""
+    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **ENGINES[engine]}
+    torch.manual_seed(1)
+    made = trainer(folder, more=more, **METHODS[method])
+    made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return {name: p.clone() for name, p in made.stepper.gather_parameters().items()}
+
+
+def on_ranks(rank: int, world: int, folder: str, engine: str) -> dict[str, bool]:
+    same = {}
+    for method in METHODS:
+        at = Path(folder) / method
+        whole = once(at / "whole", engine, method)
+        again = once(at / "again", engine, method, at / "whole" / "checkpoint-2")
+        same[method] = all(torch.equal(p, again[name]) for name, p in whole.items())
+    return same
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resumed_is_uninterrupted(engine: str, extensions: Path, tmp_path: Path) -> None:
+    for same in run_ranks(on_ranks, 2, str(tmp_path), engine, process_group=False, timeout=400):
+        assert all(same.values()), same
