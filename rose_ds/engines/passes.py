@@ -72,6 +72,8 @@ class ForwardPass:
         """fp32, with the outputs' values."""
         self.outputs: list[Tensor] | None = None
         """Attached: the logits and, once asked for, the loss. None once pulled back."""
+        self._changed = False
+        """The loss changed the logits in place, and the leaf with them."""
         if batch.shifter is not None:
             batch.shifter.set(shift)
         self.rng: RngState = RngState.now() if like is None else like.rng
@@ -82,6 +84,11 @@ class ForwardPass:
     @property
     def logits(self) -> Tensor:
         """fp32 leaf."""
+        if self._changed:
+            raise RuntimeError(
+                "loss(logits) changed the logits in place, which are also compared with those of another pass: make "
+                "new ones (logits / T, logits.masked_fill(...)) or clone them first"
+            )
         return self.leaves[0]
 
     @property
@@ -99,7 +106,9 @@ class ForwardPass:
 
     def _add_loss(self) -> None:
         assert self.outputs is not None
+        version = self.outputs[0]._version
         value = self.batch.loss_of(self.outputs[0])
+        self._changed |= self.outputs[0]._version != version
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise TypeError("loss(logits) must return a scalar tensor: the micro-batch's mean loss")
         self.outputs.append(value)

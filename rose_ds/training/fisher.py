@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,8 @@ from rose_ds.core.risk import squared_norms
 from rose_ds.engines.base import Engine
 from rose_ds.engines.passes import Forward, Loss, PassBatch
 
+logger = logging.getLogger(__name__)
+
 
 def mean_squared_gradient(
     engine: Engine,
@@ -18,9 +21,15 @@ def mean_squared_gradient(
     max_grad_norm: float | None,
 ) -> list[Tensor]:
     """One fp32 1-D tensor a slice. Each batch's gradient is reduced over the ranks first and then squared: squares of
-    each rank's own gradient, or the square of an accumulated one, rank other parameters highest.
+    each rank's own gradient, or the square of an accumulated one, rank other parameters highest. A batch whose gradient
+    is not finite, on any rank, does not count.
+
+    Raises:
+        ValueError: there is no batch.
+        FloatingPointError: none has a finite gradient.
     """
     total, count = [torch.zeros(piece.numel, device=piece.param.device) for piece in engine.slices], 0
+    left_out = 0
     for forward, loss in batches:
         with engine.micro_batch():
             batch = PassBatch(engine, forward, loss)
@@ -28,11 +37,21 @@ def mean_squared_gradient(
             a = batch.run()
             engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
         grads = engine.take_risk_grads() or []
+        if not engine.agree(all(bool(grad.isfinite().all()) for grad in grads)):
+            left_out += 1
+            continue
         if max_grad_norm:
             _clip_each(engine, grads, max_grad_norm)
         for sums, grad in zip(total, grads, strict=True):
             sums.addcmul_(grad, grad)
         count += 1
+    if left_out and not count:
+        raise FloatingPointError(
+            f"the gradient of every batch of the Fisher pass ({left_out}) is inf or NaN: in fp16 begin with a lower "
+            'loss scale ("initial_scale_power" in "fp16"), or use bf16; otherwise look at the model and its data'
+        )
+    if left_out:
+        logger.warning("the Fisher pass left %d batches out, whose gradient is inf or NaN", left_out)
     if count == 0:
         raise ValueError("the Fisher pass was given no batch")
     return [sums / count for sums in total]

@@ -36,11 +36,17 @@ class MaskRecorder:
     """
 
     def __init__(self, stepper: Stepper, folder: Path, every: int) -> None:
-        self.layout, self.every = stepper.engine.layout, every
+        self.stepper, self.every = stepper, every
         self.path = folder / FILE
+        self._writes = not dist.is_initialized() or dist.get_rank() == 0
+        self._begin(keeps=stepper.optimizer.steps_taken() > 0)
+
+    def _begin(self, *, keeps: bool) -> None:
+        """The file's head, and of the lines that are there those of steps that have been taken."""
+        stepper = self.stepper
+        self.layout = stepper.engine.layout
         self._before: list[Any] | None = None
         """The codes of the record before."""
-        self._writes = not dist.is_initialized() or dist.get_rank() == 0
         self._sizes = self.layout.sums([torch.tensor(block.numel) for block in self.layout.blocks])
         if self._writes:
             taken = stepper.optimizer.steps_taken()
@@ -50,10 +56,10 @@ class MaskRecorder:
                 "names": list(self.layout.names),
                 "sizes": [int(size) for size in self._sizes],
             }
-            kept = read_masks(self.path)[1] if taken and self.path.is_file() else []
+            kept = read_masks(self.path)[1] if keeps and self.path.is_file() else []
             lines = [head, *(line for line in kept if line["step"] <= taken)]
             with may_be_lost(self.path):
-                folder.mkdir(parents=True, exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.unlink(missing_ok=True)  # what cannot be written whole is not to be added to
                 partial = self.path.with_suffix(".partial")
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -67,6 +73,8 @@ class MaskRecorder:
         """Record a step's masks, if it is one of those. Every rank calls it."""
         if not self.due(step):
             return
+        if self.stepper.engine.layout is not self.layout:  # layers were unfrozen: other tensors are masked since
+            self._begin(keeps=False)
         orders = {name: bit for name, bit in _ORDERS.items() if bit in selection.thresholds}
         codes = [self._code(i, code) for i, code in enumerate(selection.codes)]
         line: dict[str, Any] = {"step": step, "tau": {}, "kept": {}, "same": {}, "risks": {}}

@@ -42,9 +42,11 @@ class MethodState:
         self.selection: Selection | None = None
         """The mask of a policy that refreshes once."""
         self.average: WeightAverage | None = None
+        self._awaits_load = False
 
     @property
-    def _keeps_something(self) -> bool:
+    def keeps_something(self) -> bool:
+        """Whether a checkpoint must hold anything."""
         return self.keeps_mask or self.keeps_average or self.risk is not None
 
     def save(self, folder: Path) -> None:
@@ -60,7 +62,7 @@ class MethodState:
             found["average"] = _described(self.average.slices, self.average.values)
         if self.risk is not None and self.risk.values is not None:
             found["risk"] = _described(self.engine.slices, self.risk.values)
-        if not self._keeps_something or rank < 0:
+        if not self.keeps_something or rank < 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _NAME.format(rank=rank, world=world)
@@ -73,16 +75,43 @@ class MethodState:
                 if match and int(match[2]) != world:
                     old.unlink()
 
-    def require(self, folder: Path) -> None:
-        """Before a checkpoint is loaded that somebody has converted.
+    def require(self, folder: Path, *, converted: bool) -> None:
+        """Before a checkpoint is loaded; ``converted``: by somebody, to a universal one.
 
         Raises:
             RefusedConfiguration: the method keeps something and the folder does not have it.
         """
-        if self._keeps_something and not _files_in(folder):
+        if not self.keeps_something or _files_in(folder):
+            return
+        if converted:
             raise RefusedConfiguration(
                 f"{folder} has no rose_state files, which hold what this method keeps over a run, and ds_to_universal "
                 "does not copy them: copy rose_state-*.pt from the checkpoint that was converted into this folder"
+            )
+        raise self._missing(folder)
+
+    @staticmethod
+    def _missing(folder: Path) -> RefusedConfiguration:
+        return RefusedConfiguration(
+            f"{folder} has no rose_state files: it was written without what this method keeps over a run (a mask "
+            "found once, an average of the weights or of risks); resume with the method it was trained with"
+        )
+
+    def await_load(self) -> None:
+        """Weights and moments were loaded, and nothing of this: ``check`` refuses to go on before ``load``."""
+        self._awaits_load = self.keeps_something
+
+    def check(self) -> None:
+        """Before a step.
+
+        Raises:
+            RefusedConfiguration: see ``await_load``.
+        """
+        if self._awaits_load:
+            raise RefusedConfiguration(
+                "a checkpoint was loaded before rose_ds.prepare(engine), and without what this method keeps over a run "
+                "(a mask found once, an average of the weights or of risks): call rose_ds.prepare(engine) first and "
+                "then engine.load_checkpoint(), or stepper.load_state() with the checkpoint's folder"
             )
 
     def forget(self) -> None:
@@ -97,17 +126,15 @@ class MethodState:
         Raises:
             RefusedConfiguration: the method keeps something and the folder does not have it, whole.
         """
-        if not self._keeps_something:
+        if not self.keeps_something:
             return
         self.forget()
+        self._awaits_load = False
         files = _files_in(folder)
         if not files:
             if self.engine.optimizer.steps_taken() == 0:
                 return  # saved before the method had anything to keep
-            raise RefusedConfiguration(
-                f"{folder} has no rose_state files: it was written without what this method keeps over a run (a mask "
-                "found once, an average of the weights or of risks); resume with the method it was trained with"
-            )
+            raise self._missing(folder)
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
         strategy = self.engine.optimizer.config.strategy
         if self.keeps_mask and parts[0]["strategy"] != strategy:

@@ -20,7 +20,10 @@ _LOSS = "_rose_loss"
 
 
 def _with_loss(logits: Tensor, loss: Tensor) -> Tensor:
-    """A pass's logits with its loss on them, so that the one's graph does not outlive the other's."""
+    """A pass's logits with its loss on them, so that the one's graph does not outlive the other's. On a view of them:
+    a loss that keeps its logits (binary cross-entropy) would have them keep it, and nothing would ever be freed.
+    """
+    logits = logits.view_as(logits)
     setattr(logits, _LOSS, loss)
     return logits
 

@@ -96,7 +96,7 @@ class Stepper:
         )
         """What the method keeps over the run, which a checkpoint must hold."""
         if hasattr(engine, "checkpoints"):
-            engine.checkpoints.state = self.state
+            engine.checkpoints.keep(self.state)
         self.halves = halves_of(self.config, engine)
         self.watch = LoopWatch(engine, self._needs_clip())
         self.masking = Masking(engine, self.policy, self.state, self.watch.tell, self.halves)
@@ -164,6 +164,7 @@ class Stepper:
             self._forget_step()
             self.watch.check_progress()
         state = self.state
+        state.check()
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
         ranking = self.policy if self.masking.ranks_now() else None
         finds_risk = ranking is not None and ranking.ranks_risk and self.masking.finds_risk_now()
@@ -292,7 +293,11 @@ class Stepper:
         if self.policy is None or not self.policy.fisher:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
         with explaining_lost_ranks(lambda: "the Fisher pass"):
-            fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
+            try:
+                fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
+            except BaseException as error:
+                self._abandon_step(error)
+                raise
             self.masking.find_once(fisher)
 
     def save_state(self, folder: str | Path) -> None:
@@ -327,6 +332,8 @@ class Stepper:
         """The step under way has failed."""
         self.engine.abandon(error)
         self._forget_step()
+        if self._shifter is not None:
+            self._shifter.set(None)
 
     def _forget_step(self) -> None:
         """What was kept apart for the step under way, or is left of it."""

@@ -432,6 +432,27 @@ def test_a_scripts_trainer_minimises_what_it_is_told(tmp_path: Path) -> None:
     assert runner.run(runner.parse(told))
 
 
+@pytest.mark.parametrize("strategy", ["first", "none"])
+def test_passes_are_freed_where_a_loss_keeps_its_logits(strategy: Any, tmp_path: Path) -> None:
+    """As binary cross-entropy does: hung on these, it would keep each pass's graph for ever."""
+    logits: list[weakref.ref[Tensor]] = []
+
+    class Watched(RoseTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(*args, **kwargs)
+            if isinstance(found, tuple):
+                logits.append(weakref.ref(found[1]["logits"]))
+            return found
+
+    data = [{**row, "labels": torch.tensor([1.0, 0.0])} for row in rows()]
+    model = bert(problem_type="multi_label_classification")
+    made = trainer(tmp_path, model, data, cls=Watched, more={"max_steps": 3}, rose=RoseConfig(strategy=strategy))
+    train(made)
+    gc.collect()
+    assert len(logits) >= (6 if strategy == "first" else 0)
+    assert not any(ref() is not None for ref in logits)
+
+
 # --- checkpoints on the hub ---
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor, nn
 
 from rose_ds.core.threshold import Exchange, local_only
@@ -121,11 +122,20 @@ class ZeroEngine(Engine):
     def probing(self) -> Iterator[None]:
         # DeepSpeed's hooks on the engine's outputs divide by the accumulation steps and reduce: run the module itself
         ds = self.ds
-        vars(ds)["forward"] = ds.module.__call__
+        before = vars(ds).get("forward")
+
+        def forward(*inputs: Any, **kwargs: Any) -> Any:
+            with autocast_if_enabled(ds):
+                return ds.module(*inputs, **kwargs)
+
+        vars(ds)["forward"] = forward
         try:
             yield
         finally:
-            del vars(ds)["forward"]
+            if before is None:
+                del vars(ds)["forward"]
+            else:
+                vars(ds)["forward"] = before
 
     def after_forward(self) -> Callable[[], None]:
         return self.adapter.rearmed()

@@ -29,6 +29,12 @@ class StateFiles(Protocol):
     def load(self, folder: Path) -> None:
         """Read every rank's, of any number of ranks."""
 
+    def require(self, folder: Path, *, converted: bool) -> None:
+        """Refuse a folder that lacks them."""
+
+    def await_load(self) -> None:
+        """A checkpoint was loaded without them: refuse to go on before ``load``."""
+
 
 class Checkpoints:
     """Stands in for one engine's ``save_checkpoint`` and ``load_checkpoint``: same arguments, same results."""
@@ -39,7 +45,7 @@ class Checkpoints:
         self.engine, self.base = ds, optimizer
         self._accumulating, self._after_load = accumulating, after_load
         self.state: StateFiles | None = None
-        """What a run's method keeps beside weights and moments: saved and loaded with them."""
+        self._loaded_before = False
         self._save: Callable[..., Any] = self.engine.save_checkpoint
         self._load: Callable[..., Any] = self.engine.load_checkpoint
         earlier = getattr(self._load, "__self__", None)
@@ -47,7 +53,14 @@ class Checkpoints:
             self._save, self._load = earlier._save, earlier._load
         elif self.engine.loaded_checkpoint_dp_world_size is not None:
             self._look_at_earlier_load()
+            self._loaded_before = True
         self.engine.save_checkpoint, self.engine.load_checkpoint = self.save, self.load
+
+    def keep(self, state: StateFiles) -> None:
+        """What a run's method keeps beside weights and moments is saved and loaded with them."""
+        self.state = state
+        if self._loaded_before:
+            state.await_load()
 
     def _look_at_earlier_load(self) -> None:
         if self.engine.load_universal_checkpoint():
@@ -82,7 +95,7 @@ class Checkpoints:
                 "checkpoint can be resumed on another number of ranks"
             )
         state = {**(client_state or {}), RECORD: record_of(self.engine, self.base)}
-        tag = tag or f"global_step{self.engine.global_steps}"  # DeepSpeed's own default
+        tag = f"global_step{self.engine.global_steps}" if tag is None else tag  # DeepSpeed's own default
         if self.state is not None:  # before DeepSpeed's "latest" names the checkpoint
             everywhere(lambda: self.state.save(Path(save_dir) / str(tag)))  # type: ignore[union-attr]
         return self._save(save_dir, tag, state, save_latest, exclude_frozen_parameters)
@@ -128,8 +141,9 @@ class Checkpoints:
         else:
             on_first_rank(lambda: compare_for_weights(self.engine, saved, load_module_only))
         with_state = self.state is not None and load_optimizer_states and not load_module_only
-        if with_state and found.layout == "universal":
-            on_first_rank(lambda: self.state.require(found.folder))  # type: ignore[union-attr]
+        if with_state:
+            converted = found.layout == "universal"
+            on_first_rank(lambda: self.state.require(found.folder, converted=converted))  # type: ignore[union-attr]
         finish = self._prepare_universal(saved, load_module_strict) if saved.layout == "universal" else None
         # whatever the configuration says: it is now known what the checkpoint is
         self.engine._config.load_universal_checkpoint = finish is not None
