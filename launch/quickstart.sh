@@ -22,8 +22,10 @@ ranks=2 where=(--num_gpus 2)
 if [ "$gpus" -gt 0 ]; then
     ranks=$((gpus < 2 ? gpus : 2))
     where=(--num_gpus "$ranks")
-    # deepspeed drops the variable where it is told a number
-    [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || where=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+    # deepspeed drops the variable where it is told a number of GPUs (and knows no ids but numbers)
+    if [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+        where=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+    fi
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # tensors in huge pages

@@ -9,6 +9,7 @@ MASTER_PORT=${ROSE_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 # Ranks of a node: its GPUs (--gpus-per-node=8, or a100:8), whatever RANKS_PER_NODE another script has left in the shell.
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 RANKS_PER_NODE=${ROSE_RANKS_PER_NODE:-${gpus##*:}}
+[ "$RANKS_PER_NODE" != 0 ] || RANKS_PER_NODE=
 : "${RANKS_PER_NODE:?ask for --gpus-per-node, or set ROSE_RANKS_PER_NODE}"
 # Both launchers wait so long for their ranks to save a checkpoint on SIGTERM, less than the 300 s that --signal leaves
 # (torch 2.13 and later; before, 30 s).

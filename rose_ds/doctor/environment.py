@@ -78,7 +78,7 @@ def check_compiler(needed: bool) -> list[Finding]:
     if not missing:
         return [Finding("compiler", "ok", f"{shutil.which(compiler)}, ninja")]
     mend = "apt install g++ (or set CXX to a compiler), pip install ninja"
-    why = "the optimizer step runs without kernels, where it is on CPUs (offload) or the compiler is missing"
+    why = "the optimizer step on CPUs (offload) runs without compiled kernels"
     why = "DeepSpeed on CPU ranks builds an extension with it" if needed else why
     return [Finding("compiler", "failed" if needed else "warning", f"no {' and no '.join(missing)}: {why}", mend)]
 
@@ -137,10 +137,11 @@ def check_device(local_rank: int, variables: Mapping[str, str]) -> list[Finding]
         variables: the process's environment.
     """
     if not torch.cuda.is_available():
-        built, sign = torch.version.cuda or torch.version.hip, _sign_of_gpus(variables)
+        built, (sign, given) = torch.version.cuda or torch.version.hip, _sign_of_gpus(variables)
         if sign and not built:
             mend = "install a build for the GPUs; or CUDA_VISIBLE_DEVICES= (empty) where ranks shall train on the CPU"
-            return [Finding("device", "failed", f"{sign}, but torch {torch.__version__} is a build for CPUs", mend)]
+            text = f"{sign}, but torch {torch.__version__} is a build for CPUs"
+            return [Finding("device", "failed" if given else "warning", text, mend)]
         if sign:
             mend = (
                 "python -c 'import torch; torch.cuda.init()' says why: a driver that is too old for this torch, or a "
@@ -158,17 +159,24 @@ def check_device(local_rank: int, variables: Mapping[str, str]) -> list[Finding]
     return [Finding("device", "ok", f"{count} x {torch.cuda.get_device_name(local_rank)}, {half}")]
 
 
-def _sign_of_gpus(variables: Mapping[str, str]) -> str:
-    """What says that this host has GPUs, or that the job was given some; empty: nothing, or they are not wanted."""
-    if variables.get("DS_ACCELERATOR") == "cpu" or variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return ""
-    given = [name for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE") if variables.get(name)]
-    if given and (given[0], variables[given[0]]) != ("SLURM_GPUS_ON_NODE", "0"):
-        return f"{given[0]}={variables[given[0]]}"
-    drivers = [path for path in ("/proc/driver/nvidia", "/dev/kfd") if Path(path).exists()]
-    if drivers or shutil.which("nvidia-smi"):
-        return f"there is a GPU driver ({drivers[0] if drivers else shutil.which('nvidia-smi')})"
-    return ""
+#: Values that say of a variable that no GPU is wanted, or that the job has none.
+_NO_GPUS = {
+    "DS_ACCELERATOR": ("cpu",),
+    "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles"),
+    "SLURM_GPUS_ON_NODE": ("0",),
+}
+
+
+def _sign_of_gpus(variables: Mapping[str, str]) -> tuple[str, bool]:
+    """What says that this host has GPUs, and whether the job was given some; empty: nothing, or they are not wanted."""
+    if any(variables.get(name) in values for name, values in _NO_GPUS.items()):
+        return "", False
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        if variables.get(name):
+            return f"{name}={variables[name]}", True
+    signs = [path for path in ("/proc/driver/nvidia", "/dev/kfd", shutil.which("nvidia-smi")) if path]
+    found = next((path for path in signs if Path(path).exists()), "")
+    return f"there is a GPU driver ({found})" if found else "", False
 
 
 def same_devices(gpus: Sequence[bool], hosts: Sequence[str]) -> Finding:

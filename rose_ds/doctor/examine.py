@@ -79,9 +79,14 @@ def examine(asked: Questions, variables: Mapping[str, str]) -> tuple[list[Findin
     if joined.status == "failed":
         return [*found, joined], launch.world_size
     everyone: list[Any] = [None] * launch.world_size
-    versions = environment.installed() | {"rose_ds": f"{rose_ds.__version__} ({commit() or 'not a checkout'})"}
-    dist.all_gather_object(everyone, (found, versions, platform.node(), torch.cuda.is_available()))
+    # of rose_ds itself also the commit, where a rank knows it; a hostfile, say, may have been edited on one host alone
+    versions = environment.installed() | {"rose_ds": rose_ds.__version__}
+    mine = (commit() or "").removesuffix("-dirty")
+    dist.all_gather_object(everyone, (found, versions, platform.node(), torch.cuda.is_available(), mine))
     hosts = [e[2] for e in everyone]
+    if len({e[4] for e in everyone} - {""}) > 1:
+        for e in everyone:
+            e[1]["rose_ds"] += f" ({e[4] or 'an unknown commit'})"
     between = [joined, environment.same_everywhere([e[1] for e in everyone], hosts)]
     between.append(environment.same_devices([e[3] for e in everyone], hosts))
     between += [ranks.check_all_reduce(None), ranks.check_threshold(None)]
@@ -92,20 +97,24 @@ def examine(asked: Questions, variables: Mapping[str, str]) -> tuple[list[Findin
             _tell_first([*known, *between])
         between += _nccl(known, memory.local_rank(variables), asked.timeout)
     gathered: list[Any] = [None] * launch.world_size
-    dist.all_gather_object(gathered, between)
+    try:
+        dist.all_gather_object(gathered, between)
+    except RuntimeError:  # others hang in NCCL, or were ended by it
+        return [*known, *between], launch.world_size
     return [*known, *merged(gathered)], launch.world_size
 
 
 def _local(asked: Questions, variables: Mapping[str, str], launch: ranks.Launch | None) -> list[Finding]:
+    here = asked.world_size is None or launch is not None  # or else the run is planned for other hosts
     cpu_deepspeed = asked.deepspeed is not None and not torch.cuda.is_available()
     found = environment.check_versions(environment.required(), environment.installed())
-    found += environment.check_compiler(needed=cpu_deepspeed)
+    found += environment.check_compiler(needed=cpu_deepspeed and here)
     if asked.build and memory.local_rank(variables) == 0:
         found += environment.build_extension()
     found += environment.check_extension_locks(environment.extensions_folder())
-    found += environment.check_device(memory.local_rank(variables), variables)
+    device = environment.check_device(memory.local_rank(variables), variables)
+    found += device if here else [_of_this_host(f) for f in device]
     planned = asked.world_size or (1 if launch is None else launch.world_size)
-    here = asked.world_size is None or launch is not None  # or else the run is planned for other hosts
     config: dict[str, Any] | None = None
     if asked.deepspeed is not None:
         findings, config = check_config(asked.deepspeed, planned, here=here)
@@ -147,8 +156,8 @@ def _check_model(
 
 
 def _of_this_host(finding: Finding) -> Finding:
-    """Memory that is missing here may be there where the run is going to be."""
-    if finding.check != "memory" or finding.status != "failed":
+    """A device or memory that is missing here may be there where the run is going to be."""
+    if finding.check not in ("device", "memory") or finding.status != "failed":
         return finding
     return replace(finding, status="warning", text=f"{finding.text}, on this host")
 
@@ -170,7 +179,9 @@ def _nccl(known: Sequence[Finding], local_rank: int, seconds: float) -> list[Fin
         return [ranks.check_all_reduce(group), ranks.check_threshold(group)]
     except RuntimeError as error:
         text = f"rank {dist.get_rank()} on {platform.node()}: {ranks.first_line(error)}"
-        return [Finding("all-reduce nccl", "failed", text, f"NCCL_DEBUG=INFO shows the path; {ranks.INTERFACE}")]
+        found = Finding("all-reduce nccl", "failed", text, f"NCCL_DEBUG=INFO shows the path; {ranks.INTERFACE}")
+        print(found.line(), file=sys.stderr, flush=True)  # what it fails on may also end this process before the end
+        return [found]
 
 
 def _shared_output(output_dir: Path, rank: int) -> Finding:

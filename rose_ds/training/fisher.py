@@ -31,11 +31,16 @@ def mean_squared_gradient(
     total, count = [torch.zeros(piece.numel, device=piece.param.device) for piece in engine.slices], 0
     left_out = 0
     for forward, loss in batches:
-        with engine.micro_batch():
-            batch = PassBatch(engine, forward, loss)
-            batch.moved_statistics = True  # nothing is trained
-            a = batch.run()
-            engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
+        try:
+            with engine.micro_batch():
+                batch = PassBatch(engine, forward, loss)
+                batch.moved_statistics = True  # nothing is trained
+                a = batch.run()
+                engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
+        except BaseException as error:
+            engine.abandon(error)
+            engine.forget_risk_grads()
+            raise
         grads = engine.take_risk_grads() or []
         if not engine.agree(all(bool(grad.isfinite().all()) for grad in grads)):
             left_out += 1

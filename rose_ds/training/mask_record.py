@@ -32,6 +32,7 @@ class MaskRecorder:
         risks: by order, [exponent, count] of the risks by power of two, zeros under null.
 
     A few small collectives in a recorded step, none in the others. A resumed run keeps the lines up to its checkpoint.
+    Where parameters are unfrozen a new file begins, and the one before is kept as masks-to-step-N.jsonl.
     A line that cannot be written (a full disk) is lost, and training goes on.
     """
 
@@ -74,6 +75,9 @@ class MaskRecorder:
         if not self.due(step):
             return
         if self.stepper.engine.layout is not self.layout:  # layers were unfrozen: other tensors are masked since
+            if self._writes:
+                with may_be_lost(self.path):
+                    self.path.replace(self.path.with_stem(f"{self.path.stem}-to-step-{step - 1}"))
             self._begin(keeps=False)
         orders = {name: bit for name, bit in _ORDERS.items() if bit in selection.thresholds}
         codes = [self._code(i, code) for i, code in enumerate(selection.codes)]

@@ -7,7 +7,7 @@ Written by slices, each with its place in the named tensor, so that any number o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,10 @@ class MethodState:
         Raises:
             RefusedConfiguration: the method keeps something and the folder does not have it.
         """
-        if not self.keeps_something or _files_in(folder):
+        files = _files_in(folder) if self.keeps_something else []
+        if files:
+            self._check_strategy(folder, torch.load(files[0], map_location="cpu", weights_only=True, mmap=True))
+        if files or not self.keeps_something:
             return
         if converted:
             raise RefusedConfiguration(
@@ -89,6 +92,11 @@ class MethodState:
                 "does not copy them: copy rose_state-*.pt from the checkpoint that was converted into this folder"
             )
         raise self._missing(folder)
+
+    def _check_strategy(self, folder: Path, part: Mapping[str, Any]) -> None:
+        strategy = self.engine.optimizer.config.strategy
+        if self.keeps_mask and part["strategy"] != strategy:
+            raise RefusedConfiguration(f"{folder} was trained with strategy={part['strategy']!r}, not {strategy!r}")
 
     @staticmethod
     def _missing(folder: Path) -> RefusedConfiguration:
@@ -107,7 +115,7 @@ class MethodState:
         Raises:
             RefusedConfiguration: see ``await_load``.
         """
-        if self._awaits_load:
+        if self._awaits_load and self.engine.optimizer.steps_taken() > 0:
             raise RefusedConfiguration(
                 "a checkpoint was loaded before rose_ds.prepare(engine), and without what this method keeps over a run "
                 "(a mask found once, an average of the weights or of risks): call rose_ds.prepare(engine) first and "
@@ -129,16 +137,14 @@ class MethodState:
         if not self.keeps_something:
             return
         self.forget()
-        self._awaits_load = False
         files = _files_in(folder)
         if not files:
             if self.engine.optimizer.steps_taken() == 0:
+                self._awaits_load = False
                 return  # saved before the method had anything to keep
             raise self._missing(folder)
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
-        strategy = self.engine.optimizer.config.strategy
-        if self.keeps_mask and parts[0]["strategy"] != strategy:
-            raise RefusedConfiguration(f"{folder} was trained with strategy={parts[0]['strategy']!r}, not {strategy!r}")
+        self._check_strategy(folder, parts[0])
         if self.keeps_mask and "mask" in parts[0]:
             codes = _collect(folder, [part["mask"] for part in parts], self.engine.slices, torch.uint8)
             thresholds = {bit: Threshold(**_as_threshold(t)) for bit, t in parts[0]["thresholds"].items()}
@@ -151,6 +157,16 @@ class MethodState:
             average = WeightAverage(self.engine)
             average.values = _collect(folder, [part["average"] for part in parts], average.slices, torch.float32)
             self.average = average
+        self._awaits_load = False
+
+    def take_over(self, other: MethodState) -> None:
+        """What an earlier stepper of the same optimizer and parameters has kept."""
+        self.selection = other.selection
+        if self.risk is not None and other.risk is not None:
+            self.risk.values = other.risk.values
+        if other.average is not None:
+            self.average = WeightAverage(self.engine)
+            self.average.values = other.average.values
 
 
 def _rank_and_world() -> tuple[int, int]:

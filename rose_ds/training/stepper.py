@@ -293,11 +293,7 @@ class Stepper:
         if self.policy is None or not self.policy.fisher:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
         with explaining_lost_ranks(lambda: "the Fisher pass"):
-            try:
-                fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
-            except BaseException as error:
-                self._abandon_step(error)
-                raise
+            fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
             self.masking.find_once(fisher)
 
     def save_state(self, folder: str | Path) -> None:

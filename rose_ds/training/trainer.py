@@ -26,6 +26,7 @@ from rose_ds.objectives import Objective
 from rose_ds.optimizer import RoseAdamW
 from rose_ds.training.callbacks import RoseProgressCallback, RoseTensorBoardCallback
 from rose_ds.training.mask_record import MaskRecorder
+from rose_ds.training.method_state import MethodState
 from rose_ds.training.micro_batch import MicroBatchTrainer
 from rose_ds.training.predictions import labels_in
 from rose_ds.training.resuming import with_trainers_arguments
@@ -73,6 +74,8 @@ class RoseTrainer(MicroBatchTrainer):
         refuse_together(self._settings_of_masks(), self.rose_objective)
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
+        self._kept: MethodState | None = None
+        """Of a stepper that is gone, for the next one of the same optimizer."""
         self._grad_norm: float | None = None
         self._disagreement: float | None = None
         self.record_masks: tuple[Path, int] | None = None
@@ -260,9 +263,11 @@ class RoseTrainer(MicroBatchTrainer):
         self.stepper = self._stepper_model = None
 
     def _update_auto_batch_size(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, also after a step that ran out of memory half-way."""
+        """Trainer's, also after a step that ran out of memory half-way: the model goes, and its optimizer stays."""
+        kept = None if self.stepper is None else self.stepper.state
         self._forget_stepper()
         super()._update_auto_batch_size(*args, **kwargs)
+        self._kept = kept
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Trainer's, for each trial of a search."""
@@ -279,6 +284,9 @@ class RoseTrainer(MicroBatchTrainer):
             self._check_agreement(self.stepper.config)
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
+            elif self._kept is not None and self._kept.engine.optimizer is optimizer:
+                self.stepper.state.take_over(self._kept)
+            self._kept = None
         return self.stepper
 
     # --- reports ---

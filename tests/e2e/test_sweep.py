@@ -47,10 +47,12 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        runs = children(sweep.pid)
-        for pid in (sweep.pid, *runs):
-            os.kill(pid, signal.SIGKILL)
-        sweep.wait()
+        runs = []
+        if sweep.poll() is None:
+            runs = children(sweep.pid)
+            for pid in (sweep.pid, *runs):
+                os.kill(pid, signal.SIGKILL)
+            sweep.wait()
     assert runs
     assert store.results() == {}
     status = run([*command, "--status"])

@@ -432,8 +432,7 @@ def test_a_scripts_trainer_minimises_what_it_is_told(tmp_path: Path) -> None:
     assert runner.run(runner.parse(told))
 
 
-@pytest.mark.parametrize("strategy", ["first", "none"])
-def test_passes_are_freed_where_a_loss_keeps_its_logits(strategy: Any, tmp_path: Path) -> None:
+def test_passes_are_freed_where_a_loss_keeps_its_logits(tmp_path: Path) -> None:
     """As binary cross-entropy does: hung on these, it would keep each pass's graph for ever."""
     logits: list[weakref.ref[Tensor]] = []
 
@@ -446,11 +445,22 @@ def test_passes_are_freed_where_a_loss_keeps_its_logits(strategy: Any, tmp_path:
 
     data = [{**row, "labels": torch.tensor([1.0, 0.0])} for row in rows()]
     model = bert(problem_type="multi_label_classification")
-    made = trainer(tmp_path, model, data, cls=Watched, more={"max_steps": 3}, rose=RoseConfig(strategy=strategy))
+    made = trainer(tmp_path, model, data, cls=Watched, more={"max_steps": 3}, rose=RoseConfig(strategy="first"))
     train(made)
     gc.collect()
-    assert len(logits) >= (6 if strategy == "first" else 0)
+    assert len(logits) >= 6
     assert not any(ref() is not None for ref in logits)
+
+
+def test_a_mask_found_once_stays_when_the_model_is_wrapped_again(tmp_path: Path) -> None:
+    """As for a smaller batch after one ran out of memory, and for a second train() that looks for one."""
+    more = {"auto_find_batch_size": True, "max_steps": 2}
+    made = trainer(tmp_path, more=more, rose=RoseConfig(strategy="gallop"))
+    made.train()
+    mask = made.stepper.state.selection
+    made.args.max_steps = 4
+    made.train()
+    assert mask is not None and made.stepper.state.selection is mask
 
 
 # --- checkpoints on the hub ---

@@ -283,9 +283,12 @@ def test_a_task_that_slurm_itself_stops_saves(tmp_path: Path) -> None:
     step = subprocess.Popen(command, start_new_session=True)
     try:
         until_started(tmp_path / "marker")
-    finally:
         os.killpg(step.pid, signal.SIGTERM)
         assert step.wait(timeout=20) == 0
+    finally:
+        if step.poll() is None:
+            os.killpg(step.pid, signal.SIGKILL)
+            step.wait()
     assert (tmp_path / "marker").read_text() == "saved"
 
 

@@ -45,15 +45,15 @@ class Checkpoints:
         self.engine, self.base = ds, optimizer
         self._accumulating, self._after_load = accumulating, after_load
         self.state: StateFiles | None = None
-        self._loaded_before = False
+        # weights alone, or a checkpoint of no step, bring nothing that a method could have kept: steps say which it was
+        self._loaded_before = self.engine.loaded_checkpoint_dp_world_size is not None
         self._save: Callable[..., Any] = self.engine.save_checkpoint
         self._load: Callable[..., Any] = self.engine.load_checkpoint
         earlier = getattr(self._load, "__self__", None)
         if isinstance(earlier, Checkpoints):  # prepare() was called before
             self._save, self._load = earlier._save, earlier._load
-        elif self.engine.loaded_checkpoint_dp_world_size is not None:
+        elif self._loaded_before:
             self._look_at_earlier_load()
-            self._loaded_before = True
         self.engine.save_checkpoint, self.engine.load_checkpoint = self.save, self.load
 
     def keep(self, state: StateFiles) -> None:
