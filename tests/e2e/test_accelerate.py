@@ -128,13 +128,21 @@ def test_accumulation_under_fsdp_needs_synchronisation(two_layers: str, snippets
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
-def test_the_accelerate_loop(engine: str, two_layers: str, reviews: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero2"])
+def test_the_accelerate_loop(engine: str, two_layers: str, reviews: Path, tmp_path: Path, extensions: Path) -> None:
     """docs/accelerate.md's example."""
     script = f"{SCRIPTS}/accelerate_loop.py"
     assert len((ROOT / script).read_text().splitlines()) < 60
-    head = PLAIN if engine == "plain" else accelerate("fsdp2.yaml", tmp_path)
-    done = run([*head, script, two_layers, str(reviews), "2"])
+    env: dict[str, str] = {}
+    if engine == "zero2":  # what accelerate launch would say of a DeepSpeed config
+        config = tmp_path / "zero2.json"
+        batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+        config.write_text(json.dumps({**batch, "zero_optimization": {"stage": 2}}))
+        env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+        head = [*deepspeed(), "--no_local_rank"]
+    else:
+        head = PLAIN if engine == "plain" else accelerate("fsdp2.yaml", tmp_path)
+    done = run([*head, script, two_layers, str(reviews), "2"], **env)
     assert done.returncode == 0
     assert "step 2 tau" in done.stdout
     assert f"engine {engine} parameters 41" in done.stdout

@@ -91,11 +91,14 @@ def test_a_method_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["--engine", "fsdp1"], "engine='fsdp1' cannot be measured"),
         (["--engine", "plain", "--ranks", "2"], "engine='plain' is one process"),
         (["--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
-        (["--batch_size", "1000000"], "batch_size=1000000: the training set has"),
     ],
 )
-def test_bad_input(told: list[str], message: str, snippets: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(told: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", *told])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_batch_of_more_rows_than_there_are(snippets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    test_bad_input(["--batch_size", "1000000"], "batch_size=1000000: the training set has", capsys)
