@@ -17,7 +17,7 @@ from spawn import run_ranks
 from tiny import Case, Gate, Tiny, make_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
 from torch_jobs import (
     BEFORE,
     EXTRAS,
@@ -142,6 +142,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         "no_sync": message_of(no_sync),
         "ignored": message_of(ignored),
         "offload": message_of(lambda: prepare(wrap(model(), cpu_offload=CPUOffload(offload_params=True)))),
+        "reduction": message_of(lambda: prepare(wrap(model(), mixed_precision=REDUCED_IN_FP16))),
         "stranger": message_of(stranger),
         "rng": message_of(without_rng),
         "inner": message_of(inner_only),
@@ -149,10 +150,12 @@ def refused(rank: int, world: int) -> dict[str, str]:
     }
 
 
+REDUCED_IN_FP16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float16)
 REFUSALS = {
     "no_sync": ("RefusedConfiguration", "no_sync()", "sync_each_batch"),
     "ignored": ("RefusedConfiguration", "head.weight", "freeze"),
     "offload": ("RefusedConfiguration", "CPUOffload(offload_params=True)", "CPUOffloadPolicy"),
+    "reduction": ("RefusedConfiguration", "reduce_dtype=torch.float16", "torch.bfloat16 or torch.float32"),
     "stranger": ("RefusedConfiguration", "1 tensors", "named_parameters()"),
     "rng": ("RefusedConfiguration", "'layer.0'", "preserve_rng_state=True"),
     "inner": ("TypeError", "layer.0", "FullyShardedDataParallel", "plain Tiny"),

@@ -17,7 +17,7 @@ from tiny import DROPOUT_SEED, HYPER, Case, Tiny, make_model, micro_batch, param
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch_jobs import (
     BEFORE,
@@ -138,7 +138,12 @@ def refused(rank: int, world: int) -> dict[str, str]:
         fully_shard(inner.layer[0])
         return prepare(inner)
 
+    def reduced_in_fp16() -> Any:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float16)
+        return prepare(fully_shard(model(), mp_policy=policy))
+
     return {
+        "reduction": message_of(reduced_in_fp16),
         "gradient_sync": while_training(lambda m: m.set_requires_gradient_sync(False)),
         "all_reduce": while_training(lambda m: m.set_requires_all_reduce(False)),
         "last_backward": while_training(lambda m: m.set_is_last_backward(False)),
@@ -156,6 +161,7 @@ REFUSALS = {
     "gradient_sync": ("RefusedConfiguration", "set_requires_gradient_sync(False)", "sync_each_batch"),
     "all_reduce": ("RefusedConfiguration", "set_requires_all_reduce(False)", "every micro-batch"),
     "last_backward": ("RefusedConfiguration", "set_is_last_backward(False)", "leave it at True"),
+    "reduction": ("RefusedConfiguration", "reduce_dtype=torch.float16", "torch.bfloat16 or torch.float32"),
     "reshard": ("RefusedConfiguration", "set_reshard_after_backward(False)", "leave it at True"),
     "ignored": ("RefusedConfiguration", "head.weight", "freeze"),
     "too_early": ("RefusedConfiguration", "17 tensors", "after sharding"),

@@ -30,6 +30,8 @@ CONFIGS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "accumulation": (2, {}, {"managed_gradient_accumulation": False}, r"managed_gradient_accumulation.*set it to true"),
     "autocast": (2, {}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, r'torch_autocast.*"bf16"'),
     "autocast-0": (0, {}, {"torch_autocast": {"enabled": True}}, r'"dtype" to "bfloat16"'),
+    "reduction-0": (0, {}, {"communication_data_type": "fp16"}, r'communication_data_type.*"bf16" or "fp32"'),
+    "reduction-2": (2, {}, {"communication_data_type": "fp16"}, r'communication_data_type.*"bf16" or "fp32"'),
     "norm": (2, {"compute_grad_norm": False}, {"gradient_clipping": 0.0}, r"compute_grad_norm.*set it to true"),
     "adamw-0": (0, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),
     "adamw-2": (2, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),

@@ -160,6 +160,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "deepcompile": ({"compile": {"deepcompile": True}}, "deepcompile", "set it to false"),
     "accumulation": ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", "set it to true"),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast", '"bf16"'),
+    "reduction": ({"communication_data_type": "fp16"}, "communication_data_type", "leave it out"),
     "norm": ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm", "set it to true"),
     "autotp": ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size", "use ZeRO-3"),
     "experts": ({"expert_parallel": {"enabled": True}}, "expert_parallel", "use a model without"),

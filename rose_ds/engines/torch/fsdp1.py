@@ -13,7 +13,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 
 from rose_ds.core.layout import Block
 from rose_ds.engines.base import unwrapped_name
-from rose_ds.engines.torch.sharded import Managed, ShardedEngine
+from rose_ds.engines.torch.sharded import Managed, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 
 
@@ -79,6 +79,7 @@ class Fsdp1Engine(ShardedEngine):
                     "FSDP1's CPUOffload(offload_params=True) keeps one gradient buffer for both backward passes: use "
                     "fully_shard with CPUOffloadPolicy, or DeepSpeed with offload_optimizer"
                 )
+            refuse_fp16_reduction(handle._reduce_dtype)
             flat = handle.flat_param
             groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
             for i, (name, owner, _) in enumerate(flat._param_infos):

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from rose_ds.core.layout import Block
 from rose_ds.engines.base import unwrapped_name
-from rose_ds.engines.torch.sharded import Managed, ProcessGroups, ShardedEngine
+from rose_ds.engines.torch.sharded import Managed, ProcessGroups, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import local
 
@@ -74,6 +74,8 @@ class Fsdp2Engine(ShardedEngine):
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()  # after an evaluation, parameters may be registered unsharded
+        for group in _param_groups(module):
+            refuse_fp16_reduction(group.mp_policy.reduce_dtype)
         managed = {p.sharded_param for group in _param_groups(module) for p in group.fsdp_params}
         return [
             Managed(unwrapped_name(name), param, param, 0, _block(param), _groups(name, param))

@@ -58,6 +58,10 @@ _REFUSED = {
         'torch_autocast in fp16, which it is without a "dtype" too, scales no losses: set its "dtype" to "bfloat16", '
         'or use an "fp16" or "bf16" section instead'
     ),
+    "half reduction": (
+        'communication_data_type "fp16" without an "fp16" section reduces gradients that no loss scale keeps from '
+        'becoming zero: set it to "bf16" or "fp32", or leave it out'
+    ),
     "half weights": (
         "the model's weights are in low precision and the config has no section for it, so nothing keeps fp32 masters "
         'and most small updates round to nothing: load the model in fp32, or add "bf16": {"enabled": true}'
@@ -131,6 +135,7 @@ def _findings(engine: Any) -> dict[str, bool]:
         and not (engine.zero_compute_grad_norm() or getattr(engine.optimizer, "check_grad_overflow", False)),
         "accumulation": not engine.managed_gradient_accumulation(),
         "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() != torch.bfloat16,
+        "half reduction": engine._config.communication_data_type == torch.float16 and not engine.fp16_enabled(),
         "half weights": isinstance(engine.optimizer, RoseAdamW)
         and any(p.dtype != torch.float32 for group in engine.optimizer.param_groups for p in group["params"]),
         "half masters": engine.zero_optimization() and any(p.dtype != torch.float32 for p in masters),
@@ -174,6 +179,8 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
         "accumulation": config.get("managed_gradient_accumulation") is False,
         "autocast": autocast.get("enabled") is True
         and autocast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"),
+        "half reduction": config.get("communication_data_type") == "fp16"
+        and _section(config, "fp16").get("enabled") not in (True, "auto"),
         "half masters": bf16.get("bf16_master_weights_and_grads") is True
         or _section(config, "fp16").get("fp16_master_weights_and_grads") is True,
     }
