@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from rose_ds.experiments.models import (
 from rose_ds.experiments.resumable import digest
 from rose_ds.experiments.settings import RunSettings
 from rose_ds.hardware import default_device
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 

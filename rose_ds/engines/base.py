@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rose_ds.core.layout import Layout
 from rose_ds.core.threshold import Exchange
 from rose_ds.eligible import eligible_names
-from rose_ds.engines.dropout import find_dropout
 from rose_ds.engines.passes import ForwardPass, Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_agree
-from rose_ds.kernels import kernels_for
 from rose_ds.optimizer import RoseAdamW, Slice, local
-
-logger = logging.getLogger(__name__)
 
 #: Attributes under which wrappers keep the module they wrap: FSDP1, checkpoint_wrapper, torch.compile.
 _WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -292,78 +285,3 @@ class Engine(ABC):
 def unwrapped_name(name: str) -> str:
     """A parameter's name in the model that was wrapped."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED_AS)
-
-
-def agreed_kernels(engine: Engine, *, masks: bool = True) -> Any | None:
-    """Compiled kernels for the engine's optimizer, which has ``masks`` or none, on all ranks or on none: they and torch
-    round parameters that are never masked otherwise, and replicas must not drift apart. A collective.
-
-    Raises:
-        ValueError/RuntimeError: ROSE_DS_KERNELS asks for what cannot be.
-    """
-    found, problem = None, None
-    try:
-        elements = engine.layout.element_count if masks else engine.trainable_count()
-        found = kernels_for(elements, _held(engine), masks=masks, devices=_devices(engine))
-    except Exception as error:  # whatever it is: the others wait for this rank's answer
-        problem = error
-    everywhere = engine.agree(found is not None)
-    if problem is not None:
-        raise problem
-    if found is not None and not everywhere:
-        logger.warning("another rank has no kernels (its log says why): the optimizer step runs without on all ranks")
-    return found if everywhere else None
-
-
-def agreed_accelerator(engine: Engine) -> torch.device | None:
-    """The accelerator that holds what this rank's optimizer updates, where every rank has one; else None. All must
-    agree, as ranks exchange other counts where thresholds are found on accelerators. A collective.
-    """
-    devices = _devices(engine)
-    found = devices.pop() if len(devices) == 1 else None
-    # what triton interprets counts, though it is on a CPU
-    there = found is not None and (found.type != "cpu" or hasattr(engine.optimizer.kernels, "risks_on_device"))
-    return found if engine.agree(there) else None
-
-
-def _devices(engine: Engine) -> set[torch.device]:
-    """Of what this rank's optimizer updates; of the module, on a rank that holds nothing."""
-    return {tensor.device for tensor in _held(engine) or map(local, engine.module.parameters())}
-
-
-def _held(engine: Engine) -> list[Tensor]:
-    """What the optimizer updates of this rank; ZeRO-3 shows it its partitions during a step alone."""
-    in_groups = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    return [local(p) for p in (*in_groups, *(piece.param for piece in engine.slices))]
-
-
-def refuse_checkpointing(module: nn.Module, *, twice: bool) -> None:
-    """Activation checkpointing under which gradients are wrong.
-
-    Args:
-        twice: a micro-batch has several passes and gradients.
-
-    Raises:
-        RefusedConfiguration: a part that draws dropout masks draws others when it is recomputed; or, of several
-            gradients, weights are hidden from one (reentrant).
-    """
-    for name, part in module.named_modules():
-        for attribute in ("checkpoint_fn", "_gradient_checkpointing_func"):  # torch's wrapper, Hugging Face's layers
-            function = getattr(part, attribute, None)
-            if not isinstance(function, partial):
-                continue
-            if function.keywords.get("preserve_rng_state") is False and (twice or find_dropout(part)):
-                raise RefusedConfiguration(
-                    f"{unwrapped_name(name)!r} is checkpointed with preserve_rng_state=False: its dropout masks in the "
-                    "backward pass are not those of the forward pass, so the gradients are wrong. Checkpoint with "
-                    "preserve_rng_state=True; under accelerate's FSDP2 turn fsdp_activation_checkpointing off and use "
-                    "gradient_checkpointing=True"
-                )
-            # torch's own is reentrant unless it is told not to be
-            unset = function.func is checkpoint
-            if twice and function.keywords.get("use_reentrant", unset) in (True, None):
-                raise RefusedConfiguration(
-                    f"{unwrapped_name(name)!r} is checkpointed with use_reentrant=True, which hides its weights from a "
-                    "second gradient of the same micro-batch: set use_reentrant=False (TrainingArguments: "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
-                )

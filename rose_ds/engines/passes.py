@@ -10,27 +10,21 @@ states, a regulariser inside the model) keeps its whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rose_ds.engines.rng import RngState, replay
-from rose_ds.engines.shift import EmbeddingShift
-from rose_ds.objectives.base import Comparing, RowComparing, Start
+from rose_ds.objectives.base import Start
 
 if TYPE_CHECKING:
-    from rose_ds.engines.average import WeightAverage
-    from rose_ds.engines.base import Engine
+    from rose_ds.engines.batch import PassBatch
 
 Forward = Callable[[], Tensor]
 Loss = Callable[[Tensor], Tensor]
-
-#: Micro-batches in a row whose two passes may be equal in low precision before it means "no dropout": with one row and
-#: bf16 logits, one in a thousand is equal by chance.
-_EQUAL_BY_CHANCE = 8
 
 
 class Sample(NamedTuple):
@@ -181,148 +175,3 @@ class Pull(NamedTuple):
         outputs, cotangents = self.roots()
         products = [(out.float() * c.float()).sum() for out, c in zip(outputs, cotangents, strict=True)]
         return torch.stack(products).sum()
-
-
-class PassBatch:
-    """One micro-batch on one engine, as an objective sees it (``rose_ds.objectives.base.MicroBatch``)."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        forward: Forward,
-        loss: Loss,
-        *,
-        shifter: EmbeddingShift | None = None,
-        average: WeightAverage | None = None,
-        compare: RowComparing | None = None,
-        ranks_risk: bool = False,
-        ranks_task: bool = False,
-        one_sided: bool = False,
-        sample: Sample | None = None,
-    ) -> None:
-        self.engine, self.forward, self.loss_of = engine, forward, loss
-        self.shifter, self.average = shifter, average
-        self.compare = compare
-        self.one_sided, self.sample = one_sided, sample
-        self.ranks_risk, self.ranks_task = ranks_risk, ranks_task
-        self.divergence: Tensor | None = None
-        """The last value whose gradient was to be ranked, detached."""
-        self.disagreed: Tensor | None = None
-        """Of the two passes that were compared: the fraction of rows with two answers."""
-        self.moved_statistics = False
-        """A pass has been run that counts in BatchNorm's running statistics: one of a micro-batch does."""
-        self.trained = False
-        """backward() was called for the last time."""
-
-    def run(self, shift: Tensor | Start | None = None, like: Any = None) -> ForwardPass:
-        if shift is not None and self.shifter is None:
-            raise TypeError("an objective that shifts embeddings must say so: shifts = True")
-        return ForwardPass(self, shift, like)
-
-    def loss(self, p: ForwardPass) -> Tensor:
-        return p.ask_for_loss()
-
-    def probe(self, shift: Tensor | Start, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        scale = self.engine.loss_scale  # a gradient of fp16 activations underflows without it
-        with self.engine.probing():
-            p = self.run(shift)
-            assert p.outputs is not None and p.shift is not None
-            p.rearm()
-            (gradient,) = torch.autograd.grad(value(p.outputs[0].float()) * scale, p.shift)
-        return p.shift.detach(), gradient / scale
-
-    def backward(self, value: Tensor, *passes: Any, more: bool = False) -> None:
-        self.trained = not more
-        self.engine.pull(self.pulls_of(value, passes), more=more)
-        for p in passes:
-            p.outputs = None
-
-    @property
-    def wants_risk(self) -> bool:
-        return self.ranks_risk
-
-    def risk(self, value: Tensor, *passes: Any, share: float = 0.0) -> None:
-        if self.compare is not None and len(passes) == 2:
-            self.disagreed = self.compare.disagreement(*(p.logits for p in passes))
-        if not self.ranks_risk and not (share and self.ranks_task):
-            return
-        self._require_dropout(passes[0].logits, passes[1])
-        self._rank(value, passes, share)
-
-    def one_sided_risk(self, a: Any = None) -> None:
-        assert self.compare is not None
-        compare: Comparing = self.compare if self.sample is None else self.compare.of_rows(self.sample.rows)
-        if a is None:
-            with torch.no_grad():
-                known = ForwardPass(self, None, None, sampled=True).logits.detach()
-        else:
-            known = a.logits.detach()
-            known = known if self.sample is None else known[self.sample.rows.to(known.device)]
-        self.engine.forget_graph()
-        b = ForwardPass(self, None, None, sampled=True)
-        if b.logits.shape != known.shape:
-            raise ValueError(
-                f"the sample's forward() returned logits of shape {tuple(b.logits.shape)}, and its rows of the "
-                f"micro-batch have {tuple(known.shape)}: it must run the model on just these rows"
-            )
-        self.disagreed = compare.disagreement(known, b.logits)
-        self._require_dropout(known, b)
-        self._rank(compare.symmetric_kl(known, b.logits), [b], 0.0)
-
-    def _rank(self, value: Tensor, passes: Sequence[ForwardPass], share: float) -> None:
-        self.divergence = value.detach()
-        self.engine.share = share
-        self.engine.pull_apart(self.pulls_of(value, passes))
-        if not self.engine.retains_graphs:
-            for p in passes:
-                p.outputs = None
-
-    def symmetric_kl(
-        self, logits_a: Tensor, logits_b: Tensor, *, reduction: str = "mean", fixed_targets: bool = False
-    ) -> Tensor:
-        assert self.compare is not None, "of a pass that only finds gradients of the loss"
-        return self.compare.symmetric_kl(logits_a, logits_b, reduction=reduction, fixed_targets=fixed_targets)
-
-    def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
-        assert self.compare is not None
-        return self.compare.summed_kl(logits, target)
-
-    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
-        assert self.compare is not None
-        return self.compare.disagreement(logits_a, logits_b)
-
-    def agree(self, ok: bool) -> bool:
-        return self.engine.agree(ok)
-
-    def average_logits(self) -> Tensor:
-        assert self.average is not None, "an objective that asks for it has an average_decay()"
-        torch.clear_autocast_cache()  # of the weights that are about to change, and then of these
-        with torch.no_grad(), self.average.shown(), still_statistics(self.engine.module):
-            logits = self.forward().detach().float()
-        torch.clear_autocast_cache()
-        return logits
-
-    def pulls_of(self, value: Tensor, passes: Sequence[ForwardPass]) -> list[Pull]:
-        """The gradient of ``value``, a micro-batch's share of the step, at the passes' outputs."""
-        leaves = [leaf for p in passes for leaf in p.leaves]
-        value = value / self.engine.accumulation_steps
-        found = iter(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
-        return [Pull(p, tuple(next(found) for _ in p.leaves)) for p in passes]
-
-    def _require_dropout(self, logits: Tensor, b: ForwardPass) -> None:
-        if not torch.equal(logits, b.logits):
-            self.engine.equal_passes = 0
-            return
-        self.engine.equal_passes += 1
-        exact = b.outputs is not None and not _is_rounded(b.outputs[0])
-        if exact or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
-            raise RuntimeError(
-                "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
-                'dropout > 0, or choose strategy="second" (LoRA with no other dropout than its own starts so, as its '
-                "second matrix is 0: mask_warmup_steps=1 masks from the second step on)"
-            )
-
-
-def _is_rounded(values: Tensor) -> bool:
-    """Whether a pass in low precision may have made them; accelerate gives out fp32."""
-    return any(torch.equal(values, values.to(low).to(values.dtype)) for low in (torch.bfloat16, torch.float16))

@@ -224,9 +224,7 @@ def check_names(where: str, values: Settings, known: Collection[str]) -> None:
 def _check_values(method: str, task: str, settings: Settings) -> None:
     """The values that need no model and no data to be found wrong, before the first run starts."""
     names = {f.name for f in fields(MethodSettings)}
-    chosen = MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
-    chosen.rose(0)
-    chosen.objective()
+    MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
     names = {f.name for f in fields(RunSettings)}
     RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
 

@@ -208,7 +208,7 @@ class Store:
         shutil.copyfile(run / PREDICTIONS, f"{target}.new")
         Path(f"{target}.new").replace(target)
         self._add(cell.key, json.dumps(line, separators=(",", ":")))
-        (self.folder(cell) / "failed.json").unlink(missing_ok=True)
+        self.forgive(cell)
         self._delete_checkpoints(cell)
         if not keep_models:
             for weights in run.glob("*.safetensors"):

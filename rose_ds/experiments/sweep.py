@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import statistics
@@ -22,8 +21,6 @@ from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import RESULTS, Claim, Status, Store
-
-logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _WAIT_SECONDS = 2.0

@@ -75,11 +75,11 @@ def extension() -> Any | None:
     ) as error:  # no compiler, no ninja, no headers, no home, a full disk, another C library
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])  # the compiler's, not the command
-        report(logger, f"no kernels in {where} ({reason}): the optimizer step runs without")
+        report(f"no kernels in {where} ({reason}): the optimizer step runs without")
         return None
 
 
-def report(logger: logging.Logger, message: str) -> None:
+def report(message: str) -> None:
     """Why this rank has no kernels; ranks but the first log errors alone."""
     logger.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR, message)
 

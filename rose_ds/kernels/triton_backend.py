@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,6 @@ from torch import Tensor
 from rose_ds.kernels.build import report
 from rose_ds.kernels.tensors import readable
 
-logger = logging.getLogger(__name__)
-
 _PROGRAMS = 4096  # wanted in a launch: some for each multiprocessor
 _PIECE = 1 << 20  # elements of a row of a table, at most
 _COPIES = 64  # of a histogram
@@ -31,7 +28,7 @@ def load(device: torch.device) -> TritonKernels | None:
     try:
         from rose_ds.kernels import triton_programs
     except Exception as error:  # whatever another version of it raises
-        report(logger, f"triton cannot be imported ({error}): the optimizer step runs with torch's operations")
+        report(f"triton cannot be imported ({error}): the optimizer step runs with torch's operations")
         return None
     kernels = TritonKernels(device, triton_programs)
     try:
@@ -40,7 +37,7 @@ def load(device: torch.device) -> TritonKernels | None:
         # no C compiler for triton's launcher, a cache that cannot be written, no libcuda, a device that it does not
         # know: of each its own kind, AssertionError and KeyError among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        report(logger, f"triton's kernels do not run on {device} ({reason}): the optimizer step runs without")
+        report(f"triton's kernels do not run on {device} ({reason}): the optimizer step runs without")
         return None
     return kernels
 

@@ -1,7 +1,7 @@
 """What is minimised: one short file a method, each a program over the forward passes of a micro-batch.
 
-An objective is a frozen dataclass of its constants, called with a ``MicroBatch`` (``rose_ds.engines.passes``); it knows
-no engine, no rank and no mask.
+An objective is a frozen dataclass of its constants, called with a ``MicroBatch`` (``rose_ds.objectives.base``); it
+knows no engine, no rank and no mask.
 """
 
 from __future__ import annotations

@@ -16,18 +16,6 @@ from torch import Generator, Tensor
 Start = Callable[[Tensor, tuple[int, ...], Generator], Tensor]
 
 
-class Pass(Protocol):
-    """A forward pass of the micro-batch, cut at its outputs."""
-
-    @property
-    def logits(self) -> Tensor:
-        """fp32 leaf, (batch, ..., classes)."""
-
-    @property
-    def shift(self) -> Tensor | None:
-        """What was added to the input embeddings: fp32 leaf, (batch, length, dim); its ``grad`` after a backward."""
-
-
 class Comparing(Protocol):
     """How two predictions of a micro-batch are compared."""
 
@@ -41,14 +29,14 @@ class Comparing(Protocol):
     def summed_kl(self, logits: Tensor, target: Tensor) -> Tensor:
         """``KL(prediction || target)``, summed over the batch."""
 
-    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
-        """Fraction of the batch for which two predictions give two answers (Table 4)."""
-
 
 class RowComparing(Comparing, Protocol):
     """The same, of all rows or of some."""
 
-    def of_rows(self, rows: Tensor) -> Comparing:
+    def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+        """Fraction of the batch for which two predictions give two answers (Table 4)."""
+
+    def of_rows(self, rows: Tensor) -> RowComparing:
         """The comparison of these rows of the batch alone: their positions, int64."""
 
 
@@ -56,7 +44,11 @@ class MicroBatch(Comparing, Protocol):
     """This rank's micro-batch, and all that an objective knows of the model."""
 
     def run(self, shift: Tensor | Start | None = None, like: Any = None) -> Any:
-        """One forward pass; ``like``: with the random numbers (dropout masks) of that pass."""
+        """One forward pass, cut at its outputs; ``like``: with the random numbers (dropout masks) of that pass.
+
+        It has ``logits``, an fp32 leaf, (batch, ..., classes), and ``shift``, what was added to the input embeddings:
+        None, or an fp32 leaf, (batch, length, dim), whose ``grad`` is there after a backward.
+        """
 
     def loss(self, p: Any) -> Tensor:
         """The task loss of a pass, fp32 scalar. To be asked for before another pass is run."""

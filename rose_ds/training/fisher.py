@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rose_ds.core.risk import squared_norms
 from rose_ds.engines.base import Engine
-from rose_ds.engines.passes import Forward, Loss, PassBatch
+from rose_ds.engines.batch import PassBatch
+from rose_ds.engines.passes import Forward, Loss
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ def mean_squared_gradient(
                 engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
         except BaseException as error:
             engine.abandon(error)
-            engine.forget_risk_grads()
             raise
         grads = engine.take_risk_grads() or []
         if not engine.agree(all(bool(grad.isfinite().all()) for grad in grads)):

@@ -12,7 +12,8 @@ from torch import Tensor
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, BitMask
 from rose_ds.core.select import Selection, kept_by_tensor, select
-from rose_ds.engines.base import Engine, agreed_accelerator, agreed_kernels
+from rose_ds.engines.agreed import agreed_accelerator, agreed_kernels
+from rose_ds.engines.base import Engine
 from rose_ds.masks import MaskPolicy
 from rose_ds.optimizer import Plan
 from rose_ds.training.halves import Halves

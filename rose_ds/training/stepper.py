@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rose_ds.engines.average import WeightAverage
-from rose_ds.engines.base import Engine, refuse_checkpointing
-from rose_ds.engines.passes import Forward, Loss, PassBatch, Sample
+from rose_ds.engines.base import Engine
+from rose_ds.engines.batch import PassBatch
+from rose_ds.engines.checkpointing import refuse_checkpointing
+from rose_ds.engines.passes import Forward, Loss, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.engines.torch.plain import clip_factor
@@ -150,8 +152,8 @@ class Stepper:
         A model whose config.problem_type is multi_label_classification is compared label by label.
 
         Returns:
-            The value that was minimised (the task loss; for other objectives all of it) and, where one was ranked or
-            trained on, the divergence between two passes.
+            The value that was minimised (the task loss; for other objectives all of it) and, where two passes were
+            compared, their divergence and how often they disagreed; see MicroBatchValues.
 
         Raises:
             RuntimeError: ``step()`` was not called after the last ``backward()``, or two passes gave identical logits
@@ -343,10 +345,8 @@ class Stepper:
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:
             self.state.average.update(decay)
-        found, self.masking.selection = (
-            self.masking.selection,
-            None,
-        )  # or its masks would be there during the next backward pass
+        # or its masks would be there during the next backward pass
+        found, self.masking.selection = self.masking.selection, None
         report = self.last_report = report_of(
             self.optimizer.steps_taken(), self.engine.layout, self.config.granularity, found, grad_norm, skipped=skipped
         )

@@ -26,8 +26,8 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from rose_ds import RefusedConfiguration, RoseAdamW, RoseConfig, prepare
 from rose_ds import run as runner
 from rose_ds.cli.arguments import RunArguments
-from rose_ds.engines.base import refuse_checkpointing
-from rose_ds.engines.passes import PassBatch
+from rose_ds.engines.batch import PassBatch
+from rose_ds.engines.checkpointing import refuse_checkpointing
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.objectives import FreeLB, RDrop, Smart
 from rose_ds.training.predictions import labels_in, positions_of

@@ -47,7 +47,7 @@ from rose_ds.core.risk import squared_norms
 from rose_ds.core.select import Selection, select
 from rose_ds.core.threshold import local_only
 from rose_ds.core.update import UpdateBatch, masked_adamw_
-from rose_ds.engines.base import agreed_kernels
+from rose_ds.engines.agreed import agreed_kernels
 from rose_ds.kernels import build
 from rose_ds.masks import policy_of
 
@@ -566,11 +566,11 @@ def test_kernels_are_agreed_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
             optimizer=SimpleNamespace(param_groups=[{"params": list(model.parameters())}]),
             agree=partial(agree, others=others),
         )  # fmt: skip
-        monkeypatch.setattr("rose_ds.engines.base.kernels_for", lambda *_, **__: "kernels")
+        monkeypatch.setattr("rose_ds.engines.agreed.kernels_for", lambda *_, **__: "kernels")
         with caplog.at_level(logging.WARNING, logger="rose_ds"):
             assert agreed_kernels(engine) == ("kernels" if others else None)  # type: ignore[arg-type]
         assert ("another rank has no kernels" in caplog.text) is not others
-    monkeypatch.setattr("rose_ds.engines.base.kernels_for", lambda *_, **__: Path("no such file").read_text())
+    monkeypatch.setattr("rose_ds.engines.agreed.kernels_for", lambda *_, **__: Path("no such file").read_text())
     with pytest.raises(FileNotFoundError):
         agreed_kernels(engine)  # type: ignore[arg-type]
     assert votes == [True, True, False]

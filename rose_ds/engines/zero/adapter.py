@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rose_ds.engines.base import Decision, unwrapped_name
@@ -46,10 +45,6 @@ class Adapter(ABC):
     def attach(self, found: Sequence[tuple[Slice, nn.Parameter]]) -> None:
         """Say which slices are eligible."""
         self.slices, self.params = [piece for piece, _ in found], [param for _, param in found]
-
-    @abstractmethod
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share out each tensor; None where every rank holds all of it."""
 
     def risk_sums(self) -> list[Tensor]:
         """Zeros to add the gradient kept apart to, fp32, one 1-D tensor a slice, where the optimizer's state lies."""

@@ -192,7 +192,7 @@ class ZeroEngine(Engine):
 
     def find_slices(self, names: Sequence[str]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
         slices = [piece for piece, _ in self.adapter.find_slices(names)]
-        exchange = local_only if isinstance(self.adapter, ReplicatedAdapter) else group_exchange(self.adapter.group())
+        exchange = local_only if self.replicated else group_exchange(self.ds.optimizer.dp_process_group)
         return slices, [exchange] * len(slices), [exchange]
 
     def shape(self, param: nn.Parameter) -> torch.Size:

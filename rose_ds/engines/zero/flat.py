@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -28,10 +27,6 @@ class FlatAdapter(Adapter):
         super().after_load()
         self.ds_optimizer._hp_optimizer_states_linked = False
         self.ds_optimizer._lazy_init_hp_params_optimizer_state()
-
-    def group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = self.ds_optimizer.dp_process_group
-        return group
 
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
         mapping = getattr(param, "_hp_mapping", None)

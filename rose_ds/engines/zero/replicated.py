@@ -22,9 +22,6 @@ class ReplicatedAdapter(Adapter):
         super().__init__(ds, rose_optimizer)
         self._held = {param for group in rose_optimizer.param_groups for param in group["params"]}
 
-    def group(self) -> None:
-        return None
-
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
         master, n = self._master(param), param.numel()
         return Slice(name, tensor_index, master, 0, n, Block.flat(n, 0, n)) if master in self._held else None

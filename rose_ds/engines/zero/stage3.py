@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -43,10 +42,6 @@ class Stage3Adapter(ScaledAdapter):
     def _remember_norm_groups(self) -> list[Any]:
         self._norm_groups = self._get_norm_groups()
         return self._norm_groups
-
-    def group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = self.ds_optimizer.dp_process_group
-        return group
 
     def _slice_of(self, name: str, tensor_index: int, param: nn.Parameter) -> Slice | None:
         z = self.ds_optimizer
