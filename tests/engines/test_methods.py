@@ -53,8 +53,11 @@ def case_of(objective: str, mask: str, accumulation: int = 2, **more: Any) -> Ca
 
 def key_of(case: Case) -> tuple[str, str]:
     objective = next(name for name, value in OBJECTIVES.items() if value == case.objective)
-    mask = next(n for n, m in MASKS.items() if all(getattr(case, k) == m.get(k, getattr(Case(), k)) for k in MASKED))
-    return objective, mask
+    alike = [
+        [n for n, m in MASKS.items() if all(getattr(case, k) == m.get(k, getattr(Case(), k)) for k in names)]
+        for names in (MASKED, MASKED[:2])
+    ]
+    return objective, alike[0][0] if alike[0] else f"{alike[1][0]}-inverted"
 
 
 MASKED = ("strategy", "granularity", "keep_largest")
