@@ -52,7 +52,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert tests["test_masks_are_the_cpus[triton-normal-torch.float32]"]["why"].endswith("TRITON_INTERPRET=1")
     assert tests["test_bf16_at_batch_1"]["steps"] == 30
     assert tests["test_parity[torch-fsdp2-2]"]["verdict"] == "passed"
-    assert len(tests["test_parity[torch-fsdp2-2]"]) == 2 + 4, "a figure for each case"
+    assert len(tests["test_parity[torch-fsdp2-2]"]) == 2 + 6, "a figure for each case"
     assert tests["test_time"]["milliseconds of a step()"].keys() == {
-        f"torch, {strategy}" for strategy in ("none", "first", "second", "ensemble")
+        f"torch, {strategy}" for strategy in ("none", "first", "second", "ensemble", "cautious")
     }
