@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from rose_ds import RefusedConfiguration
 from rose_ds.doctor.environment import check_device
 from rose_ds.engines import registry
 from rose_ds.exchange import communication_device
+from rose_ds.experiments import provenance
 from rose_ds.hardware import default_device, has_bf16, slow_bf16
 from rose_ds.training.trainer import RoseTrainer
 
@@ -108,3 +111,18 @@ def test_a_model_on_another_device_than_the_processs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     with pytest.raises(RefusedConfiguration, match=r"set_device_index\(1\) first"):
         registry._refuse_another_device(model)
+
+
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (  # in a process of its own: a worker's peak may be gigabytes, over which there would have to be another
+        "import torch; from rose_ds.experiments.provenance import peak_memory_bytes as peak; "
+        "cpu = torch.device('cpu'); before = peak(cpu); held = torch.ones(before // 4 + 2**22); "
+        "print(before, peak(cpu))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    before, after = map(int, done.stdout.split())
+    assert before > 50 * 2**20  # torch alone is more; in KiB it would be less
+    assert after > before
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    assert provenance.peak_memory_bytes(torch.device("cuda", 0)) == 123
+    assert provenance.peak_memory_bytes(torch.device("meta")) is None
