@@ -48,9 +48,7 @@ def masked_adamw_(
     torch._foreach_copy_(exp_avgs, _where(frozen, exp_avgs, list(moved)))
     denominator = _denominator(used, exp_avg_sqs, step, beta2, eps)
     # Lines 11 to 13: theta -= lr * (m_hat / (sqrt(v_hat) + eps) + wd * theta) * M
-    change = list(torch._foreach_mul(masks, -(lr / (1 - beta1**step))))
-    change = [c * m for c, m in zip(change, exp_avgs, strict=True)]
-    torch._foreach_div_(change, denominator)
+    change = _masked_step(masks, exp_avgs, denominator, lr / (1 - beta1**step))
     if weight_decay:
         # 1 - M * lr * wd, rounded so that it is torch's 1 - lr * wd where M is 1
         less = [_as_stored(1 - lr * weight_decay, p) - 1 for p in params]
@@ -111,12 +109,17 @@ def adamw_masked_update_(
     """AdamW whose moments and weight decay know no mask; the step itself is multiplied with it. In place."""
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     denominator = _denominator(grads, exp_avg_sqs, step, beta2, eps)
-    change = list(torch._foreach_mul(masks, -(lr / (1 - beta1**step))))
-    change = [c * m for c, m in zip(change, exp_avgs, strict=True)]
-    torch._foreach_div_(change, denominator)
+    change = _masked_step(masks, exp_avgs, denominator, lr / (1 - beta1**step))
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_add_(params, change)
+
+
+def _masked_step(masks: list[Tensor], exp_avgs: list[Tensor], denominator: list[Tensor], size: float) -> list[Tensor]:
+    """-M * size * m / (sqrt(v_hat) + eps), by the order of operations that the kernels have too."""
+    change = [c * m for c, m in zip(torch._foreach_mul(masks, -size), exp_avgs, strict=True)]
+    torch._foreach_div_(change, denominator)
+    return change
 
 
 def _denominator(grads: list[Tensor], exp_avg_sqs: list[Tensor], step: int, beta2: float, eps: float) -> list[Tensor]:

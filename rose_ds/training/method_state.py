@@ -81,17 +81,18 @@ class MethodState:
         Raises:
             RefusedConfiguration: the method keeps something and the folder does not have it.
         """
-        files = _files_in(folder) if self.keeps_something else []
+        if not self.keeps_something:
+            return
+        files = _files_in(folder)
         if files:
             self._check_strategy(folder, torch.load(files[0], map_location="cpu", weights_only=True, mmap=True))
-        if files or not self.keeps_something:
-            return
-        if converted:
+        elif converted:
             raise RefusedConfiguration(
                 f"{folder} has no rose_state files, which hold what this method keeps over a run, and ds_to_universal "
                 "does not copy them: copy rose_state-*.pt from the checkpoint that was converted into this folder"
             )
-        raise self._missing(folder)
+        else:
+            raise self._missing(folder)
 
     def _check_strategy(self, folder: Path, part: Mapping[str, Any]) -> None:
         strategy = self.engine.optimizer.config.strategy
