@@ -109,13 +109,6 @@ class Masking:
                 "or load_state() of the run that is resumed (RoseTrainer and rose-ds train do)"
             )
         selection = self.state.selection
-        taken = self.optimizer.steps_taken()
-        if selection is None and policy.refresh == "once" and taken > 0:
-            raise RuntimeError(
-                f"strategy={self.config.strategy!r} finds its mask in the first step, and {taken} were taken: call "
-                "load_state() with the checkpoint's folder once weights and optimizer are loaded "
-                "(engine.load_checkpoint() after rose_ds.prepare(engine) does)"
-            )
         if selection is None:
             inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
             recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))

@@ -22,6 +22,7 @@ from rose_ds.core.threshold import Threshold
 from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.exchange import several_hosts
 from rose_ds.optimizer import Slice
 from rose_ds.training.risk_average import RiskAverage
 
@@ -42,12 +43,26 @@ class MethodState:
         self.selection: Selection | None = None
         """The mask of a policy that refreshes once."""
         self.average: WeightAverage | None = None
-        self._awaits_load = False
+        self._begun = not self.keeps_something
+        """Whether the run was seen to begin here, or what it keeps was loaded."""
 
     @property
     def keeps_something(self) -> bool:
         """Whether a checkpoint must hold anything."""
         return self.keeps_mask or self.keeps_average or self.risk is not None
+
+    def refuse_own_folders(self, setting: str) -> None:
+        """Under a setting that has each host keep to itself what its ranks write.
+
+        Raises:
+            RefusedConfiguration: there are several hosts, and the method keeps what each rank must read of all.
+        """
+        if self.keeps_something and several_hosts():
+            raise RefusedConfiguration(
+                f"{setting} leaves each host the files of its own ranks, and no run could go on from them: what this "
+                "method keeps (a mask found once, an average of the weights or of risks) is read by every rank from "
+                "all ranks' files; switch it off and save to a folder that all hosts share"
+            )
 
     def save(self, folder: Path) -> None:
         """Write this rank's file; none where there is nothing to keep, or another rank holds the same."""
@@ -106,22 +121,23 @@ class MethodState:
             "found once, an average of the weights or of risks); resume with the method it was trained with"
         )
 
-    def await_load(self) -> None:
-        """Weights and moments were loaded, and nothing of this: ``check`` refuses to go on before ``load``."""
-        self._awaits_load = self.keeps_something
-
     def check(self) -> None:
         """Before a step.
 
         Raises:
-            RefusedConfiguration: see ``await_load``.
+            RefusedConfiguration: the optimizer has taken steps that this has not seen, and nothing was loaded.
         """
-        if self._awaits_load and self.engine.optimizer.steps_taken() > 0:
+        if self._begun:
+            return
+        taken = self.engine.optimizer.steps_taken()
+        if taken > 0 and self.selection is None:
             raise RefusedConfiguration(
-                "a checkpoint was loaded before rose_ds.prepare(engine), and without what this method keeps over a run "
-                "(a mask found once, an average of the weights or of risks): call rose_ds.prepare(engine) first and "
-                "then engine.load_checkpoint(), or stepper.load_state() with the checkpoint's folder"
+                f"{taken} optimizer steps were taken, and what this method keeps over a run (a mask found once, an "
+                "average of the weights or of risks) was not loaded: call stepper.load_state() with the checkpoint's "
+                "folder once weights and optimizer are loaded (rose_ds.prepare(engine) and then "
+                "engine.load_checkpoint() do), or begin with a new optimizer"
             )
+        self._begun = True
 
     def forget(self) -> None:
         """What a run that begins anew, or goes on from another place, must not have."""
@@ -141,7 +157,6 @@ class MethodState:
         files = _files_in(folder)
         if not files:
             if self.engine.optimizer.steps_taken() == 0:
-                self._awaits_load = False
                 return  # saved before the method had anything to keep
             raise self._missing(folder)
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
@@ -158,7 +173,7 @@ class MethodState:
             average = WeightAverage(self.engine)
             average.values = _collect(folder, [part["average"] for part in parts], average.slices, torch.float32)
             self.average = average
-        self._awaits_load = False
+        self._begun = True
 
     def take_over(self, other: MethodState) -> None:
         """What an earlier stepper of the same optimizer and parameters has kept."""
@@ -168,6 +183,7 @@ class MethodState:
         if other.average is not None:
             self.average = WeightAverage(self.engine)
             self.average.values = other.average.values
+        self._begun = True
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -277,15 +277,18 @@ class RoseTrainer(MicroBatchTrainer):
     def _stepper_for(self, model: nn.Module) -> Stepper:
         if self.stepper is None or self._stepper_model is not model:
             optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
+            kept = self._kept if self.stepper is None else self.stepper.state  # a second train() wraps the model anew
             self.stepper = prepare(model, optimizer, objective=self.rose_objective)
             self._stepper_model = model
             if self.is_deepspeed_enabled:
                 limit_waiting(self.args.ddp_timeout_delta)
             self._check_agreement(self.stepper.config)
+            if self.args.save_on_each_node:
+                self.stepper.state.refuse_own_folders("save_on_each_node=True")
             if optimizer is not None and self.resumed_folder is not None:  # DeepSpeed's engine loads it by itself
                 self.stepper.load_state(self.resumed_folder)
-            elif self._kept is not None and self._kept.engine.optimizer is optimizer:
-                self.stepper.state.take_over(self._kept)
+            elif kept is not None and kept.engine.optimizer is optimizer:
+                self.stepper.state.take_over(kept)
             self._kept = None
         return self.stepper
 

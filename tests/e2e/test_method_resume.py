@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from habits import trainer
 from spawn import run_ranks
 from torch import Tensor
+from torch_jobs import message_of
 
 from rose_ds import RoseConfig
 
@@ -52,6 +54,17 @@ def on_ranks(rank: int, world: int, folder: str, engine: str) -> dict[str, bool]
         again = once(at / "again", engine, method, at / "whole" / "checkpoint-2")
         same[method] = all(torch.equal(p, again[name]) for name, p in whole.items())
     return same
+
+
+def apart(rank: int, world: int, folder: str) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    more = {"max_steps": 1, "save_on_each_node": True, **ENGINES["ddp"]}
+    return message_of(trainer(Path(folder), more=more, **METHODS["child-tuning"]).train)
+
+
+def test_hosts_that_keep_their_checkpoints_to_themselves(tmp_path: Path) -> None:
+    for message in run_ranks(apart, 2, str(tmp_path), process_group=False):
+        assert "save_on_each_node=True leaves each host the files of its own ranks" in message
 
 
 @pytest.mark.parametrize("engine", ENGINES)

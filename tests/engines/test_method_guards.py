@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,23 @@ from tiny import Case, make_model, micro_batch, rows
 from torch import Tensor
 from torch_jobs import message_of
 
-from rose_ds import RoseAdamW, prepare
+from rose_ds import RefusedConfiguration, RoseAdamW, prepare
 from rose_ds.objectives import FreeLB, RDrop, Smart
 from rose_ds.training.mask_record import FILE, MaskRecorder, read_masks
 
+KEEPING = {
+    "gallop": Case("gallop"),
+    "child-tuning": Case("child-tuning"),
+    "risk-average": Case("ensemble", risk_ema=0.7),
+    "smart-average": Case(objective=Smart(init_std=1e-2, radius=0.2, proximal=1.5)),
+}
+
 
 @pytest.mark.fast
-def test_a_mask_found_once_is_not_found_anew(tmp_path: Path) -> None:
-    """By a run that went on without it, from half-trained weights."""
-    case = Case("gallop", steps=2)
+@pytest.mark.parametrize("name", ["gallop", "child-tuning", "risk-average", "smart-average"])
+def test_what_a_method_keeps_does_not_begin_anew(name: str, tmp_path: Path) -> None:
+    """In a run that goes on without it: a mask would be found in half-trained weights, an average be of few steps."""
+    case = replace(KEEPING[name], steps=2)
     model, stepper = build(case)
     train(stepper, model, case)
     stepper.save_state(tmp_path)
@@ -34,10 +43,10 @@ def test_a_mask_found_once_is_not_found_anew(tmp_path: Path) -> None:
     model, stepper = build(case)
     model.load_state_dict(weights)
     stepper.optimizer.load_state_dict(moments)
-    with pytest.raises(RuntimeError, match=r"2 were taken: call load_state\(\)"):
+    with pytest.raises(RefusedConfiguration, match=r"2 optimizer steps .*: call stepper\.load_state\(\)"):
         one_step(model, stepper, 3)
     stepper.load_state(tmp_path)
-    assert one_step(model, stepper, 3).kept_first == int(0.6 * 1016)
+    assert one_step(model, stepper, 3).step == 3
 
 
 @pytest.mark.fast
@@ -172,16 +181,22 @@ def loaded_at_odd_times(rank: int, world: int, folder: str) -> dict[str, Any]:
     engine.load_checkpoint(f"{folder}/keeping", tag=0)
     found["the same"] = train(stepper, engine, once, rank, world, first_step=3).reports == late
     engine.destroy()
+    engine = alone(keeping, world, checkpoint={"use_node_local_storage": True})
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    found["own folders"] = message_of(lambda: prepare(engine))
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    found["one host"] = message_of(lambda: prepare(engine))
+    engine.destroy()
     return found
 
 
-def alone(case: Case, world: int) -> Any:
+def alone(case: Case, world: int, **more: Any) -> Any:
     """An engine that nobody has prepared."""
     import deepspeed
 
     model = make_model(case)
     config = zero_jobs.ds_config(zero_jobs.Job(case, 2), world)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={**config, **more})
     return engine
 
 
@@ -189,4 +204,6 @@ def test_loaded_at_odd_times(extensions: Path, tmp_path: Path) -> None:
     for found in run_ranks(loaded_at_odd_times, 2, str(tmp_path), timeout=400):
         assert found["tag"] and found["unchanged"] and found["the same"], found
         assert "without what this method keeps over a run" in found["switched on"]
-        assert "call rose_ds.prepare(engine) first" in found["before prepare"]
+        assert "call stepper.load_state()" in found["before prepare"]
+        assert "checkpoint.use_node_local_storage leaves each host" in found["own folders"]
+        assert not found["one host"]

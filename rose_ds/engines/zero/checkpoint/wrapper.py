@@ -29,11 +29,11 @@ class StateFiles(Protocol):
     def load(self, folder: Path) -> None:
         """Read every rank's, of any number of ranks."""
 
+    def refuse_own_folders(self, setting: str) -> None:
+        """Refuse a setting that has each host keep its files to itself."""
+
     def require(self, folder: Path, *, converted: bool) -> None:
         """Refuse a folder that lacks them."""
-
-    def await_load(self) -> None:
-        """A checkpoint was loaded without them: refuse to go on before ``load``."""
 
 
 class Checkpoints:
@@ -45,22 +45,24 @@ class Checkpoints:
         self.engine, self.base = ds, optimizer
         self._accumulating, self._after_load = accumulating, after_load
         self.state: StateFiles | None = None
-        # weights alone, or a checkpoint of no step, bring nothing that a method could have kept: steps say which it was
-        self._loaded_before = self.engine.loaded_checkpoint_dp_world_size is not None
         self._save: Callable[..., Any] = self.engine.save_checkpoint
         self._load: Callable[..., Any] = self.engine.load_checkpoint
         earlier = getattr(self._load, "__self__", None)
         if isinstance(earlier, Checkpoints):  # prepare() was called before
             self._save, self._load = earlier._save, earlier._load
-        elif self._loaded_before:
+        elif self.engine.loaded_checkpoint_dp_world_size is not None:
             self._look_at_earlier_load()
         self.engine.save_checkpoint, self.engine.load_checkpoint = self.save, self.load
 
     def keep(self, state: StateFiles) -> None:
-        """What a run's method keeps beside weights and moments is saved and loaded with them."""
+        """What a run's method keeps beside weights and moments is saved and loaded with them.
+
+        Raises:
+            RefusedConfiguration: not where it could be read again.
+        """
+        if self.engine.use_node_local_storage():
+            state.refuse_own_folders("checkpoint.use_node_local_storage")
         self.state = state
-        if self._loaded_before:
-            state.await_load()
 
     def _look_at_earlier_load(self) -> None:
         if self.engine.load_universal_checkpoint():
