@@ -22,7 +22,10 @@ class Line:
 
     _argument_group_name: ClassVar[str] = "line"
 
-    points: int = field(default=51, metadata={"help": "So many points from --first to --last."})
+    points: int = field(
+        default=41,
+        metadata={"help": "So many points from --first to --last; by default 0.05 apart, both models among them."},
+    )
     first: float = field(default=-0.5, metadata={"help": "0 is the first model, 1 the second."})
     last: float = field(default=1.5, metadata={"help": "See --first."})
 
@@ -56,28 +59,28 @@ def same_architecture(one: nn.Module, other: nn.Module) -> None:
 
 def walk(
     model: Movable,
-    ends: tuple[Weights, Weights],
+    last: Weights,
     sets: Mapping[str, Sequence[Batch]],
     line: Line,
     logs: Sequence[Path],
     subject: dict[str, Any],
 ) -> None:
-    """Loss and accuracy on every set at this rank's points; ``model`` is used and then as it was.
+    """Loss and accuracy on every set at this rank's points; ``model``, as it is, is at 0, and is then as it was.
 
     Args:
-        ends: the weights at 0 and at 1, of what lies on this rank.
+        last: the weights at 1, of what lies on this rank.
         sets: batches by the name of the set.
         logs, subject: as for ``landscape.surface``.
     """
     rank, _ = rank_and_world()
-    with ResumableLog(logs[rank], {**subject, **asdict(line)}) as log, restored(model):
+    with ResumableLog(logs[rank], {**subject, **asdict(line)}) as log, restored(model) as first:
         done = model.agreed({r["point"] for r in log.records})
         bar = tqdm(model.share(range(line.points)), desc="interpolation", unit="point", disable=rank != 0)
         for point in bar:
             if point in done:
                 continue
             amount = line.amounts()[point]
-            blend(model, *ends, amount)
+            blend(model, first, last, amount)
             record: dict[str, Any] = {"point": point, "a": amount}
             for name, batches in sets.items():
                 loss, accuracy = model.measure(batches)

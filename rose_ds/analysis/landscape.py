@@ -55,7 +55,7 @@ def surface(
     with ResumableLog(logs[rank], {**subject, **asdict(plane)}) as log, restored(model) as start:
         done = model.agreed({(r["i"], r["j"]) for r in log.records})
         one, other = (model.direction(2 * plane.direction_seed + k) for k in range(2))
-        bar = tqdm(mine, desc=f"landscape {subject['name']}", unit="point", initial=len(done), disable=rank != 0)
+        bar = tqdm(mine, desc=f"landscape {subject['name']}", unit="point", disable=rank != 0)
         for i, j in bar:
             if (i, j) in done:
                 continue

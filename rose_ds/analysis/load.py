@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +116,17 @@ def open_run(
     return Opened(_name(folder), settings, model.to(device) if on_device else model, tokenizer, data, device)
 
 
-def fresh_classifier(folder: str, labels: int, seed: int) -> tuple[nn.Module, Any]:
-    """A model with a new head of ``labels`` labels, on the device, and its tokenizer.
+def fresh_classifier(folder: str, seed: int) -> tuple[nn.Module, Any]:
+    """A model with a new head of two labels, on the device, and its tokenizer.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, TaskSpec("probe", ("sentence",), tuple(map(str, range(labels)))))
+    tokenizer, labels = load_tokenizer(folder), label_names(folder)
+    if len(labels) != 2:
+        labels = ("0", "1")
+    model = load_model(folder, TaskSpec("probe", ("sentence",), labels))
     new_head(model, seed)
     return model.to(default_device()), tokenizer
 
@@ -182,15 +184,24 @@ def output_folder(models: Sequence[str], output_dir: str | None) -> Path:
 
 
 def same_data(opened: Sequence[Opened]) -> None:
-    """Refuse to draw models of different tasks into one picture.
+    """Refuse to draw models of different data into one picture.
 
     Raises:
-        ValueError: names both.
+        ValueError: names both, and the flags.
     """
     first = opened[0]
     for other in opened[1:]:
-        if replace(other.settings, model="") != replace(first.settings, model=""):
+        one, two = _where(first.settings), _where(other.settings)
+        different = [f"--{name} ({one[name]} and {two[name]})" for name in one if one[name] != two[name]]
+        if different:
             raise ValueError(
                 f"{first.name} and {other.name} were trained on different data or lengths: say which to use with "
-                "--task, --data and --max_length"
+                f"{', '.join(different)}"
             )
+
+
+def _where(settings: RunSettings) -> dict[str, Any]:
+    """All settings but the model; however a path was written."""
+    found = {name: value for name, value in asdict(settings).items() if name != "model"}
+    paths = ("data", "train_file", "validation_file", "adversarial_file")
+    return found | {name: Path(found[name]).resolve() for name in paths if found[name] is not None}

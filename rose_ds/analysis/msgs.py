@@ -125,7 +125,7 @@ def _sentence(rng: random.Random, paradigm: str, linguistic: int, surface: int) 
 
 
 def probes(paradigm: str, folder: Path | None, counts: Sequence[int], seed: int) -> tuple[list[Probe], list[Probe]]:
-    """Training and test items: those of a folder, else generated ones; at most ``counts`` of each.
+    """Training and test items: those of a folder, evenly spaced, else generated ones; at most ``counts`` of each.
 
     Raises:
         DataError: as ``read_folder``.
@@ -133,4 +133,12 @@ def probes(paradigm: str, folder: Path | None, counts: Sequence[int], seed: int)
     if folder is None:
         return generate(paradigm, True, counts[0], seed), generate(paradigm, False, counts[1], seed)
     train, test = read_folder(folder, paradigm)
-    return train[: counts[0]], test[: counts[1]]
+    return _spread(train, counts[0]), _spread(test, counts[1])
+
+
+def _spread(items: list[Probe], count: int) -> list[Probe]:
+    """At most so many items, evenly spaced among those of each label, whatever the order of the file."""
+    if count >= len(items):
+        return items
+    by_label = sorted(items, key=lambda probe: probe.linguistic)
+    return [by_label[i * len(items) // count] for i in range(count)]

@@ -95,9 +95,14 @@ def new_head(model: nn.Module, seed: int) -> None:
     """Give every parameter of the head new numbers, as transformers initialises them."""
     torch.manual_seed(seed)
     base = set(map(id, model.base_model.parameters()))  # type: ignore[operator,union-attr]
+    deviation = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in base]
-        if own:
-            deviation = getattr(getattr(model, "config", None), "initializer_range", 0.02)
-            for p in own:
-                nn.init.zeros_(p) if p.dim() < 2 else nn.init.normal_(p, std=deviation)
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) in base:
+                continue
+            if p.dim() > 1:
+                nn.init.normal_(p, std=deviation)
+            elif name == "weight":  # a norm's, which scales: zeros would silence what comes before it
+                nn.init.ones_(p)
+            else:
+                nn.init.zeros_(p)

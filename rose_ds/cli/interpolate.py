@@ -14,14 +14,14 @@ _DESCRIPTION = """Loss and accuracy on the line between two models (Eq. 7), on c
 
 Examples:
   rose-ds interpolate runs/ensemble runs/vanilla --output_dir figures
-  rose-ds interpolate runs/ensemble runs/vanilla --points 11 --rows 128    # a quick look
+  rose-ds interpolate runs/ensemble runs/vanilla --points 9 --rows 128     # a quick look
 
 a = 0 is the first model, a = 1 the second. Writes interpolation.json, .png and .svg. Started again it goes
 on where it was; under a launcher the points are shared among ranks, or with --engine fsdp2 or zero3 the models."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Measure, draw, and print the ends."""
+    """Measure, draw, and print the models' accuracies."""
     models, given, (rows, line) = parse(
         "interpolate",
         _DESCRIPTION,
@@ -60,16 +60,17 @@ def run(arguments: Sequence[str]) -> None:
         with placed(other.model, engine, other.device) as model:
             last = weights_of(model)
         with placed(one.model, engine, one.device) as model:
-            walk(model, (weights_of(model), last), sets, line, logs, subject)
+            walk(model, last, sets, line, logs, subject)
     if not first_rank():
         return
     points = [record for _, record in sorted({r["point"]: r for r in records_of(logs)}.items())]
     settings = {**asdict(rows), **asdict(line), "task": one.data.spec.name, "models": models}
     written = [write_result(folder, "interpolation", {"settings": settings, "points": points})]
     written += pictures.interpolation(points, list(sets), (one.name, other.name), folder)
+    models_on_line = [p for p in points if p["a"] in (0, 1)]
+    told = models_on_line if len(models_on_line) == 2 else [points[0], points[-1]]
     for name in sets:
         best = max(points, key=lambda p: (p[f"{name}_accuracy"], -p[f"{name}_loss"]))
-        told = [p for p in points if p["a"] in (0, 1)] or [points[0], points[-1]]  # the models, where they are points
         shown = ", ".join(f"{p[f'{name}_accuracy']:.2%} at a = {p['a']:g}" for p in told)
         print(f"{name}: {shown}; highest {best[f'{name}_accuracy']:.2%} at a = {best['a']:g}")
     print("written: " + ", ".join(map(str, written)))

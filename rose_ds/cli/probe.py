@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.analysis.msgs import probes
     from rose_ds.analysis.probing import linguistic_bias
     from rose_ds.experiments.models import weights_digest
-    from rose_ds.experiments.resumable import ResumableLog, all_ranks, logs_of, rank_and_world, records_of
+    from rose_ds.experiments.resumable import ResumableLog, all_ranks, digest, logs_of, rank_and_world, records_of
 
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
@@ -74,12 +74,13 @@ def run(arguments: Sequence[str]) -> None:
     fixed["weights"] = [weights_digest(model) for model in models]
     msgs, counts = None if what.msgs is None else Path(what.msgs), (how.train_items, how.test_items)
     items = {surface: probes(surface, msgs, counts, what.item_seed) for surface in what.surface}
+    fixed["items"] = {name: digest([*map(astuple, part)] for part in parts) for name, parts in items.items()}
     with all_ranks(), ResumableLog(logs[rank], fixed) as log:
         done = {(r["model"], r["surface"], r["seed"]) for r in log.records}
         for m, surface, seed in tqdm(work, desc="probe", unit="run", disable=not first_rank()):
             if (names[m], surface, seed) in done:
                 continue
-            model, tokenizer = fresh_classifier(models[m], labels=2, seed=seed)
+            model, tokenizer = fresh_classifier(models[m], seed)
             found = linguistic_bias(model, tokenizer, *items[surface], how, seed)
             log.append({"model": names[m], "surface": surface, "seed": seed, **found})
     if not first_rank():

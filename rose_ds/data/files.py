@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datasets import Dataset
 
 from rose_ds.data.errors import DataError
 from rose_ds.data.glue_folder import UNTEXT, read_adversarial, task_features
+from rose_ds.data.held_out import in_validation
 from rose_ds.data.hub import load_named
 from rose_ds.data.loading import SPLITS, TaskData
 from rose_ds.data.tables import Rows, read_rows, rows_of
@@ -22,20 +24,18 @@ from rose_ds.data.tasks import TaskSpec, find_task
 
 logger = logging.getLogger(__name__)
 
-#: Tried in this order where nobody says which columns are texts.
+#: Tried in this order where nobody says which columns are texts: pairs first, for half of one is another task.
 USUAL_TEXTS = (
-    ("text",),
-    ("sentence",),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("text",),
+    ("sentence",),
     ("review",),
 )
 #: What the texts are called from here on: a column of a file may have any name, also "label" or "idx".
 OWN_TEXTS = ("text", "text_pair")
-VALIDATION_ONE_IN = 10
-"""Without a validation file one text in so many goes there, chosen by its hash."""
 _WHOLE = re.compile(r"([+-]?[0-9]{1,1000})(?:\.0*)?")
 _TOO_MANY = 50
 """With more labels than this, half as many labels as rows are no classes."""
@@ -87,7 +87,7 @@ def load_files(
         train, validation = _read(files.train, files), _read(files.validation, files)
     if named is None:
         raise DataError("no file: give --train_file, or for evaluation --validation_file")
-    json_sets = glue is not None and files.adversarial is not None and _is_advglue(files.adversarial)
+    json_sets = glue is not None and _is_advglue(files)
     adversarial = None if json_sets else _read(files.adversarial, files)
     first = train or validation
     if first is None:
@@ -116,7 +116,7 @@ def with_adversarial(data: TaskData, files: Files) -> TaskData:
         DataError: as ``load_files``.
     """
     assert files.adversarial is not None
-    if data.spec.adv_key is not None and _is_advglue(files.adversarial):
+    if data.spec.adv_key is not None and _is_advglue(files):
         return replace(data, adversarial=read_adversarial(data.spec, files.adversarial))
     rows = _read(files.adversarial, files)
     assert rows is not None
@@ -128,17 +128,24 @@ def _read(path: Path | None, files: Files) -> Rows | None:
     return None if path is None else read_rows(path, files.encoding, files.label_column)
 
 
-def _is_advglue(path: Path) -> bool:
-    """Whether it is AdvGLUE's or AdvGLUE++'s: a folder, or an object of tasks; rows of one's own are a list."""
-    return path.is_dir() or (path.suffix.lower() == ".json" and not _begins_with_list(path))
-
-
-def _begins_with_list(path: Path) -> bool:
+def _is_advglue(files: Files) -> bool:
+    """Whether the adversarial set is AdvGLUE's or AdvGLUE++'s: a folder, or a .json file that is one object of tasks;
+    rows of one's own are a list, or an object a line.
+    """
+    path = files.adversarial
+    if path is None or path.suffix.lower() != ".json" or path.is_dir():
+        return path is not None and path.is_dir()
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return file.read(4096).lstrip().startswith("[")
-    except (OSError, UnicodeDecodeError):
+        content = path.read_bytes()
+    except OSError:
         return False  # whoever reads it says what is wrong
+    # what stands between the quotes does not matter here, so neither does its encoding
+    text = content.decode(json.detect_encoding(content), "replace").strip()
+    try:
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return not text.startswith("[")  # damaged: AdvGLUE's reader names the line in the whole file
+    return end == len(text) and isinstance(first, dict) and files.label_column not in first  # with it: a single row
 
 
 def _columns(files: Files, rows: Rows, known: TaskSpec | None) -> tuple[str, ...]:
@@ -156,6 +163,7 @@ def _columns(files: Files, rows: Rows, known: TaskSpec | None) -> tuple[str, ...
         return known.fields
     for names in USUAL_TEXTS:
         if all(name in rows.names for name in names) and files.label_column not in names:
+            logger.info("%s: the texts are %s; others with --text_columns", rows.path, " and ".join(map(repr, names)))
             return names
     raise DataError(
         f"{rows.path}: which columns are the texts? Say it with --text_columns A [B]; found: "
@@ -212,6 +220,11 @@ def _plain(label: str) -> str:
     return str(int(whole[1])) if whole else label
 
 
+def _loose(label: str) -> str:
+    """As labels of models are compared, whose makers write POSITIVE or Not-Entailment."""
+    return label.strip().lower().replace("-", "_").replace(" ", "_")
+
+
 def _number(text: str) -> float | None:
     try:
         value = float(text)
@@ -227,11 +240,11 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
     at = [rows.column(name) for name in texts]
     columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
     values = _labels(rows, label_column)
-    known = _known(spec.labels)
-    if ids and not any(value in known or _plain(value) in known for value in values):
-        known = {str(i): i for i in range(len(spec.labels))}
+    id_of = _ids(spec.labels)
+    if ids and all(id_of(value) is None for value in values):
+        id_of = _ids([str(i) for i in range(len(spec.labels))])
     for (number, cells), value in zip(rows.rows, values, strict=True):
-        label = known.get(value, known.get(_plain(value)))
+        label = id_of(value)
         if label is None:
             raise DataError(
                 f"{rows.where(number)}: label {value!r} is not one of {', '.join(map(repr, spec.labels)):.300}"
@@ -248,22 +261,25 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
     return Dataset.from_dict(columns, features=task_features(spec))
 
 
-def _known(labels: Sequence[str]) -> dict[str, int]:
-    """The labels' ids by name, and by other texts for the same whole number, where those are of one label alone."""
-    plain = {_plain(name): i for i, name in enumerate(labels)}
-    return {**(plain if len(plain) == len(labels) else {}), **{name: i for i, name in enumerate(labels)}}
+def _ids(labels: Sequence[str]) -> Callable[[str], int | None]:
+    """A label's id by its name; else as a whole number, else in another spelling, where that is of one label alone."""
+    tables: list[tuple[Callable[[str], str], dict[str, int]]] = []
+    for spelling in (str, _plain, _loose):
+        names = [spelling(name) for name in labels]
+        times = Counter(names)
+        tables.append((spelling, {name: i for i, name in enumerate(names) if times[name] == 1}))
+
+    def id_of(value: str) -> int | None:
+        return next((ids[name] for spelling, ids in tables if (name := spelling(value)) in ids), None)
+
+    return id_of
 
 
 def _split(rows: Dataset, spec: TaskSpec, path: Path) -> tuple[Dataset, Dataset]:
-    """By the texts alone, so that a text that occurs twice is never on both sides."""
-
-    def chosen(row: dict[str, Any]) -> bool:
-        digest = hashlib.sha256("\0".join(row[field] for field in spec.fields).encode()).digest()
-        return int.from_bytes(digest[:8], "big") % VALIDATION_ONE_IN == 0
-
+    """Training rows, and those set aside for validation."""
     sides: tuple[list[int], list[int]] = ([], [])
     for i, row in enumerate(rows):
-        sides[chosen(row)].append(i)
+        sides[in_validation(*(row[field] for field in spec.fields))].append(i)
     train, validation = sides
     if not train or not validation:
         raise DataError(

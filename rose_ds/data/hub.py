@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import datasets
@@ -15,15 +14,13 @@ GLUE = "nyu-mll/glue"
 ADVGLUE = "AI-Secure/adv_glue"
 
 
-def load_hub(
-    spec: TaskSpec, splits: Iterable[str], cache_dir: str | os.PathLike[str] | None
-) -> dict[str, datasets.Dataset]:
+def load_hub(spec: TaskSpec, splits: Iterable[str]) -> dict[str, datasets.Dataset]:
     """Load the splits of one GLUE task from the hub, or from `datasets`' own cache of it.
 
     Raises:
         DataError: the hub cannot be reached, or serves other columns than GLUE's.
     """
-    return {split: _load_split(spec, split, cache_dir) for split in splits}
+    return {split: _load_split(spec, split) for split in splits}
 
 
 def load_named(name: str) -> dict[str, datasets.Dataset]:
@@ -45,15 +42,13 @@ def load_named(name: str) -> dict[str, datasets.Dataset]:
     return dict(loaded)
 
 
-def _load_split(spec: TaskSpec, split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
+def _load_split(spec: TaskSpec, split: str) -> datasets.Dataset:
     if split == "adversarial":
         repository, config, hub_split = ADVGLUE, f"adv_{spec.adv_key}", "validation"
     else:
         repository, config, hub_split = GLUE, str(spec.hub_config), split
     try:
-        loaded = datasets.load_dataset(
-            repository, config, split=hub_split, cache_dir=None if cache_dir is None else os.fspath(cache_dir)
-        )
+        loaded = datasets.load_dataset(repository, config, split=hub_split)
     except Exception as error:  # the hub's client raises half a dozen unrelated types, and they change between versions
         raise DataError(
             f"cannot load {repository} ({config}) from the Hugging Face hub: {type(error).__name__}: {error}\n"

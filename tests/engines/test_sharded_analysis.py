@@ -55,7 +55,7 @@ class Found:
 def measure(model: Movable, last: dict[str, Tensor], folder: Path, rank: int = 0, world: int = 1) -> Found:
     logs, line_logs = (logs_of(folder, name, world) for name in ("plane", "line"))
     surface(model, batches(), PLANE, logs, {"name": "bert"})
-    walk(model, (weights_of(model), last), {"set": batches()}, LINE, line_logs, {})
+    walk(model, last, {"set": batches()}, LINE, line_logs, {})
     line = sorted(records_of([line_logs[rank]]), key=lambda record: record["point"])
     return Found(gathered([logs[rank]], PLANE.points), line)
 

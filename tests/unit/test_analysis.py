@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from rose_ds.analysis import landscape, load, pictures
 from rose_ds.analysis.directions import blend, filter_normalised, move, restored, weights_of
 from rose_ds.analysis.disagreement import disagreement
 from rose_ds.analysis.flatness import largest_eigenvalues, low_area, sharpness
 from rose_ds.analysis.inspect_page import _modules
 from rose_ds.analysis.interpolation import Line, same_architecture, walk
 from rose_ds.analysis.landscape import Plane, gathered, surface
-from rose_ds.analysis.load import loss_and_accuracy
+from rose_ds.analysis.load import loss_and_accuracy, same_data
 from rose_ds.analysis.movable import WholeModel
+from rose_ds.cli import interpolate
+from rose_ds.data import TaskSpec
+from rose_ds.experiments import models
 from rose_ds.experiments.resumable import records_of
+from rose_ds.experiments.settings import RunSettings
 
 pytestmark = pytest.mark.fast
 
@@ -113,8 +120,11 @@ def test_landscape(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         gathered(two, 5)
     two[0].write_text("".join(lines)[:-9])  # in the middle of a line
     monkeypatch.setenv("RANK", "0")
+    bars: list[tqdm[Any]] = []
+    monkeypatch.setattr(landscape, "tqdm", lambda *a, **kw: bars.append(tqdm(*a, **kw)) or bars[-1])
     surface(WholeModel(model), parts, plane, two, subject)
     assert gathered(two, 5) == found
+    assert bars[0].n == bars[0].total == 13  # with what was there already, and once
     with pytest.raises(ValueError, match="of other settings"):
         surface(WholeModel(model), parts, Plane(points=7), two, subject)
     for wrong in ({"points": 4}, {"points": 1}, {"radius": 0.0}):
@@ -127,7 +137,7 @@ def test_interpolation_ends_are_the_models(model: Tiny, tmp_path: Path) -> None:
     sets = {"clean": batches(9), "hard": batches(4)}
     line, log = Line(points=5, first=-0.5, last=1.5), [tmp_path / "log.jsonl"]
     before = weights_of(model)
-    walk(WholeModel(model), (before, weights_of(other)), sets, line, log, {"task": "tiny"})
+    walk(WholeModel(model), weights_of(other), sets, line, log, {"task": "tiny"})
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     points = {record["a"]: record for record in records_of(log)}
     assert sorted(points) == [-0.5, 0.0, 0.5, 1.0, 1.5]
@@ -143,6 +153,55 @@ def test_interpolation_ends_are_the_models(model: Tiny, tmp_path: Path) -> None:
         same_architecture(model, Tiny(width=7))
     with pytest.raises(ValueError, match="first=1.0 must be below last=0.0"):
         Line(first=1.0, last=0.0)
+
+
+def test_both_models_are_on_the_line_by_default() -> None:
+    line = Line()
+    amounts = line.amounts()
+    assert (amounts[0], amounts[1], amounts[-1]) == (-0.5, -0.45, 1.5)
+    for points in (line.points, 9, 17):  # as the documentation says
+        assert {0.0, 1.0} <= set(Line(points=points).amounts())
+
+
+def test_what_interpolate_prints(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two models where both are points, and the line's ends where one is not."""
+    parts, label_names = batches(9), ("a", "b", "c")
+
+    def opened(name: str, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(
+            name=name,
+            model=model if name == "one" else Tiny(seed=5).eval(),
+            data=SimpleNamespace(spec=TaskSpec("toy", ("text",), label_names), adversarial=None),
+            settings=RunSettings(model=name),
+            device=torch.device("cpu"),
+            batches=lambda *_: parts,
+            subject=lambda *_: {"weights": name},
+        )
+
+    monkeypatch.setattr(load, "open_run", opened)
+    monkeypatch.setattr(models, "label_order", lambda *_: [0, 1, 2])
+    monkeypatch.setattr(Tiny, "config", None, raising=False)
+    monkeypatch.setattr(pictures, "interpolation", lambda *_: [])
+    for flags, first, last in ((("--points", "5"), "0", "1"), (("--points", "3", "--last", "0.0"), "-0.5", "0")):
+        interpolate.run(["one", "two", *flags, "--output_dir", str(tmp_path / last)])
+        told = rf"validation: [\d.]+% at a = {first}, [\d.]+% at a = {last}; highest"
+        assert re.search(told, capsys.readouterr().out)
+
+
+def test_data_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def check(*settings: dict[str, Any]) -> None:
+        runs = [(f"run {i}", RunSettings(model=f"m{i}", **given)) for i, given in enumerate(settings)]
+        same_data([SimpleNamespace(name=name, settings=run) for name, run in runs])  # type: ignore[misc]
+
+    check({"train_file": "reviews.csv"}, {"train_file": "./reviews.csv"}, {"train_file": str(tmp_path / "reviews.csv")})
+    with pytest.raises(ValueError, match=r"run 0 and run 1 .*with --train_file \(\S+/a\.csv and \S+/b\.csv\)$"):
+        check({"train_file": "a.csv"}, {"train_file": "b.csv"})
+    with pytest.raises(ValueError, match=r"with --data \(\S+/glue and None\), --max_length \(128 and 64\)$"):
+        check({"data": "glue"}, {"max_length": 64})
 
 
 def test_hessian_eigenvalues_are_those_of_autograd(model: Tiny) -> None:

@@ -15,8 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 from torch.nn import functional as F
 
-from rose_ds.data import DataError, load_task, perturb
-from rose_ds.data.files import Files, load_files, with_adversarial
+from rose_ds.data import DataError, perturb
+from rose_ds.data.files import Files, load_files
 from rose_ds.data.tables import read_rows
 from rose_ds.experiments.loading import load_data, settings_of
 from rose_ds.experiments.losses import weighted_loss, weights_of
@@ -59,8 +59,15 @@ SAME = (["good film", "bad film"], [1, 0], ("neg", "pos"))
         ("spaces.csv", "text , label\ngood film, pos\nbad film,neg \n"),
         ("more.csv", "id,label,text,id\n1,pos,good film,1\n2,neg,bad film,2\n"),
         ("a.tsv", CSV.replace(",", "\t")),
+        ("semicolons.csv", CSV.replace(",", ";")),
+        ("semicolons-bom.csv", b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode()),
+        ("semicolons-quoted.csv", '"text";"label";"a, b"\n"good film";"pos";"1,5"\nbad film;neg;1,5\n'),
+        ("semicolon-in-a-name.csv", '"a;b",text,label\n1,good film,pos\n2,bad film,neg\n'),
+        ("semicolon-in-the-only-line.csv", '"label","a;\nb","text"\npos,1,good film\nneg,2,bad film\n'),
         ("a.jsonl", '{"text": "good film", "label": "pos"}\n\n{"label": "neg", "text": "bad film"}\n'),
         ("a.json", '[{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}]'),
+        ("some.jsonl", '{"text": "good film", "label": "pos", "by": 1}\n{"text": "bad film", "label": "neg"}\n'),
+        ("later.jsonl", '{"text": "good film", "label": "pos"}\n{"text": "bad film", "label": "neg", "by": 1}\n'),
     ],
 )
 def test_one_reading(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -160,6 +167,43 @@ def test_pairs_by_name_and_by_flag(tmp_path: Path) -> None:
     assert read(path, text_columns=("hypothesis",), label_column="premise")[2] == ("a", "c")
 
 
+@pytest.mark.parametrize(
+    ("header", "texts"),
+    [
+        ("question,sentence,label", ("question", "sentence")),  # QNLI's
+        ("sentence1,sentence2,text,label", ("sentence1", "sentence2")),
+        ("sentence,label", ("sentence",)),
+        ("question,text,label", ("text",)),
+    ],
+)
+def test_usual_names_are_whole_pairs_first(
+    header: str, texts: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is said, once, which columns they are."""
+    names = header.split(",")
+    rows = "".join(",".join([*(f"{name} {i}" for name in names[:-1]), str(i)]) + "\n" for i in range(2))
+    path = write(tmp_path / "a.csv", f"{header}\n{rows}")
+    with caplog.at_level("INFO"):
+        data = load_files(Files(validation=path, adversarial=path))
+    assert data.validation is not None
+    assert tuple(data.validation[0][field] for field in data.spec.fields) == tuple(f"{name} 0" for name in texts)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: the texts are {' and '.join(map(repr, texts))}; others with --text_columns"
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        read(path, text_columns=texts)
+    assert not caplog.records
+
+
+def test_semicolons_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        read_rows(write(tmp_path / "a.csv", CSV))
+        assert not caplog.records
+        read_rows(write(tmp_path / "b.csv", CSV.replace(",", ";")))
+    assert "b.csv: the header has semicolons and no comma: columns are separated by ';'" in caplog.text
+
+
 BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("a.csv", "", {}, r"a\.csv is empty"),
     ("a.csv", "text,label\n", {}, r"a\.csv has no rows"),
@@ -180,7 +224,9 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("a.csv", "text,label\na,1\n", {"text_columns": ("text", "b", "c")}, "expected one column or two"),
     ("a.csv", "text,label\na,1\n", {"text_columns": ("label",)}, "not the label column"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', {}, r"a\.jsonl:2: not JSON"),
-    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, r"a\.jsonl:2: no field 'label'"),
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, r"a\.jsonl:2: no label in 'label'"),
+    ("a.jsonl", '{"label": 1}\n{"text": "b", "label": 0}\n', {}, r"a\.jsonl:1: expected a text in 'text', found None"),
+    ("a.csv", "text;label\na;b;1\n", {}, r"a\.csv:2: 3 columns, but the header has 2 \(separated by ';'\)"),
     ("a.jsonl", '{"text": "a", "label": 1}\n["b", 0]\n', {}, r"a\.jsonl:2: expected an object"),
     ("a.jsonl", '{"text": "a", "text": "b", "label": 1}\n', {}, r"a\.jsonl:1: .*a field occurs twice"),
     (
@@ -237,6 +283,26 @@ def test_a_trained_models_labels_by_name_or_id(tmp_path: Path) -> None:
         load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\na,2\n")), labels=names)
 
 
+def test_labels_in_other_spellings(tmp_path: Path) -> None:
+    """As a model's are compared with a task's; exact ones first, and none that could be two labels."""
+
+    def ids(labels: tuple[str, ...], *values: str) -> list[int]:
+        rows = "".join(f"t,{value}\n" for value in values)
+        data = load_files(Files(validation=write(tmp_path / "dev.csv", "text,label\n" + rows)), labels=labels)
+        assert data.validation is not None and data.spec.labels == labels
+        return list(data.validation["label"])
+
+    assert ids(("NEGATIVE", "POSITIVE"), "positive", "Negative", "POSITIVE") == [1, 0, 1]
+    assert ids(("not_entailment", "entailment"), "Entailment", "not-entailment", "Not Entailment") == [1, 0, 0]
+    assert ids(("A", "a"), "a", "A") == [1, 0]
+    assert ids(("Foo", "foo", "b"), "foo", "B") == [1, 2]
+    with pytest.raises(DataError, match=r"dev\.csv:2: label 'FOO' is not one of 'Foo', 'foo', 'b'"):
+        ids(("Foo", "foo", "b"), "FOO", "foo")
+    assert ids(("LABEL_0", "LABEL_1"), "1", "0") == ids(("LABEL_0", "LABEL_1"), "label_1", "LABEL_0") == [1, 0]
+    with pytest.raises(DataError, match=r"dev\.csv:2: label 'positive' is not one of 'LABEL_0', 'LABEL_1'"):
+        ids(("LABEL_0", "LABEL_1"), "positive")
+
+
 def test_names_that_look_like_other_numbers(tmp_path: Path) -> None:
     """Of a model from elsewhere: by its name first, and then as a number; an id where no row has either."""
     names = ("01", "02", "03")
@@ -266,44 +332,6 @@ def test_a_part_is_set_aside_by_the_text(tmp_path: Path) -> None:
     assert perturb(data.validation, data.spec.fields, seed=0)["text"] != data.validation["text"]
     with pytest.raises(DataError, match="too few rows"):
         load_files(Files(train=write(tmp_path / "few.csv", CSV)))
-
-
-# --- AdvGLUE and its kin ---
-
-
-def item(sentence: str, label: int, **more: Any) -> dict[str, Any]:
-    return {"sentence": sentence, "label": label, **more}
-
-
-def test_a_folder_of_adversarial_json(tmp_path: Path) -> None:
-    """Several files, as AdvGLUE++ has one a model; items without idx, and one that two files share."""
-    one = {"sst2": [item("bda film", 0, method="typo"), item("god film", 1)], "qqp": []}
-    other = {"sst2": [item("god film", 1, idx=7), item("fine flm", 1)]}
-    write(tmp_path / "alpaca.json", json.dumps(one))
-    write(tmp_path / "vicuna.json", json.dumps(other))
-    write(tmp_path / "about.json", json.dumps({"licence": "cc"}))
-    data = load_files(
-        Files(validation=write(tmp_path / "dev.tsv", "sentence\tlabel\na\t1\nb\t0\n"), adversarial=tmp_path), "SST-2"
-    )
-    assert data.adversarial is not None
-    assert data.spec.name == "sst2"
-    assert data.adversarial["sentence"] == ["bda film", "god film", "fine flm"]
-    assert data.adversarial["label"] == [0, 1, 1]
-    with pytest.raises(DataError, match="no JSON file here has items under the key 'rte'"):
-        load_files(
-            Files(validation=write(tmp_path / "dev.csv", "sentence1,sentence2,label\na,b,1\n"), adversarial=tmp_path),
-            "rte",
-        )
-
-
-def test_an_adversarial_file_beside_glues_own_layout(tmp_path: Path) -> None:
-    (tmp_path / "SST-2").mkdir()
-    write(tmp_path / "SST-2" / "dev.tsv", "sentence\tlabel\na\t1\n")
-    data = load_task("sst2", tmp_path, splits=("validation",))
-    path = write(tmp_path / "mine.csv", "sentence,label\nbda,negative\n")
-    assert with_adversarial(data, Files(adversarial=path)).adversarial["label"] == [0]  # type: ignore[index]
-    path = write(tmp_path / "mine.json", json.dumps([item("bda", 0), item("god", 1)]))  # rows, and no AdvGLUE
-    assert with_adversarial(data, Files(adversarial=path)).adversarial["label"] == [0, 1]  # type: ignore[index]
 
 
 def test_a_spacing_that_meets_the_orders_period_is_refused(tmp_path: Path) -> None:

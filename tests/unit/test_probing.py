@@ -9,10 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
+from rose_ds.analysis import pictures, probing
+from rose_ds.analysis.load import fresh_classifier
 from rose_ds.analysis.msgs import LONG, PARADIGMS, generate, probes, read_folder
 from rose_ds.analysis.probing import Training, matthews_correlation, new_head
+from rose_ds.cli import probe
 from rose_ds.data import DataError
 
 pytestmark = pytest.mark.fast
@@ -56,6 +65,12 @@ def test_a_folder_in_msgs_layout(tmp_path: Path) -> None:
     ]
     assert [(p.linguistic, p.surface) for p in test] == [(1, 0), (0, 1)]
     assert [len(part) for part in probes("length", tmp_path, (1, 5), 0)] == [1, 2]
+    rows = [msgs_item(n % 2, n % 2, f"{n}") for n in range(40)]
+    for ordered in (rows, rows[::2] + rows[1::2]):  # one label after the other, and sorted by label
+        (folder / "train.jsonl").write_text("".join(ordered))
+        some = probes("length", tmp_path, (20, 5), 0)[0]
+        assert sum(p.linguistic for p in some) == 10
+        assert len({int(p.sentence) // 10 for p in some}) == 4  # from everywhere
     with pytest.raises(DataError, match=rf"cannot read .*{PARADIGMS['lexical']}"):
         read_folder(tmp_path, "lexical")
     for content, message in (
@@ -105,3 +120,57 @@ def test_a_new_head_leaves_the_rest() -> None:
     assert 0 < model.classifier.weight.std() < 0.1
     with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
         Training(epochs=0)
+
+
+def test_a_new_head_with_a_norm_lets_its_input_through() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ModernBertConfig(vocab_size=20, pad_token_id=0, norm_bias=True, **sizes)
+    model = ModernBertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        model.head.norm.weight.fill_(3.0)
+        model.head.norm.bias.fill_(3.0)
+    new_head(model, seed=1)
+    assert torch.equal(model.head.norm.weight, torch.ones(8))
+    assert not model.head.norm.bias.any()
+    logits = model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]])).logits
+    assert logits.abs().min() > 0 and not torch.equal(logits[0], logits[1])
+
+
+def save(folder: Path, *labels: str) -> str:
+    """A small classifier with a tokenizer."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    BertForSequenceClassification(BertConfig(vocab_size=8, **sizes, **names)).save_pretrained(folder)
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "good"))}
+    BertTokenizer(words).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_fresh_classifier_has_two_labels_and_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The head that it replaces is of any task."""
+    for labels in (("entailment", "not_entailment"), ("negative", "neutral", "positive")):
+        folder = save(tmp_path / labels[0], *labels)
+        with caplog.at_level("WARNING", logger="rose_ds"):
+            model, tokenizer = fresh_classifier(folder, seed=3)
+        assert not [record for record in caplog.records if record.name.startswith("rose_ds")]
+        again, _ = fresh_classifier(folder, seed=3)
+        with torch.no_grad():
+            one, two = (m.eval()(**tokenizer(["a good film"], return_tensors="pt")).logits for m in (model, again))
+        assert one.shape == (1, 2) and torch.equal(one, two)
+
+
+def test_records_of_other_items_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, msgs = save(tmp_path / "model", "a", "b"), tmp_path / PARADIGMS["length"]
+    msgs.mkdir()
+    (msgs / "train.jsonl").write_text(msgs_item(1, 1) + msgs_item(0, 0))
+    (msgs / "test.jsonl").write_text(msgs_item(1, 0) + msgs_item(0, 1))
+    trained: list[int] = []
+    monkeypatch.setattr(probing, "linguistic_bias", lambda *a: trained.append(a[-1]) or {"mcc": 0, "train_accuracy": 1})
+    monkeypatch.setattr(pictures, "strips", lambda *_: [])
+    flags = [model, "--msgs", str(tmp_path), "--surface", "length", "--seeds", "0", "1", "--output_dir", str(tmp_path)]
+    probe.run(flags)
+    probe.run(flags)
+    assert trained == [0, 1]
+    (msgs / "test.jsonl").write_text(msgs_item(1, 0) + msgs_item(0, 1, "A corrected sentence."))
+    with pytest.raises(ValueError, match=r"is of other settings \(items "):
+        probe.run(flags)
