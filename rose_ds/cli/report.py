@@ -17,31 +17,34 @@ Examples:
   rose-ds report runs/vanilla runs/ensemble --output_dir runs/compared
   rose-ds report --store results/minilm
   rose-ds report --store results/minilm --baseline r-drop --output_dir against-r-drop
+  rose-ds report --store results/minilm results/lr --output_dir by-learning-rate
 
 Runs: prints a table, writes comparison.json and comparison.png. drop is clean minus attacked accuracy, in points: on
 AdvGLUE where there is one, else on the perturbed set.
 
 A store: prints the first table and what is missing, and writes report.md, report.html (one file), report.png and a CSV
 file a table: accuracies with every seed, other attacks and cost, differences from the baseline with two tests, the
-methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished. Of a store
-with several models, each has a folder of its own."""
+methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished. Of stores
+with several models, each model has a folder of its own.
+
+The paper that this reproduces makes no automatic attacks: accuracies under attack are of rose-ds attack."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Compare finished runs."""
     parser = argparse.ArgumentParser(prog="rose-ds report", description=_DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders with a metrics.json")
-    parser.add_argument("--store", type=Path, help="a sweep's folder, in place of runs")
+    parser.add_argument("--store", nargs="+", type=Path, help="a sweep's folder, or several as one, in place of runs")
     parser.add_argument("--baseline", help="the method to compare the others with; default: vanilla")
-    parser.add_argument("--output_dir", type=Path, help="where the files go; default with --store: report in it")
+    parser.add_argument("--output_dir", type=Path, help="where the files go; default with one --store: report in it")
     options = parser.parse_args(arguments)
     if (options.store is None) == (not options.runs):
         parser.error("give folders of runs, or --store")
-    if options.store is not None:
-        _report_store(options.store, options.baseline, options.output_dir)
-        return
-    if options.output_dir is None:
+    if options.output_dir is None and (options.store is None or len(options.store) > 1):
         parser.error("the following arguments are required: --output_dir")
+    if options.store is not None:
+        _report_stores(options.store, options.baseline, options.output_dir or options.store[0] / "report")
+        return
     runs = [Metrics.read(folder) for folder in options.runs]
     record, chart = write(runs, options.output_dir)
     print(table(runs))
@@ -53,16 +56,16 @@ def _plain(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", model).strip("-")
 
 
-def _report_store(folder: Path, baseline: str | None, output: Path | None) -> None:
+def _report_stores(folders: Sequence[Path], baseline: str | None, output: Path) -> None:
     from rose_ds.experiments.comparison import render
-    from rose_ds.experiments.comparison.gather import default_output, gather, models_in
+    from rose_ds.experiments.comparison.gather import gather, models_in
     from rose_ds.experiments.comparison.tables import accuracy, unfinished
     from rose_ds.experiments.store import Store
 
-    store, output = Store(folder), output or default_output(folder)
-    models: list[str | None] = [*models_in(store)]
+    stores = [Store(folder) for folder in folders]
+    models: list[str | None] = [*models_in(stores)]
     for model in models or [None]:
-        comparison = gather(store, baseline, model)
+        comparison = gather(stores, baseline, model)
         own = output if len(models) < 2 else output / f"{models.index(model) + 1}-{_plain(str(model))}"
         written = render.write(comparison, own)
         missing = unfinished(comparison)

@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> None:
             retry_failed=options.retry_failed,
             keep_models=options.keep_models,
             attack=AttackFlags(options.attack, options.attack_items) if options.attack else None,
+            halving=options.halving,
         ).run()
     found, results = counts(store, cells), store.results()
     print(f"{len(cells)} cells: " + ", ".join(f"{count} {name}" for name, count in found.items() if count))
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
             failure = store.failure(cell)
             print(f"failed (exit code {failure['exit_code']}): {cell.name}\n  log: {store.log(cell)}")
             print("\n".join(f"  | {line}" for line in failure["log"][-5:]))
-    if found[Status.DONE.value] < len(cells) and not options.status:
+    if found[Status.DONE.value] + found[Status.GIVEN_UP.value] < len(cells) and not options.status:
         raise SystemExit(1)
 
 
@@ -87,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         help="Settings to try for every method that knows them; or the word published: each method's own range.",
     )
     add("--budget", help="How many settings of the grid each method tries on a task; full: all, however unequal.")
+    add(
+        "--halving",
+        type=int,
+        metavar="N",
+        help="Give up settings of a grid that are not among a method's best 1/N at their 1st, N-th, N*N-th ... "
+        "evaluation, by clean accuracy under one seed (asynchronous successive halving; needs optuna).",
+    )
     add("--jobs", type=int, default=1, help="Runs side by side on this machine; its cores are shared out among them.")
     add("--launcher", choices=list(LAUNCHERS), default="local", help="How a run is started.")
     add(

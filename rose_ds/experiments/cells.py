@@ -26,6 +26,8 @@ Settings = Mapping[str, Any]
 _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoint", "objective_name", "strategy")
 #: Where things lie on a machine: no part of what a cell is.
 _PLACES = ("data",)
+#: Files that are known by their content, wherever they lie.
+_FILES = ("train_file", "validation_file", "adversarial_file")
 #: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
 _DEFAULTS = {
     "save_strategy": "steps",
@@ -49,17 +51,21 @@ class Cell:
     """Flags of ``rose-ds train`` by name."""
     varied: Settings = field(default_factory=dict)
     """Those of them that the grid varies: what a choice is made among."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of the files among its settings, by the setting's name."""
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits: the hash of all that the run's result depends on."""
-        text = json.dumps([self.task, self.method, self.seed, _whole(self.portable)], sort_keys=True)
+        known = {**self.portable, **self.digests}
+        text = json.dumps([self.task, self.method, self.seed, _whole(known)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def portable(self) -> dict[str, Any]:
-        """Its settings without where things lie on one machine."""
-        return {name: value for name, value in self.settings.items() if name not in _PLACES}
+        """Its settings without where things lie on one machine: of a file, its name and a digest of its content."""
+        files = {name: f"{Path(self.settings[name]).name} {digest}" for name, digest in self.digests.items()}
+        return {name: value for name, value in {**self.settings, **files}.items() if name not in _PLACES}
 
     @property
     def name(self) -> str:
@@ -154,7 +160,7 @@ class Sweep:
         """Every run; seeds innermost, then settings, methods, tasks.
 
         Raises:
-            ValueError: a setting is bad, or the methods would not try equally many settings.
+            ValueError: a setting is bad, a file is not there, or the methods would not try equally many settings.
         """
         tried = {name: self._variants(method_named(name), own) for name, own in self.methods.items()}
         self._check_budget(tried)
@@ -167,7 +173,8 @@ class Sweep:
                     settings = {**general, **(own.get("settings") or {}), **varied}
                     settings = {key: settings[key] for key in sorted(settings) if settings[key] is not None}
                     _check_values(name, task, settings)
-                    cells += [Cell(task, name, seed, settings, varied) for seed in self.seeds]
+                    digests = {flag: _digest(str(settings[flag])) for flag in _FILES if flag in settings}
+                    cells += [Cell(task, name, seed, settings, varied, digests) for seed in self.seeds]
         return cells
 
     def _variants(self, method: Method, own: Settings) -> list[Settings]:
@@ -227,6 +234,23 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
     names = {f.name for f in fields(RunSettings)}
     RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
+    if settings.get("data") and not Path(settings["data"]).is_dir():
+        raise ValueError(f"data={settings['data']!r} is not a folder")
+
+
+def _digest(path: str) -> str:
+    """Of a file's content, twelve hexadecimal digits; of a folder's files one after the other."""
+    try:
+        whole = Path(path)
+        files = sorted(p for p in whole.rglob("*") if p.is_file()) if whole.is_dir() else [whole]
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as content:
+                for block in iter(lambda: content.read(1 << 20), b""):  # noqa: B023
+                    digest.update(block)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+    return digest.hexdigest()[:12]
 
 
 def _word(name: str, value: Any) -> str:

@@ -6,13 +6,17 @@ import argparse
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
+_POLL_SECONDS = 0.2
 #: A Slurm task: srun makes SIGKILL of its own SIGTERM, and hands SIGUSR1 on, of which this makes the SIGTERM. One of
 #: Slurm's own reaches the run too, and must not end this shell, with which Slurm would end the run.
 _TASK = (
@@ -31,6 +35,20 @@ class Launcher:
     """What its process hands on to the run as SIGTERM."""
     tells_ranks: bool = True
     """Or else its process ends at SIGTERM and tells its ranks nothing: they are signalled with it."""
+
+    def tell_to_stop(self, process: subprocess.Popen[bytes]) -> None:
+        """The run of a process, started as the first of a group, saves a checkpoint and ends."""
+        if process.poll() is None:
+            if self.tells_ranks:
+                process.send_signal(self.stop)
+            else:
+                os.killpg(process.pid, self.stop)
+
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it has ended, and its ranks too."""
+        process.wait()
+        while not self.tells_ranks and _any_left(process.pid):
+            time.sleep(_POLL_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,17 @@ def slurm(words: Sequence[str], extra: Sequence[str]) -> list[str]:
     """
     step = ["srun", "--nodes=1", "--ntasks=1", "--exact", "--kill-on-bad-exit=1", *extra]
     return [*step, "bash", "-c", _TASK, "run", sys.executable, "-m", "rose_ds", *words]
+
+
+def _any_left(group: int) -> bool:
+    """Of a group of processes that this one started; where nobody reaps them, the dead stay in it."""
+    for process in psutil.process_iter(["pid", "status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
 
 
 LAUNCHERS = {

@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rose_ds.data.tasks import TASKS
+
 FILE = "metrics.json"
 #: Of the format. 1 had no version, status, commit, packages and peak memory; 2 no calibration errors and hardware; 3 no
 #: automatic attacks.
 VERSION = 4
 
+#: What an adversarial set is called that is not AdvGLUE.
+ADVERSARIAL = "adversarial"
 _TYPES = {"str": str, "int": int, "dict": dict}
 
 
@@ -112,10 +116,25 @@ class Metrics:
         if not all(isinstance(version, str) for version in self.packages.values()):
             raise ValueError(f"packages={self.packages!r} are not versions by name")
 
+    @property
+    def adversarial_name(self) -> str:
+        """Of the adversarial set: AdvGLUE's own is GLUE's tasks' where no file takes its place."""
+        task = TASKS.get(self.task)
+        own = any(self.config.get(name) for name in ("adversarial_file", "train_file", "validation_file", "dataset"))
+        return ADVERSARIAL if own or task is None or task.adv_key is None else "AdvGLUE"
+
     def summary(self) -> str:
-        """The accuracies on one line."""
-        named = {"clean": self.glue_accuracy, "AdvGLUE": self.advglue_accuracy, "perturbed": self.perturbed_accuracy}
-        shown = [f"{name} {value:.2%}" for name, value in named.items() if value is not None]
+        """The accuracies on one line, each with its calibration error (ECE) in points."""
+        named = {
+            "clean": (self.glue_accuracy, self.glue_ece),
+            self.adversarial_name: (self.advglue_accuracy, self.advglue_ece),
+            "perturbed": (self.perturbed_accuracy, self.perturbed_ece),
+        }
+        shown = [
+            f"{name} {value:.2%}" + ("" if ece is None else f" (ECE {100 * ece:.1f})")
+            for name, (value, ece) in named.items()
+            if value is not None
+        ]
         return f"{self.task} {self.method or self.model}: " + ", ".join(shown)
 
 

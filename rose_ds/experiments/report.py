@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rose_ds.config import RoseConfig
-from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.metrics import ADVERSARIAL, Metrics
 
 _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
     ("clean", lambda m: m.glue_accuracy, "{:.2%}"),
@@ -19,6 +19,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Metrics], float | None], str], ...] = (
     ("drop", lambda m: drop(m), "{:.2f}"),
     ("step (s)", lambda m: m.step_seconds, "{:.3f}"),
     ("kept", lambda m: m.kept_fraction, "{:.0%}"),
+    ("ECE clean", lambda m: m.glue_ece, "{:.2%}"),
+    ("ECE AdvGLUE", lambda m: m.advglue_ece, "{:.2%}"),
+    ("ECE perturbed", lambda m: m.perturbed_ece, "{:.2%}"),
 )
 
 
@@ -48,12 +51,19 @@ def _settings(m: Metrics) -> dict[str, Any]:
     return {n: v for n, v in {**rose, **(m.config.get("objective") or {})}.items() if v != defaults.get(n)}
 
 
+def _hostile(runs: Sequence[Metrics]) -> str:
+    """What their adversarial sets are called."""
+    names = {m.adversarial_name for m in runs if m.advglue_accuracy is not None}
+    return names.pop() if len(names) == 1 else ADVERSARIAL
+
+
 def table(runs: Sequence[Metrics]) -> str:
     """A Markdown table of the runs; columns that no run has a value for are left out."""
     columns = [c for c in _COLUMNS if any(c[1](m) is not None for m in runs)]
     attacks = dict.fromkeys(name for m in runs for name in m.under_attack)
     columns += [(name, lambda m, name=name: m.under_attack.get(name), "{:.2%}") for name in attacks]  # type: ignore[misc]
-    rows = [["task", "method", "engine", "steps", *(name for name, _, _ in columns)]]
+    hostile = _hostile(runs)
+    rows = [["task", "method", "engine", "steps", *(name.replace("AdvGLUE", hostile) for name, _, _ in columns)]]
     for m, label in zip(runs, labels(runs), strict=True):
         values = [(value(m), form) for _, value, form in columns]
         cells = ["-" if value is None else form.format(value) for value, form in values]
@@ -96,7 +106,7 @@ def _chart(runs: Sequence[Metrics], path: Path) -> Path | None:
         heights = [math.nan if (accuracy := value(m)) is None else 100 * accuracy for _, value, _ in sets]
         bars = axes.bar(positions, heights, width * 0.95, label=f"{m.task} {label}")
         axes.bar_label(bars, ["" if math.isnan(height) else f"{height:.1f}" for height in heights], padding=2)
-    axes.set_xticks(range(len(sets)), [name for name, _, _ in sets])
+    axes.set_xticks(range(len(sets)), [name.replace("AdvGLUE", _hostile(runs)) for name, _, _ in sets])
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 110)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 STORE/plan.jsonl           a line a cell that a sweep was asked for
 STORE/results.jsonl        a line a finished cell: what it was, what it measured, where and with which code
+STORE/given_up.jsonl       a line a cell that others of its grid have left behind: how far it came
 STORE/predictions/KEY.jsonl    its answers, item by item
 STORE/cells/KEY/           working files, not for version control: settings.json, log.txt, run/ (the run's output
                            folder, with its checkpoints), claim, failed.json
@@ -15,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -25,10 +26,12 @@ from filelock import FileLock
 
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, read_trajectory
-from rose_ds.experiments.metrics import FILE, Metrics
+from rose_ds.experiments.metrics import FILE, Metrics, write_whole
+from rose_ds.experiments.resumable import records_of
 
 PLAN = "plan.jsonl"
 RESULTS = "results.jsonl"
+GIVEN_UP = "given_up.jsonl"
 _LOG_LINES = 20
 
 
@@ -38,6 +41,7 @@ class Status(Enum):
     DONE = "done"
     RUNNING = "running"
     FAILED = "failed"
+    GIVEN_UP = "given up"
     INCOMPLETE = "incomplete"
     NOT_STARTED = "not started"
 
@@ -118,12 +122,17 @@ class Store:
             ValueError: another line is damaged; names it.
         """
         path, found = self.root / RESULTS, {}
-        if not path.is_file():
+        try:
+            file = path.open(encoding="utf-8")
+        except FileNotFoundError:
             return {}
-        stamp = (path.stat().st_size, path.stat().st_mtime_ns)
-        if self._read is not None and self._read[0] == stamp:
-            return self._read[1]
-        for number, line in enumerate(_whole_lines(path), start=1):
+        with file:  # of the open file: NFS asks its server at open, and stat may be seconds old
+            now = os.fstat(file.fileno())
+            stamp = (now.st_size, now.st_mtime_ns)
+            if self._read is not None and self._read[0] == stamp:
+                return self._read[1]
+            lines = file.read().split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
                 Metrics(**record["metrics"])
@@ -131,6 +140,17 @@ class Store:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number} is not a finished cell's line ({error}): delete it") from error
         self._read = stamp, found
+        return found
+
+    def given_up(self) -> dict[str, dict[str, Any]]:
+        """Lines of the cells that were given up, by key. Raises ValueError where one is damaged."""
+        path, found = self.root / GIVEN_UP, {}
+        for number, line in enumerate(_whole_lines(path), start=1):
+            try:
+                record = json.loads(line)
+                found[record["cell"]] = record
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number} is not a line of a cell ({error}): delete it") from error
         return found
 
     def predictions(self, key: str) -> dict[str, dict[str, Any]]:
@@ -153,6 +173,8 @@ class Store:
         folder = self.folder(cell)
         if cell.key in results:
             return Status.DONE
+        if cell.key in self.given_up():
+            return Status.GIVEN_UP
         if not folder.is_dir():
             return Status.NOT_STARTED
         if self._is_claimed(folder):
@@ -169,18 +191,19 @@ class Store:
     # --- what happens to a cell ---
 
     def claim(self, cell: Cell) -> Claim | None:
-        """Claim a cell; None where another process has it, or it is done or failed."""
+        """Claim a cell; None where another process has it, or it is done, given up or failed."""
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         claim = self._lock(folder)
         if claim is None:
             return None
-        if cell.key in self.results() or (folder / "failed.json").is_file():  # while this process looked elsewhere
+        done = cell.key in self.results() or cell.key in self.given_up()
+        if done or (folder / "failed.json").is_file():  # while this process looked elsewhere
             claim.release()
             return None
         os.ftruncate(claim.descriptor, 0)
         os.pwrite(claim.descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)  # for a person who looks
-        _write(folder / "settings.json", {"name": cell.name, **asdict(cell)})
+        write_whole(folder / "settings.json", json.dumps({"name": cell.name, **asdict(cell)}, indent=2) + "\n")
         return claim
 
     def finished(self, cell: Cell) -> bool:
@@ -204,15 +227,25 @@ class Store:
             "metrics": asdict(metrics),
             "trajectory": read_trajectory(run),
         }
-        target = self.root / "predictions" / f"{cell.key}.jsonl"
-        shutil.copyfile(run / PREDICTIONS, f"{target}.new")
-        Path(f"{target}.new").replace(target)
-        self._add(cell.key, json.dumps(line, separators=(",", ":")))
-        self.forgive(cell)
-        self._delete_checkpoints(cell)
-        if not keep_models:
+        answers = (run / PREDICTIONS).read_text(encoding="utf-8")
+        answers += "".join(json.dumps(made, separators=(",", ":")) + "\n" for made in _attacks(run))
+        write_whole(self.root / "predictions" / f"{cell.key}.jsonl", answers)
+        if not keep_models:  # before the line: who is killed in between records it again, without them
             for weights in run.glob("*.safetensors"):
                 weights.unlink()
+        with FileLock(self.cells / "results.lock"):
+            if cell.key not in self.results():
+                _append(self.root / RESULTS, json.dumps(line, separators=(",", ":")) + "\n")
+        self.forgive(cell)
+        self._delete_checkpoints(cell)
+
+    def give_up(self, cell: Cell) -> None:
+        """Add a line of a cell that was stopped for good, and delete its run."""
+        line = {"cell": cell.key, **_portable(cell), "trajectory": read_trajectory(self.run_folder(cell))}
+        with FileLock(self.cells / "results.lock"):
+            if cell.key not in self.given_up():
+                _append(self.root / GIVEN_UP, json.dumps(line, separators=(",", ":")) + "\n")
+        self.restart(cell)
 
     def tidy(self, cell: Cell) -> None:
         """Delete the checkpoints of a finished cell whose process was killed before it could."""
@@ -229,7 +262,7 @@ class Store:
         text = self.log(cell).read_text(encoding="utf-8", errors="replace") if self.log(cell).is_file() else ""
         lines = text.replace("\r", "\n").splitlines()
         record = {"exit_code": exit_code, "host": platform.node(), "log": lines[-_LOG_LINES:]}
-        _write(self.folder(cell) / "failed.json", record)
+        write_whole(self.folder(cell) / "failed.json", json.dumps(record, indent=2) + "\n")
 
     def forgive(self, cell: Cell) -> None:
         """Let a failed cell be tried again."""
@@ -238,11 +271,6 @@ class Store:
     def restart(self, cell: Cell) -> None:
         """Let a cell be trained from its beginning: nothing of its run stays."""
         shutil.rmtree(self.run_folder(cell), ignore_errors=True)
-
-    def _add(self, key: str, line: str) -> None:
-        with FileLock(self.cells / "results.lock"):
-            if key not in self.results():
-                _append(self.root / RESULTS, line + "\n")
 
     @staticmethod
     def _lock(folder: Path) -> Claim | None:
@@ -279,9 +307,24 @@ def _locked(descriptor: int, kind: int, folder: Path) -> bool:
     return True
 
 
+def _attacks(run: Path) -> Iterator[dict[str, Any]]:
+    """Of each attack on a run: its label in metrics.json, and of every item whether the answer is right to its end."""
+    for summary in sorted((run / "attack").glob("*.json")):
+        logs = sorted(summary.parent.glob(f"{summary.stem}-*-of-*.jsonl"))
+        items = sorted({record["idx"]: record for record in records_of(logs)}.items())
+        yield {
+            "set": json.loads(summary.read_text(encoding="utf-8"))["label"],
+            "idx": [idx for idx, _ in items],
+            "label": [record["label"] for _, record in items],
+            "right": [record["outcome"] in ("held", "budget") for _, record in items],
+        }
+
+
 def _portable(cell: Cell) -> dict[str, Any]:
     """A cell without where its data lay on one machine."""
-    return {**asdict(cell), "settings": cell.portable}
+    known = {**asdict(cell), "settings": cell.portable}
+    del known["digests"]  # they are in the settings
+    return known
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -298,9 +341,3 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write(path: Path, record: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

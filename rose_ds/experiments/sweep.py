@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -14,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.halving import JOURNAL, Halving
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.progress import BAR, clock, remaining_seconds
 from rose_ds.experiments.store import RESULTS, Claim, Status, Store
 
 _POLL_SECONDS = 0.2
 _WAIT_SECONDS = 2.0
-#: tqdm's own estimate takes all cells to be alike.
-_BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]"
+_SETTLED = (Status.DONE, Status.FAILED, Status.GIVEN_UP)
 #: A run that SIGTERM stopped at a checkpoint, by the shell's code and by Python's.
 _STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
@@ -50,6 +49,8 @@ class _Running:
     process: subprocess.Popen[bytes]
     log: Any
     started: float = field(default_factory=time.monotonic)
+    given_up: bool = False
+    """It was told to stop, for good."""
 
 
 class Runner:
@@ -60,6 +61,7 @@ class Runner:
         retry_failed: try failed cells again.
         attack: flags of ``rose-ds attack``, made on each trained model before it is deleted.
         keep_models: keep the trained models, 90 MB each for MiniLM.
+        halving: give settings of the grid up that fall behind; keep one in so many (``Halving``). None: finish all.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Runner:
         retry_failed: bool = False,
         keep_models: bool = False,
         attack: AttackFlags | None = None,
+        halving: int | None = None,
     ) -> None:
         if jobs < 1:
             raise ValueError(f"jobs={jobs} must be at least 1")
@@ -83,9 +86,14 @@ class Runner:
         fixed = all(_has_fixed_batch(cell.settings) for cell in cells)
         self._places = places(launcher, jobs, launcher_args, fixed_batch=fixed)
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
+        self.halving = None if halving is None else Halving(store.cells / JOURNAL, self.cells, halving)
         self._running: list[_Running] = []
         self._settled: set[str] = set()
-        """Cells that this process has done with: done, failed, or stopped from outside."""
+        """Cells that are done, were given up, or have failed."""
+        self._left_alone: set[str] = set()
+        """Cells that somebody stopped: a later sweep goes on with them."""
+        self._looked = 0.0
+        """When cells of other processes were last looked at."""
         self._stop = False
 
     def run(self) -> dict[str, Status]:
@@ -99,17 +107,18 @@ class Runner:
             status = self.store.status(cell, results)
             if status is Status.FAILED and self.retry_failed:
                 self.store.forgive(cell)
-            elif status in (Status.DONE, Status.FAILED):
+            elif status in _SETTLED:
                 self._settled.add(cell.key)
             if status is Status.DONE:
                 self.store.tidy(cell)
         self._tell_of_attacks_not_made(results)
-        bar = tqdm(total=len(self.cells), initial=len(self._settled), desc="sweep", bar_format=_BAR, dynamic_ncols=True)
+        bar = tqdm(total=len(self.cells), initial=len(self._settled), desc="sweep", bar_format=BAR, dynamic_ncols=True)
         pause = 1.0 if sys.stderr.isatty() else 600.0  # a log file needs no moving clock
         shown = -pause
         with self._listening(), bar:
-            while not self._stop and (self._running or len(self._settled) < len(self.cells)):
+            while not self._stop and (self._running or self._waiting()):
                 changed = self._reap() + self._start()
+                self._give_up_laggards()
                 if changed or time.monotonic() - shown > pause:
                     bar.n, shown = len(self._settled), time.monotonic()
                     bar.set_postfix_str(self._progress())
@@ -136,13 +145,15 @@ class Runner:
     def _start(self) -> int:
         """Start cells in free places; how many."""
         started = 0
-        waiting = [c for c in self.cells if c.key not in self._settled and c not in (r.cell for r in self._running)]
-        for cell in waiting:
+        if time.monotonic() - self._looked < _WAIT_SECONDS:
+            return 0
+        for cell in self._waiting():
             if len(self._running) >= self.jobs or self._stop:
                 break
             claim = self.store.claim(cell)
-            if claim is None:
-                self._look_after(cell)
+            if claim is None:  # another process's
+                if self.store.status(cell, self.store.results()) in _SETTLED:
+                    self._settled.add(cell.key)
                 continue
             left, damage = self._left_of(cell)
             if not left:  # by a process that was killed before it could record it
@@ -156,12 +167,14 @@ class Runner:
             slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
             self._running.append(_Running(cell, claim, slot, *self._launch(left, cell, claim, slot)))
             started += 1
+        else:  # all were tried, so what waits is others': not to be asked for again at once
+            self._looked = time.monotonic()
         return started
 
-    def _look_after(self, cell: Cell) -> None:
-        """A cell of another process's."""
-        if self.store.status(cell, self.store.results()) in (Status.DONE, Status.FAILED):
-            self._settled.add(cell.key)
+    def _waiting(self) -> list[Cell]:
+        """Cells to start here, or to wait for while another process has them."""
+        taken = self._settled | self._left_alone | {run.cell.key for run in self._running}
+        return [cell for cell in self.cells if cell.key not in taken]
 
     def _left(self, cell: Cell) -> list[str]:
         """The command that the cell waits for: its training, then its attack; none: all is there."""
@@ -174,8 +187,8 @@ class Runner:
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
             return ["train", *cell.flags(folder)]
-        # of the run's own task and data: one flag of those given, the others would be taken for left out
-        return ["attack", "--model", str(folder), *self.attack.words()]
+        data = cell.settings.get("data")  # its run may have been another machine's, with another folder
+        return ["attack", "--model", str(folder), *(["--data", str(data)] if data else []), *self.attack.words()]
 
     def _left_of(self, cell: Cell) -> tuple[list[str], str | None]:
         """The same, and what is wrong with the figures of a run that has ended; it is then left to be trained anew."""
@@ -221,10 +234,15 @@ class Runner:
             try:
                 if damage is not None:
                     self._failed(run.cell, code, damage)
+                elif run.given_up and not trained:
+                    self.store.give_up(run.cell)
                 elif trained and not left:
                     self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
                 elif not trained and code not in _STOPPED and not self._stop:
                     self._failed(run.cell, code)
+                else:
+                    self._left_alone.add(run.cell.key)
+                    continue
             finally:
                 run.claim.release()
             self._settled.add(run.cell.key)
@@ -237,18 +255,22 @@ class Runner:
         self.store.fail(cell, code)
         tqdm.write(f"failed: {cell.name} ({why or f'exit code {code}'}); {self.store.log(cell)}")
 
+    def _give_up_laggards(self) -> None:
+        """Stop the runs that others of their grid have left behind."""
+        if self.halving is None:
+            return
+        for run in self._running:
+            if not run.given_up and self.halving.is_behind(run.cell, self.store.run_folder(run.cell)):
+                run.given_up = True
+                self.launcher.tell_to_stop(run.process)
+                tqdm.write(f"given up, behind others of its grid: {run.cell.name}")
+
     def _end(self) -> None:
         """Let the runs that are under way save and end."""
         for run in self._running:
-            if run.process.poll() is None:
-                if self.launcher.tells_ranks:
-                    run.process.send_signal(self.launcher.stop)
-                else:
-                    os.killpg(run.process.pid, self.launcher.stop)
+            self.launcher.tell_to_stop(run.process)
         for run in self._running:
-            run.process.wait()
-            while not self.launcher.tells_ranks and _any_left(run.process.pid):
-                time.sleep(_POLL_SECONDS)
+            self.launcher.wait(run.process)
         self._reap()
 
     @contextmanager
@@ -267,10 +289,14 @@ class Runner:
 
     def _progress(self) -> str:
         names = ", ".join(r.cell.name for r in self._running)
+        results = self.store.results()
         left = remaining_seconds(
-            [c for c in self.cells if c.key not in self._settled], self.store.results().values(), self.jobs
+            [cell for cell in self._waiting() if cell.key not in results],
+            results.values(),
+            self.jobs,
+            [(run.cell, time.monotonic() - run.started) for run in self._running],
         )
-        return f"{names}{'' if left is None else f'; about {_clock(left)} to go'}"
+        return f"{names}{'' if left is None else f'; about {clock(left)} to go'}"
 
 
 def _has_fixed_batch(settings: Mapping[str, Any]) -> bool:
@@ -284,39 +310,8 @@ def _attacked(under_attack: Mapping[str, float], search: str) -> bool:
     return any(label.partition(",")[0] == search for label in under_attack)
 
 
-def _any_left(group: int) -> bool:
-    """Of a group of processes that this one started; where nobody reaps them, the dead stay in it."""
-    for process in psutil.process_iter(["pid", "status"]):
-        try:
-            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                return True
-        except ProcessLookupError:
-            continue
-    return False
-
-
-def remaining_seconds(cells: Sequence[Cell], results: Any, jobs: int) -> float | None:
-    """Time that cells will take: the mean of finished ones of the same task and method, else of the same task or
-    method, else of all; None where none has been timed.
-    """
-    timed = [r for r in results if r["seconds"] is not None]
-    if not timed:
-        return None
-
-    def expected(cell: Cell) -> float:
-        same = [(r["task"] == cell.task) + (r["method"] == cell.method) for r in timed]
-        return statistics.mean(r["seconds"] for r, s in zip(timed, same, strict=True) if s == max(same))
-
-    return sum(map(expected, cells)) / jobs
-
-
 def counts(store: Store, cells: Sequence[Cell]) -> Mapping[str, int]:
     """How many cells there are of each status."""
     results = store.results()
     found = Counter(store.status(cell, results).value for cell in cells)
     return {status.value: found[status.value] for status in Status}
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rose_ds.cli import main
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.comparison import render
 from rose_ds.experiments.comparison.gather import gather, matched, models_in
+from rose_ds.experiments.comparison.paper import table_1
 from rose_ds.experiments.comparison.statistics import compare, mean_sd, one_tailed_t
 from rose_ds.experiments.comparison.tables import Table, accuracy, tables
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
@@ -65,7 +67,7 @@ def column(table: Table, name: str) -> list[str]:
 
 
 def named(store: Store, key: str, **options: Any) -> Table:
-    return next(table for table in tables(gather(store, **options)) if table.key == key)
+    return next(table for table in tables(gather([store], **options)) if table.key == key)
 
 
 def test_a_collapsed_run_is_named(store: Store) -> None:
@@ -76,7 +78,7 @@ def test_a_collapsed_run_is_named(store: Store) -> None:
         {"set": "clean", "idx": list(range(50)), "label": [0, 1] * 25, "prediction": prediction}
         for prediction in ([1] * 49 + [0], [0, 1] * 24 + [0, 0])
     ]
-    for run, line in zip(gather(store).entries["sst2", "vanilla"].runs, lines, strict=True):
+    for run, line in zip(gather([store]).entries["sst2", "vanilla"].runs, lines, strict=True):
         write_lines(store.root / "predictions" / f"{run.key}.jsonl", [line])
     table = named(store, "collapsed")
     assert table.rows == [("sst2", "vanilla", "defaults", "0", "98.0", "60.00", "25.00", "50.00")]
@@ -87,7 +89,7 @@ def test_means_deviations_average_and_delta(store: Store) -> None:
     for seed, (clean, hostile) in enumerate((("1111", "10"), ("1110", "00"))):
         add(store, Cell("sst2", "vanilla", seed, {}), clean, hostile)
         add(store, Cell("rte", "vanilla", seed, {}), "1100", "10")
-    table = accuracy(gather(store))
+    table = accuracy(gather([store]))
     assert table.header == ("method", "sst2 clean", "sst2 AdvGLUE", "rte clean", "rte AdvGLUE", "Avg", "Delta", "seeds")
     sd = np.std([100, 75], ddof=1)
     average, delta = (87.5 + 25 + 50 + 50) / 4, (87.5 + 50) / 2 - (25 + 50) / 2
@@ -103,7 +105,8 @@ def test_means_deviations_average_and_delta(store: Store) -> None:
     assert column(cost, "peak memory (GiB)") == ["1.50 ± 0.00"] * 2
     assert column(cost, "step (s)") == ["0.250 ± 0.000"] * 2
     assert column(cost, "Delta perturbed") == ["37.50", "0.00"]
-    assert [(row[0], row[3], row[4], row[5]) for row in named(store, "seeds").rows] == [
+    assert named(store, "seeds").header[4:8] == ("clean", "ECE clean", "AdvGLUE", "ECE AdvGLUE")
+    assert [(row[0], row[3], row[4], row[6]) for row in named(store, "seeds").rows] == [
         ("sst2", "0", "100.00", "50.00"),
         ("sst2", "1", "75.00", "0.00"),
         ("rte", "0", "50.00", "50.00"),
@@ -114,16 +117,86 @@ def test_means_deviations_average_and_delta(store: Store) -> None:
 def test_a_task_without_a_set_leaves_the_average_open(store: Store) -> None:
     add(store, Cell("sst2", "vanilla", 0, {}), "11", "10")
     add(store, Cell("snippets", "vanilla", 0, {}), "11", None)
-    assert accuracy(gather(store)).rows == [("vanilla", "100.00", "50.00", "100.00", "-", "-", "-", "1 1")]
+    table = accuracy(gather([store]))
+    assert table.header == ("method", "sst2 clean", "sst2 AdvGLUE", "snippets clean", "Avg", "Delta", "seeds")
+    assert table.rows == [("vanilla", "100.00", "50.00", "100.00", "-", "-", "1 1")]
+
+
+def test_sets_are_called_what_they_are(store: Store) -> None:
+    """A file of one's own is not AdvGLUE; without any, Delta is to the perturbed set, and says so."""
+    add(store, Cell("reviews", "vanilla", 0, {}), "11", None)
+    table = accuracy(gather([store]))
+    assert table.header == ("method", "reviews clean", "reviews perturbed", "Avg", "Delta", "seeds")
+    assert table.rows[0][-2] == "50.00" and "clean less perturbed accuracy" in table.note
+    assert "AdvGLUE" not in render.page(tables(gather([store]))[:2], None)
+    add(store, Cell("reviews", "vanilla", 1, {"adversarial_file": "a.csv 0"}), "11", "10")
+    assert accuracy(gather([store])).header[2] == "reviews adversarial"
+    config = {"adversarial_file": "worse.json"}
+    one = Metrics(task="sst2", model="m", glue_accuracy=0.9, glue_ece=0.05, advglue_accuracy=0.4, config=config)
+    assert one.summary() == "sst2 m: clean 90.00% (ECE 5.0), adversarial 40.00%"
+    assert Metrics(task="sst2", model="m", advglue_accuracy=0.4).summary() == "sst2 m: AdvGLUE 40.00%"
 
 
 def test_the_papers_figures_stand_beside_the_same_model_only(store: Store) -> None:
     for task in ("qnli", "qqp", "rte"):
         add(store, Cell(task, "vanilla", 0, {}), "11", "10", model="roberta-base")
-    assert len(accuracy(gather(store)).rows) == 1  # the paper's means are over four tasks
     add(store, Cell("sst2", "vanilla", 0, {}), "11", "10", model="roberta-base")
-    paper = ("vanilla (paper)", *("-",) * 8, f"{(89.19 + 24.78) / 2:.2f}", "64.41", "-")
-    assert accuracy(gather(store)).rows[1] == paper
+    cells = ("92.97", "27.43", "91.58", "19.49", "77.91", "28.15", "94.29", "24.05")
+    paper = ("vanilla (paper)", *cells, "56.98", "64.41", "-")
+    assert accuracy(gather([store])).rows[1] == paper
+    add(store, Cell("snippets", "vanilla", 0, {}), "11", "10", model="roberta-base")
+    assert len(accuracy(gather([store])).rows) == 1  # whose adversarial set is another
+
+
+@pytest.mark.parametrize(
+    ("key", "average", "delta"),
+    [
+        (("roberta-base", "r-drop"), 60.74, 58.70),
+        (("roberta-base", "child-tuning"), 55.49, 65.88),
+        (("roberta-base", "smart"), 62.27, 53.91),
+        (("roberta-base", "freelb"), 63.34, 52.56),
+        (("roberta-base", "rose-first"), 64.59, 48.29),
+        (("roberta-base", "rose-second"), 63.77, 49.88),
+        (("roberta-base", "rose-ensemble"), 65.02, 47.84),
+        (("roberta-large", "vanilla"), 73.81, 36.72),
+        (("roberta-large", "r-drop"), 73.79, 37.18),
+        (("roberta-large", "child-tuning"), 72.87, 38.35),
+        (("roberta-large", "smart"), 76.11, 32.14),
+        (("roberta-large", "freelb"), 75.95, 33.53),
+        (("roberta-large", "rose-first"), 77.27, 28.20),
+        (("roberta-large", "rose-second"), 76.93, 30.03),
+        (("roberta-large", "rose-ensemble"), 78.10, 27.67),
+    ],
+)
+def test_the_papers_cells_add_up_to_its_averages(key: tuple[str, str], average: float, delta: float) -> None:
+    """Which it prints, beside them."""
+    clean, hostile = zip(*table_1(*key).values(), strict=True)
+    assert np.mean(clean + hostile) == pytest.approx(average, abs=0.011)
+    assert np.mean(clean) - np.mean(hostile) == pytest.approx(delta, abs=0.011)
+
+
+def test_stores_are_read_as_one(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings in two stores are settings to choose among; a cell in both is one."""
+    other = Store(tmp_path / "other")
+    other.create()
+    lower = {"learning_rate": 1e-5}
+    for seed in (0, 1):
+        add(store, Cell("sst2", "vanilla", seed, {}), "1000", "10")
+        add(other, Cell("sst2", "vanilla", seed, lower), "1110", "10")
+        add(other, Cell("sst2", "smart", seed, lower), "1111", "11")
+    add(other, Cell("sst2", "vanilla", 0, {}), "1000", "10")
+    both = gather([store, other])
+    assert [(c.label, len(c.runs)) for c in both.entries["sst2", "vanilla"].candidates] == [
+        ("learning_rate=default", 2),
+        ("learning_rate=1e-05", 2),
+    ]
+    found = both.difference("sst2", "smart", "clean")
+    assert found is not None and found.points == pytest.approx(25.0)
+    main(["report", "--store", str(store.root), str(other.root), "--output_dir", str(tmp_path / "out")])
+    assert "| vanilla | 75.00 ± 0.00  |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["report", "--store", str(store.root), str(other.root)])
+    assert "--output_dir" in capsys.readouterr().err
 
 
 def test_two_models_are_no_two_settings(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,13 +214,13 @@ def test_two_models_are_no_two_settings(store: Store, capsys: pytest.CaptureFixt
     )
     assert [(row["method"], row["sst2 clean"]) for row in small] == [("vanilla", "50.00 ± 0.00")]
     assert [(row["method"], row["sst2 clean"]) for row in large] == [("vanilla", "100.00"), ("rose-first", "75.00")]
-    difference = gather(store, model="me/large").difference("sst2", "rose-first", "clean")
+    difference = gather([store], model="me/large").difference("sst2", "rose-first", "clean")
     assert difference is not None and difference.points == -25.0
     main(["report", "--store", str(store.root), "--baseline", "rose-first"])  # which one of the models has not got
-    assert gather(store, "rose-first", "minilm").baseline is None
+    assert gather([store], "rose-first", "minilm").baseline is None
     preset = {"preset": "paper-large"}  # which names a model by itself
     add(store, Cell("sst2", "vanilla", 0, preset), "11", None, model="roberta-large")
-    assert models_in(store) == ["minilm", "me/large", "roberta-large"]
+    assert models_in([store]) == ["minilm", "me/large", "roberta-large"]
 
 
 def test_attacks_stand_beside_their_like_alone(store: Store) -> None:
@@ -177,7 +250,7 @@ def test_settings_are_chosen_by_the_clean_set_and_the_oracle_stands_apart(store:
     choices = named(store, "choices")
     assert (column(choices, "chosen"), column(choices, "clean")) == (["learning_rate=0.0001"], ["75.00"])
     assert column(choices, "settings tried") == ["3"]
-    assert column(accuracy(gather(store)), "sst2 AdvGLUE") == ["0.00 ± 0.00"]
+    assert column(accuracy(gather([store])), "sst2 AdvGLUE") == ["0.00 ± 0.00"]
     oracle = named(store, "oracle")
     assert oracle.rows == [("sst2", "vanilla", "learning_rate=0.0002", "50.00", "100.00", "+100.00")]
     assert len(named(store, "settings").rows) == 3
@@ -192,7 +265,7 @@ def test_runs_of_other_settings_are_another_candidate(store: Store) -> None:
     choices = named(store, "choices")
     assert column(choices, "settings tried") == ["2", "2"]
     assert column(choices, "chosen") == ["max_steps=200", "max_steps=2000"]
-    found = gather(store).difference("sst2", "smart", "clean")
+    found = gather([store]).difference("sst2", "smart", "clean")
     assert found is not None and (found.seeds, found.points) == (2, 25.0)
 
 
@@ -222,7 +295,7 @@ def test_unfinished_runs_are_shown(store: Store) -> None:
         *((f"sst2 smart seed {seed}", "not started") for seed in range(3)),
     ]
     assert table.rows[0][2] == "out of memory"
-    assert accuracy(gather(store)).rows == [
+    assert accuracy(gather([store])).rows == [
         ("vanilla", "50.00", "50.00", "50.00", "0.00", "1 of 3"),
         ("smart", "-", "-", "-", "-", "0"),
     ]
@@ -234,7 +307,7 @@ def test_matched_at_a_clean_accuracy_that_all_reach(store: Store) -> None:
     slow = [{"step": s, "clean": c, "adversarial": a} for s, c, a in ((1, 0.5, 0.5), (2, 0.7, 0.4), (3, 0.81, 0.3))]
     add(store, Cell("sst2", "vanilla", 0, {}), "1", "1", fast)
     add(store, Cell("sst2", "rose-first", 0, {}), "1", "1", slow)
-    found = matched(gather(store), "sst2")
+    found = matched(gather([store]), "sst2")
     assert found is not None
     assert found[0] == pytest.approx(0.81)
     assert {m: [p.point["step"] for p in points] for m, points in found[1].items()} == {
@@ -246,7 +319,7 @@ def test_matched_at_a_clean_accuracy_that_all_reach(store: Store) -> None:
     add(store, run, "1", "1", [{"step": 3, "clean": 0.5, "adversarial": 0.5}])
     path = store.root / "predictions" / f"{run.key}.jsonl"  # one answer to both labels: it has learned nothing
     path.write_text('{"set":"clean","idx":[0,1],"label":[0,1],"prediction":[1,1]}\n')
-    again = matched(gather(store), "sst2")
+    again = matched(gather([store]), "sst2")
     assert again is not None and again[0] == found[0]
 
 
@@ -285,10 +358,50 @@ def test_the_bootstrap_keeps_its_level_and_sees_a_gain() -> None:
     assert np.mean(np.array(ps) < 0.05) < 0.1
     difficulty = random.beta(0.7, 0.7, 148)
     better = compare(random.random((5, 148)) < np.minimum(1, difficulty + 0.2), random.random((5, 148)) < difficulty)
-    assert better.p_bootstrap < 0.01
+    assert better.p_bootstrap == 0.5**5  # the least that five seeds can say
     assert better.low > 0
     same = random.random((5, 148)) < difficulty
     assert compare(same, same).p_bootstrap == 1.0
+
+
+def test_the_bootstrap_knows_that_seeds_are_few() -> None:
+    """With many items what varies is the seeds, of which a resample holds none but those that are there."""
+    random = np.random.default_rng(0)
+    ps = []
+    for _ in range(200):
+        ours, base = (random.random((3, 4000)) < random.normal(0.8, 0.01, (3, 1)) for _ in range(2))
+        ps.append(compare(ours, base, resamples=400).p_bootstrap)
+    assert np.mean(np.array(ps) < 0.05) == 0.0  # 2^-3 is more
+    assert np.mean(np.array(ps) < 0.13) < 0.2
+    ours, base = np.array([[1] * 5 + [0] * 5, [1] * 9 + [0]]) > 0, np.zeros((2, 10), bool)
+    spread = compare(ours, base)
+    assert spread.high - spread.low > 100 * 0.4  # no narrower than the seeds are apart
+
+
+def test_what_was_measured_on_other_items_is_left_out_and_named(store: Store) -> None:
+    """And no setting wins because its dev set is easier."""
+    add(store, Cell("sst2", "vanilla", 0, {}), "1100", None)
+    add(store, Cell("sst2", "smart", 0, {}), "111", None)
+    add(store, Cell("sst2", "r-drop", 0, {}), "1110", None)
+    add(store, Cell("sst2", "r-drop", 0, {"max_eval_samples": 2}), "11", None)
+    table = named(store, "significance")
+    assert {(row[1], row[2]) for row in table.rows} == {("r-drop", "clean")}
+    assert "Left out: sst2: run" in table.note and "(vanilla, seed 0) was measured on other clean items" in table.note
+    assert gather([store]).entries["sst2", "r-drop"].chosen.label == "max_eval_samples=default"
+
+
+def test_accuracy_under_attack_is_compared_item_by_item(store: Store) -> None:
+    label = "pruthi, 4 items 0123"
+    for method, right in (("vanilla", [True, False, False, False]), ("smart", [True, True, False, True])):
+        for seed in (0, 1):
+            cell = Cell("sst2", method, seed, {})
+            add(store, cell, "1110", None, under_attack={label: sum(right) / 4})
+            path = store.root / "predictions" / f"{cell.key}.jsonl"
+            line = {"set": label, "idx": [0, 1, 2, 3], "label": [0, 1, 0, 1], "right": right}
+            path.write_text(path.read_text() + json.dumps(line) + "\n")
+    gains = {row[2]: row[3] for row in named(store, "significance").rows}
+    assert gains == {"clean": "+0.00", label: "+50.00"}
+    assert column(named(store, "seeds"), "under attack")[0] == f"25.00 ({label})"
 
 
 def test_seeds_are_paired_and_items_must_agree(store: Store) -> None:
@@ -296,15 +409,15 @@ def test_seeds_are_paired_and_items_must_agree(store: Store) -> None:
         add(store, Cell("sst2", "vanilla", seed, {}), hits, None)
     for seed, hits in ((2, "0001"), (1, "1110")):
         add(store, Cell("sst2", "smart", seed, {}), hits, None)
-    found = gather(store).difference("sst2", "smart", "clean")
+    found = gather([store]).difference("sst2", "smart", "clean")
     assert found is not None
     assert (found.seeds, found.points) == (2, pytest.approx(100 * (2 + 1) / 8))
-    assert gather(store).difference("sst2", "vanilla", "clean") is None
-    assert gather(store).difference("sst2", "smart", "AdvGLUE") is None
+    assert gather([store]).difference("sst2", "vanilla", "clean") is None
+    assert gather([store]).difference("sst2", "smart", "AdvGLUE") is None
     other = Cell("sst2", "smart", 0, {})
     add(store, other, "11", None)
     with pytest.raises(ValueError, match=f"was measured on other clean items than run {other.key}"):
-        gather(store).difference("sst2", "smart", "clean")
+        gather([store]).difference("sst2", "smart", "clean")
     with pytest.raises(ValueError, match="cannot pair answers"):
         compare(np.ones((2, 3), bool), np.ones((2, 4), bool))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -135,6 +136,30 @@ def test_what_a_key_depends_on() -> None:
         Cell("sst2", "vanilla", 0, {**one.settings, "bf16": True}),
     ]
     assert len({one.key, *(other.key for other in others)}) == 6
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    """Corrected labels are other cells; the same file elsewhere is none, and no setting to choose."""
+    here, there = tmp_path / "reviews.csv", tmp_path / "moved" / "reviews.csv"
+    there.parent.mkdir()
+    for path in (here, there):
+        path.write_text("text,label\ngood,1\nbad,0\n")
+
+    def cell(path: Path) -> Cell:
+        (one,) = Sweep(methods=["vanilla"], tasks={"reviews": {"train_file": str(path)}}).cells()
+        return one
+
+    before = cell(here)
+    assert before.key == cell(there).key and before.portable == cell(there).portable
+    assert str(tmp_path) not in json.dumps(before.portable)
+    assert str(there) in cell(there).flags(Path("out"))
+    here.write_text("text,label\ngood,1\nbad,1\n")
+    assert before.key != cell(here).key
+    here.unlink()
+    with pytest.raises(ValueError, match=r"cannot read .*reviews\.csv: No such file"):
+        cell(here)
+    with pytest.raises(ValueError, match="data=.*nowhere' is not a folder"):
+        Sweep(methods=["vanilla"], tasks=["sst2"], settings={"data": "nowhere"}).cells()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -18,8 +18,9 @@ from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
 from rose_ds.experiments.launchers import LAUNCHERS, Launcher, slurm
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.progress import remaining_seconds
 from rose_ds.experiments.store import RESULTS, Status, Store
-from rose_ds.experiments.sweep import AttackFlags, Runner, counts, remaining_seconds
+from rose_ds.experiments.sweep import AttackFlags, Runner, counts
 
 pytestmark = pytest.mark.fast
 
@@ -117,6 +118,7 @@ def test_statuses(store: Store) -> None:
         "done": 1,
         "running": 0,
         "failed": 0,
+        "given up": 0,
         "incomplete": 0,
         "not started": 1,
     }
@@ -364,14 +366,15 @@ def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
 
 
 def test_an_attack_is_of_the_runs_own_data(store: Store) -> None:
-    """``rose-ds attack --data`` alone would be of its default task."""
+    """In the folder of whoever attacks: its training may have been another machine's."""
     runner = Runner(store, [CELL], attack=AttackFlags("pruthi", 8))
     cell = Cell("sst2", "vanilla", 0, {**CELL.settings, "data": "glue"})
+    words = ["--search", "pruthi", "--max_eval_samples", "8"]
     assert runner._left(cell)[:3] == ["train", "--task", "sst2"]
     store.folder(cell).mkdir()
     finish(store, cell)
     run = str(store.run_folder(cell))
-    assert runner._left(cell) == ["attack", "--model", run, "--search", "pruthi", "--max_eval_samples", "8"]
+    assert runner._left(cell) == ["attack", "--model", run, "--data", "glue", *words]
 
 
 def test_the_estimate_is_of_the_same_task_and_method() -> None:
@@ -384,6 +387,19 @@ def test_the_estimate_is_of_the_same_task_and_method() -> None:
     assert remaining_seconds([Cell("rte", "freelb", 0, {})], results, jobs=1) == 40.0
     assert remaining_seconds([Cell("rte", "smart", 0, {})], results, jobs=1) == 25.0
     assert remaining_seconds([CELL], [], jobs=1) is None
+
+
+def test_the_estimate_counts_places_and_what_has_run() -> None:
+    """One cell takes its time in however many places; one under way has a part of it behind it."""
+    results = [
+        {"task": "sst2", "method": "vanilla", "seconds": 60.0, "settings": {"max_steps": 300}},
+        {"task": "sst2", "method": "vanilla", "seconds": 900.0, "settings": {"max_steps": 5000}},
+    ]
+    cell = Cell("sst2", "vanilla", 0, {"max_steps": 300})
+    assert remaining_seconds([cell], results, jobs=4) == 60.0
+    assert remaining_seconds([cell] * 3, results, jobs=2) == 120.0
+    assert remaining_seconds([cell], results, jobs=2, running=[(cell, 45.0), (cell, 70.0)]) == 60.0
+    assert remaining_seconds([cell], results, jobs=1, running=[(cell, 45.0)]) == 75.0
 
 
 def test_settings_are_there_for_a_person(store: Store) -> None:

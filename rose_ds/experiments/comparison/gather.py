@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rose_ds.experiments.cells import Cell, settings_key
 from rose_ds.experiments.comparison.statistics import Difference, compare
-from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.metrics import ADVERSARIAL, Metrics
 from rose_ds.experiments.presets import PRESETS
 from rose_ds.experiments.settings import RunSettings
 from rose_ds.experiments.store import Status, Store
@@ -39,8 +38,16 @@ ACCURACY: dict[str, Callable[[Run], float | None]] = {
     "AdvGLUE": lambda run: run.metrics.advglue_accuracy,
     "perturbed": lambda run: run.metrics.perturbed_accuracy,
 }
+#: Settings of how a run is measured, not of how it is trained.
+_OF_MEASURING = ("validation_file", "adversarial_file", "max_eval_samples", "perturb_seed")
 #: From this share of one answer on, a run counts as collapsed.
 ONE_ANSWER = 0.98
+#: And its calibration error.
+CALIBRATION: dict[str, Callable[[Run], float | None]] = {
+    "clean": lambda run: run.metrics.glue_ece,
+    "AdvGLUE": lambda run: run.metrics.advglue_ece,
+    "perturbed": lambda run: run.metrics.perturbed_ece,
+}
 #: The same sets in a run's answers and along its training.
 RECORDED = {"clean": "clean", "AdvGLUE": "adversarial", "perturbed": "perturbed"}
 
@@ -87,9 +94,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a store holds."""
+    """All that stores hold."""
 
-    store: Store
+    stores: Mapping[str, Store]
+    """Where each finished cell's answers are."""
     models: tuple[str, ...]
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
@@ -98,9 +106,28 @@ class Comparison:
     unfinished: Sequence[tuple[str, Status, str]]
     """Name, status, and a failed one's last line."""
     baseline: str | None
+    _read: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Answers by run and set, once they were read: without the logits."""
+
+    @property
+    def hostile(self) -> str:
+        """What the adversarial sets are: AdvGLUE, unless a run had another one."""
+        names = {
+            run.metrics.adversarial_name for _, run in self.every_run() if run.metrics.advglue_accuracy is not None
+        }
+        return names.pop() if len(names) == 1 else ADVERSARIAL
+
+    def sets(self) -> list[str]:
+        """Those that some run was measured on, by their names in ACCURACY."""
+        return [name for name, value in ACCURACY.items() if any(value(run) is not None for _, run in self.every_run())]
+
+    def shown(self, name: str) -> str:
+        """A set's name for a person."""
+        return self.hostile if name == "AdvGLUE" else name
 
     def difference(self, task: str, method: str, name: str) -> Difference | None:
-        """A method against the baseline on a set, over the seeds that both have; None where there is nothing to pair.
+        """A method against the baseline on a set, or under an attack, over the seeds that both have; None where there
+        is nothing to pair.
 
         Raises:
             ValueError: the two were measured on other items.
@@ -116,10 +143,11 @@ class Comparison:
         for run, record in zip(measured, records, strict=True):
             if any(record[what] != records[0][what] for what in ("idx", "label")):
                 raise ValueError(
-                    f"{task}: run {run.key} ({run.method}, seed {run.seed}) was measured on other {name} items than "
+                    f"{task}: run {run.key} ({run.method}, seed {run.seed}) was measured on other "
+                    f"{self.shown(name)} items than "
                     f"run {measured[0].key}: compare runs with the same data and --max_eval_samples"
                 )
-        hits = [np.equal(record["prediction"], record["label"]) for record in records]
+        hits = [np.asarray(record["right"]) for record in records]
         return compare(np.stack(hits[::2]), np.stack(hits[1::2]))
 
     def every_run(self) -> Iterator[tuple[Candidate, Run]]:
@@ -130,7 +158,7 @@ class Comparison:
 
     def commonest_answer(self, run: Run) -> float | None:
         """The share of the clean items that get a run's most frequent answer; None where they have but one label."""
-        record = self.store.predictions(run.key).get(RECORDED["clean"])
+        record = self._answers(run, "clean")
         if record is None or len(set(record["label"])) < 2:
             return None
         return float(np.unique(record["prediction"], return_counts=True)[1].max() / len(record["label"]))
@@ -140,29 +168,42 @@ class Comparison:
         return (self.commonest_answer(run) or 0.0) >= ONE_ANSWER
 
     def _answers(self, run: Run, name: str) -> Mapping[str, Any] | None:
-        return self.store.predictions(run.key).get(RECORDED[name])
+        if run.key not in self._read:
+            self._read[run.key] = {}
+            for part, record in self.stores[run.key].predictions(run.key).items():
+                right = record.get("right")  # of an attack; of a set, the answers themselves
+                if right is None:
+                    right = np.equal(record["prediction"], record["label"]).tolist()
+                kept = {name: record.get(name) for name in ("idx", "label", "prediction")}
+                self._read[run.key][part] = {**kept, "right": right}
+        return self._read[run.key].get(RECORDED.get(name, name))
 
 
-def models_in(store: Store) -> list[str]:
-    """The models that a store's cells start from."""
-    settings = [cell.settings for cell in store.plan()] + [line["settings"] for line in store.results().values()]
+def models_in(stores: Sequence[Store]) -> list[str]:
+    """The models that the stores' cells start from."""
+    settings = [cell.settings for store in stores for cell in store.plan()]
+    settings += [line["settings"] for store in stores for line in store.results().values()]
     return list(dict.fromkeys(map(_model, settings)))
 
 
-def gather(store: Store, baseline: str | None = None, model: str | None = None) -> Comparison:
-    """Read a store.
+def gather(stores: Sequence[Store], baseline: str | None = None, model: str | None = None) -> Comparison:
+    """Read stores as if they were one.
 
     Args:
         baseline: the method that others are compared with; None: vanilla, where it is among them.
         model: whose cells; two models are no two settings of one method to choose among. None: of a store of one.
 
     Raises:
-        ValueError: the store holds no cells, is damaged, or has no such method.
+        ValueError: a store holds no cells, is damaged, or they have no such method.
     """
-    plan, results = store.plan(), store.results()
+    planned_in = {cell.key: (cell, store) for store in reversed(stores) for cell in store.plan()}
+    finished_in = {key: (line, store) for store in reversed(stores) for key, line in store.results().items()}
+    for store in stores:
+        if not store.plan() and not store.results():
+            raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
+    plan = [planned_in[key][0] for key in dict.fromkeys(cell.key for store in stores for cell in store.plan())]
+    results = {key: finished_in[key][0] for store in stores for key in store.results()}
     runs = [_run(line) for line in results.values()]
-    if not plan and not runs:
-        raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
     everywhere = {cell.method for cell in plan} | {run.method for run in runs}
     if baseline is not None and baseline not in everywhere:
         raise ValueError(f"baseline={baseline!r} is not one of the store's methods {sorted(everywhere)}")
@@ -182,12 +223,13 @@ def gather(store: Store, baseline: str | None = None, model: str | None = None) 
                 entries[task, method] = _entry(candidates)
     unfinished = []
     for cell in plan:
+        store = planned_in[cell.key][1]
         status = store.status(cell, results)
         if status is not Status.DONE:
             said = store.failure(cell)["log"][-1:] if status is Status.FAILED else []
             unfinished.append((cell.name, status, "".join(said)))
     return Comparison(
-        store,
+        {key: store for key, (_, store) in finished_in.items()},
         tuple(dict.fromkeys(run.metrics.model for run in runs)),
         tasks,
         methods,
@@ -230,12 +272,18 @@ def _candidates(runs: Sequence[Run], planned: Sequence[Cell]) -> list[Candidate]
 def _entry(candidates: Sequence[Candidate]) -> Entry:
     most = max(len(c.runs) for c in candidates)
     eligible = [c for c in candidates if len(c.runs) == most]
+    # accuracies on other rows say nothing about which setting is better
+    eligible = [c for c in eligible if _measured_on(c) == _measured_on(eligible[0])]
     by_adversary = [c for c in eligible if c.mean("AdvGLUE") is not None]
     return Entry(
         tuple(candidates),
         max(eligible, key=lambda c: c.mean("clean") or 0.0),
         max(by_adversary, key=lambda c: c.mean("AdvGLUE") or 0.0) if by_adversary else None,
     )
+
+
+def _measured_on(candidate: Candidate) -> list[Any]:
+    return [candidate.runs[0].settings.get(name) for name in _OF_MEASURING]
 
 
 @dataclass(frozen=True)
@@ -267,8 +315,3 @@ def matched(comparison: Comparison, task: str) -> tuple[float, dict[str, list[Ma
         method: [Matched(min(run.trajectory, key=lambda p: abs(p["clean"] - level)), run) for run in runs]
         for method, runs in along.items()
     }
-
-
-def default_output(store: Path) -> Path:
-    """Where a store's report goes unless a person says otherwise."""
-    return store / "report"

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rose_ds.experiments.comparison.gather import (
     ACCURACY,
+    CALIBRATION,
     ONE_ANSWER,
     RECORDED,
     Candidate,
     Comparison,
     Entry,
+    Run,
     matched,
 )
+from rose_ds.experiments.comparison.paper import table_1
 from rose_ds.experiments.comparison.statistics import mean_sd
-
-#: ROSE's Table 1, by model and method: means over its four tasks of GLUE and AdvGLUE accuracy, in percent.
-PAPER = {("roberta-base", "vanilla"): (89.19, 24.78)}
-_PAPERS = {"qnli", "qqp", "rte", "sst2"}
 
 
 @dataclass(frozen=True)
@@ -73,43 +72,58 @@ def _seeds(entry: Entry) -> str:
 
 def accuracy(c: Comparison) -> Table:
     """The shape of the paper's Table 1: rows methods, columns tasks."""
-    header = ["method", *(f"{t} {s}" for t in c.tasks for s in ("clean", "AdvGLUE")), "Avg", "Delta", "seeds"]
+    hard = "AdvGLUE" if "AdvGLUE" in c.sets() else "perturbed"
+    columns = [(task, name) for task in c.tasks for name in ("clean", hard) if _has(c, task, name) or name == "clean"]
+    whole = len(columns) == 2 * len(c.tasks)
+    header = ["method", *(f"{task} {c.shown(name)}" for task, name in columns), "Avg", "Delta", "seeds"]
     rows = []
     for method in c.methods:
-        entries = [c.entries.get((task, method)) for task in c.tasks]
-        cells = [percent(_of(e, s)) for e in entries for s in ("clean", "AdvGLUE")]
-        clean = [e.chosen.mean("clean") if e else None for e in entries]
-        hostile = [e.chosen.mean("AdvGLUE") if e else None for e in entries]
-        known = [value for value in clean + hostile if value is not None]
-        whole = len(known) == 2 * len(entries)
-        average = f"{100 * np.mean(known):.2f}" if whole else "-"
-        delta = f"{100 * (np.mean(known[: len(entries)]) - np.mean(known[len(entries) :])):.2f}" if whole else "-"
-        seeds = " ".join(_seeds(e) if e else "0" for e in entries)
-        rows.append((method, *cells, average, delta, seeds))
-        for model in c.models if set(c.tasks) == _PAPERS else ():
-            if (model, method) in PAPER:
-                first, second = PAPER[model, method]
-                blank = ("-",) * (2 * len(c.tasks))
-                rows.append((f"{method} (paper)", *blank, f"{(first + second) / 2:.2f}", f"{first - second:.2f}", "-"))
+        entries = {task: c.entries.get((task, method)) for task in c.tasks}
+        cells = [percent(_of(entries[task], name)) for task, name in columns]
+        means = {(t, name): e.chosen.mean(name) if (e := entries[t]) else None for t, name in columns}
+        seeds = " ".join(_seeds(e) if e else "0" for e in entries.values())
+        rows.append((method, *cells, *_average_and_delta(means, whole=whole), seeds))
+        for model in c.models if hard == "AdvGLUE" else ():
+            paper = table_1(model, method)
+            if paper and c.hostile == "AdvGLUE":
+                theirs = {(t, name): paper[t][name != "clean"] / 100 if t in paper else None for t, name in columns}
+                shown = [percent([theirs[column]]) for column in columns]
+                rows.append((f"{method} (paper)", *shown, *_average_and_delta(theirs, whole=whole), "-"))
+    hostile = c.shown(hard)
     note = (
         f"{', '.join(c.models) or 'no finished runs'}. Accuracy in percent, mean and standard deviation over seeds, at "
-        "the setting with the highest clean accuracy. Avg: over all clean and AdvGLUE cells of a row; Delta: clean "
-        "less AdvGLUE accuracy, both averaged over tasks, in points. A dash: not there for every task."
+        f"the setting with the highest clean accuracy. Avg: over all clean and {hostile} cells of a row; Delta: clean "
+        f"less {hostile} accuracy, both averaged over tasks, in points. A dash: not there for every task."
     )
-    return Table("accuracy", "Table 1: accuracy on clean and adversarial text", note, tuple(header), rows)
+    return Table("accuracy", f"Table 1: accuracy on clean and {hostile} text", note, tuple(header), rows)
+
+
+def _has(c: Comparison, task: str, name: str) -> bool:
+    """Whether a run on the task was measured on a set."""
+    return any(run.task == task and ACCURACY[name](run) is not None for _, run in c.every_run())
+
+
+def _average_and_delta(means: Mapping[tuple[str, str], float | None], *, whole: bool) -> tuple[str, str]:
+    """Of fractions by task and set; dashes where a task lacks one."""
+    clean = [mean for (_, name), mean in means.items() if name == "clean" and mean is not None]
+    hard = [mean for (_, name), mean in means.items() if name != "clean" and mean is not None]
+    if not whole or len(clean) + len(hard) < len(means):
+        return "-", "-"
+    return f"{100 * np.mean(clean + hard):.2f}", f"{100 * (np.mean(clean) - np.mean(hard)):.2f}"
 
 
 def attacked(c: Comparison) -> Table:
     """Other kinds of attack, calibration and cost."""
-    sets = ("perturbed", "Delta perturbed", "ECE clean", "ECE AdvGLUE")
-    header = ("task", "method", *sets, "step (s)", "peak memory (GiB)", "kept (%)")
+    sets = c.sets()
+    header = ("task", "method", "perturbed", "Delta perturbed", *(f"ECE {c.shown(name)}" for name in sets))
+    header += ("step (s)", "peak memory (GiB)", "kept (%)")
     rows = []
     for (task, method), entry in c.entries.items():
         metrics = [run.metrics for run in entry.runs]
         clean, hard = entry.chosen.mean("clean"), entry.chosen.mean("perturbed")
         delta = "-" if clean is None or hard is None else f"{100 * (clean - hard):.2f}"
         row = [task, method, percent(_of(entry, "perturbed")), delta]
-        row += [percent([m.glue_ece for m in metrics]), percent([m.advglue_ece for m in metrics])]
+        row += [percent([CALIBRATION[name](run) for run in entry.runs]) for name in sets]
         row += [percent([m.step_seconds for m in metrics], scale=1, digits=3)]
         row += [percent([m.peak_memory_bytes for m in metrics], scale=2.0**-30)]
         row += [percent([m.kept_fraction for m in metrics], digits=0)]
@@ -134,8 +148,8 @@ def under_attack(c: Comparison) -> Table:
                 if found:
                     rows.append((task, name, method, percent(found), str(len(found))))
     note = (
-        "A search of its own on each model (rose-ds sweep --attack; the paper has none). Rows compare under one "
-        "search, limits and items alone: those are its name, the items by a digest of their texts."
+        "A search of its own on each model (rose-ds sweep --attack; the paper makes no automatic attacks). Rows "
+        "compare under one search, limits and items alone: those are its name, the items by a digest of their texts."
     )
     return Table("under_attack", "Accuracy under attack", note, header, rows)
 
@@ -143,27 +157,35 @@ def under_attack(c: Comparison) -> Table:
 def significance(c: Comparison) -> Table:
     """Each method against the baseline."""
     header = ("task", "method", "set", "gain (points)", "95% interval", "p bootstrap", "p t-test", "seeds")
-    rows = []
+    rows, other_items = [], list[str]()
+    made = dict.fromkeys(name for _, run in c.every_run() for name in run.metrics.under_attack)
     for task in c.tasks:
         for method in c.methods:
-            for name in RECORDED:
-                found = c.difference(task, method, name)
+            for name in (*RECORDED, *made):
+                try:
+                    found = c.difference(task, method, name)
+                except ValueError as error:
+                    other_items.append(str(error))
+                    continue
                 if found is not None:
                     t = "-" if found.p_t is None else f"{found.p_t:.4f}"
                     interval = f"{found.low:+.2f} to {found.high:+.2f}"
                     gain, p = f"{found.points:+.2f}", f"{found.p_bootstrap:.4f}"
-                    rows.append((task, method, name, gain, interval, p, t, str(found.seeds)))
+                    rows.append((task, method, c.shown(name), gain, interval, p, t, str(found.seeds)))
     note = (
         f"Gain over {c.baseline}, over the seeds that both have. Bootstrap: items and seeds resampled together, "
         "paired; its p and the t-test's (Student, two-sample, over seeds, as the paper's) are one-sided and not "
-        "corrected for the number of rows. The t-test sees no error of having few items, and AdvGLUE has 78 to 148."
+        "corrected for the number of rows. The bootstrap's is never below 2^-seeds: that all seeds come out better "
+        "happens so often by chance. The t-test sees no error of having few items, and AdvGLUE has 78 to 148."
     )
+    if other_items:
+        note += f" Left out: {'; '.join(other_items)}."
     return Table("significance", "Table 3: differences from the baseline", note, header, rows)
 
 
 def collapsed(c: Comparison) -> Table:
     """Runs that have learned nothing, which a mean over seeds hides."""
-    header = ("task", "method", "setting", "seed", "one answer (%)", "clean", "AdvGLUE", "perturbed")
+    header = ("task", "method", "setting", "seed", "one answer (%)", *map(c.shown, RECORDED))
     rows = []
     for candidate, run in c.every_run():
         share = c.commonest_answer(run)
@@ -180,7 +202,7 @@ def collapsed(c: Comparison) -> Table:
 
 def matched_accuracy(c: Comparison) -> Table:
     """Robustness at one clean accuracy."""
-    header = ("task", "method", "level", "step", "clean", "AdvGLUE", "perturbed")
+    header = ("task", "method", "level", "step", *_with_ece(c))
     rows = []
     for task in c.tasks:
         found = matched(c, task)
@@ -188,7 +210,8 @@ def matched_accuracy(c: Comparison) -> Table:
             continue
         level, methods = found
         for method, points in methods.items():
-            cells = [percent([m.point.get(name) for m in points]) for name in RECORDED.values()]
+            values = [v for name in c.sets() for v in (RECORDED[name], f"{RECORDED[name]}_ece")]
+            cells = [percent([m.point.get(value) for m in points]) for value in values]
             steps = percent([m.point["step"] for m in points], scale=1, digits=0)
             rows.append((task, method, f"{100 * level:.2f}", steps, *cells))
     note = (
@@ -228,7 +251,7 @@ def choices(c: Comparison) -> Table:
 
 def oracle(c: Comparison) -> Table:
     """The choice that nobody could have made."""
-    header = ("task", "method", "chosen", "clean", "AdvGLUE", "gain over the honest choice")
+    header = ("task", "method", "chosen", "clean", c.hostile, "gain over the honest choice")
     rows = []
     for (task, method), entry in c.entries.items():
         if entry.oracle is None or len(entry.candidates) < 2:
@@ -237,32 +260,47 @@ def oracle(c: Comparison) -> Table:
         gain = "-" if best is None or honest is None else f"{100 * (best - honest):+.2f}"
         row = (task, method, entry.oracle.label, _mean(entry.oracle, "clean"), _mean(entry.oracle, "AdvGLUE"), gain)
         rows.append(row)
-    note = "Settings chosen by AdvGLUE itself: an upper bound, not a result. No other table uses it."
-    return Table("oracle", "Choice by AdvGLUE (oracle)", note, header, rows)
+    note = f"Settings chosen by the {c.hostile} set itself: an upper bound, not a result. No other table uses it."
+    return Table("oracle", f"Choice by the {c.hostile} set (oracle)", note, header, rows)
 
 
 def every_setting(c: Comparison) -> Table:
     """All that was tried."""
-    header = ("task", "method", "setting", "clean", "AdvGLUE", "perturbed", "Avg", "seeds")
+    header = ("task", "method", "setting", *_with_ece(c), "Avg", "seeds")
     rows = []
     for (task, method), entry in c.entries.items():
         for candidate in entry.candidates if len(entry.candidates) > 1 else ():
-            cells = [percent([ACCURACY[name](run) for run in candidate.runs]) for name in RECORDED]
+            cells = _accuracy_and_ece(c, candidate.runs)
             both = [candidate.mean("clean"), candidate.mean("AdvGLUE")]
             average = "-" if None in both else f"{100 * np.mean([b for b in both if b is not None]):.2f}"
             count = f"{len(candidate.runs)} of {candidate.planned}"
             rows.append((task, method, candidate.label, *cells, average, count))
-    return Table("settings", "Every setting tried", "Avg: of clean and AdvGLUE accuracy.", header, rows)
+    return Table("settings", "Every setting tried", f"Avg: of clean and {c.hostile} accuracy.", header, rows)
 
 
 def every_seed(c: Comparison) -> Table:
     """No seed is left out."""
-    header = ("task", "method", "setting", "seed", "clean", "AdvGLUE", "perturbed", "steps", "cell")
+    attacks = any(run.metrics.under_attack for _, run in c.every_run())
+    header = ("task", "method", "setting", "seed", *_with_ece(c), *(["under attack"] if attacks else []))
+    header += ("steps", "cell")
     rows = []
     for candidate, run in c.every_run():
-        cells = [percent([value(run)]) for value in ACCURACY.values()]
+        cells = _accuracy_and_ece(c, [run])
+        if attacks:
+            cells.append("; ".join(f"{percent([v])} ({name})" for name, v in run.metrics.under_attack.items()) or "-")
         rows.append((run.task, run.method, candidate.label, str(run.seed), *cells, str(run.metrics.steps), run.key))
-    return Table("seeds", "Every run", "Accuracy in percent.", header, rows)
+    note = "Accuracy in percent, and the calibration error (ECE) beside it in points."
+    return Table("seeds", "Every run", note, header, rows)
+
+
+def _with_ece(c: Comparison) -> list[str]:
+    """Headers of ``_accuracy_and_ece``."""
+    return [column for name in c.sets() for column in (c.shown(name), f"ECE {c.shown(name)}")]
+
+
+def _accuracy_and_ece(c: Comparison, runs: Sequence[Run]) -> list[str]:
+    of = (value[name] for name in c.sets() for value in (ACCURACY, CALIBRATION))
+    return [percent([value(run) for run in runs]) for value in of]
 
 
 def unfinished(c: Comparison) -> Table:
