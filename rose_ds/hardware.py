@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -34,3 +35,17 @@ def slow_bf16(device: torch.device) -> str:
     if device.type != "cpu" or has_bf16(device):
         return ""
     return "this CPU has no bf16 instructions, and passes in bf16 are many times slower than in fp32: leave bf16 out"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held: allocated on its CUDA device, else resident; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

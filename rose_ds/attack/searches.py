@@ -1,7 +1,8 @@
 """Greedy black-box searches for a misspelling that changes a classifier's answer.
 
-A search is a generator: it yields texts that it wants scored and is sent a probability of the right label for each, so
-that a driver can put the questions of many items into one batch. It knows no model.
+A search is a generator: it yields texts that it wants scored, with what has come of it so far, and is sent a
+probability of the right label for each text, so that a driver can put the questions of many items into one batch. It
+knows no model.
 
     deepwordbug  Gao et al., "Black-box Generation of Adversarial Text Sequences to Evade Deep Learning Classifiers",
                  2018: words ranked by the combined head and tail score, the most important first; each gets the best of
@@ -21,7 +22,9 @@ from rose_ds.attack.edits import WORD, internal, one_of_each
 Texts = tuple[str, ...]
 Scores = list[tuple[float, bool]]
 """Of each text: the probability of the right label, and whether the answer is another one."""
-Search = Generator[list[Texts], Scores, "Outcome"]
+Question = tuple[list[Texts], "Outcome"]
+"""Texts to be scored, and the outcome so far, for a driver that ends the search here."""
+Search = Generator[Question, Scores, "Outcome"]
 
 #: DeepWordBug's limit.
 MAX_DISTANCE = 30
@@ -137,12 +140,12 @@ def pruthi(item: Item) -> Search:
 SEARCHES: dict[str, Callable[[Item], Search]] = {"deepwordbug": deepwordbug, "pruthi": pruthi}
 
 
-def _ask(texts: Sequence[Texts], outcome: Outcome) -> Generator[list[Texts], Scores, Scores]:
+def _ask(texts: Sequence[Texts], outcome: Outcome) -> Generator[Question, Scores, Scores]:
     """Scores of texts, in their order; what is empty or asked twice is a question too."""
     if not texts:
         return []
     outcome.queries += len(texts)
-    return (yield list(texts))
+    return (yield list(texts), outcome)
 
 
 def _take(outcome: Outcome, draft: _Draft, word: _Word, spelling: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rose_ds.attack.searches import SEARCHES
+from rose_ds.attack.settings import AttackSettings, PlannedAttack
 from rose_ds.cli.arguments import HelpFormatter, Parser, RunArguments
 from rose_ds.experiments.cells import Cell, Sweep
 from rose_ds.experiments.launchers import LAUNCHERS
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> None:
     sweep.check_names(known)
     cells = _cells(sweep, flags)
     from rose_ds.experiments.store import Status, Store
-    from rose_ds.experiments.sweep import AttackFlags, Runner, counts
+    from rose_ds.experiments.sweep import Runner, counts
 
     store = Store(options.store)
     if not options.status:
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
             launcher_args=shlex.split(options.launcher_args),
             retry_failed=options.retry_failed,
             keep_models=options.keep_models,
-            attack=AttackFlags(options.attack, options.attack_items) if options.attack else None,
+            attack=_attack(options),
             halving=options.halving,
         ).run()
     found, results = counts(store, cells), store.results()
@@ -106,8 +107,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep_models", action="store_true", help="Keep the trained models; otherwise they are deleted once measured.")
     add("--attack", choices=list(SEARCHES), help="Attack each trained model with this search; see rose-ds attack.")
     add("--attack_items", type=int, default=200, help="So many of the dev set are attacked, evenly spaced.")
+    add("--attack_max_words", type=int, help="As --max_words of rose-ds attack.")
+    add("--attack_query_budget", type=int, help="As --query_budget of rose-ds attack.")
+    add("--attack_seed", type=int, default=0, help="As --attack_seed of rose-ds attack.")
     add("--status", action="store_true", help="Only say how far it is.")
     return parser
+
+
+def _attack(options: argparse.Namespace) -> PlannedAttack | None:
+    if options.attack is None:
+        return None
+    how = AttackSettings(
+        options.attack, options.attack_max_words, options.attack_query_budget, attack_seed=options.attack_seed
+    )
+    return PlannedAttack(how, options.attack_items)
 
 
 def _sweep(options: argparse.Namespace, flags: dict[str, Any]) -> Sweep:

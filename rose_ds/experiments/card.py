@@ -27,11 +27,9 @@ _TRAINING: tuple[str, ...] = (
 )
 
 
-def write_card(folder: Path, metrics: Metrics, labels: Sequence[str], command: Sequence[str] | None = None) -> Path:
-    """Write CARD into a model's folder; ``command``: what made it, default this process's."""
-    path = folder / CARD
-    path.write_text(card(metrics, labels, sys.argv if command is None else command), encoding="utf-8")
-    return path
+def write_card(folder: Path, metrics: Metrics, labels: Sequence[str]) -> None:
+    """Write CARD into a model's folder, with this process's command."""
+    (folder / CARD).write_text(card(metrics, labels, sys.argv), encoding="utf-8")
 
 
 def card(metrics: Metrics, labels: Sequence[str], command: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from rose_ds.data import TaskData, assign_families, perturb, tokenize
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.experiments.metrics import write_whole
 from rose_ds.experiments.settings import RunSettings
+from rose_ds.training import checkpoints
 from rose_ds.training.records import may_be_lost
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
 TRAJECTORY = "trajectory.jsonl"
@@ -163,23 +167,32 @@ class TrajectoryCallback(TrainerCallback):
         self.trainer, self.evaluator, self.path = trainer, evaluator, folder / TRAJECTORY
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take out the lines of another run of the folder, and of steps that come again."""
+        """Take out the lines of another run of the folder, and of steps that come again. Make up for the evaluation of
+        a step that SIGTERM ended.
+        """
+        step, kept = state.global_step, list[dict[str, Any]]()
         if state.is_world_process_zero and self.path.is_file():
-            step = state.global_step
-            kept = [old for old in read_trajectory(self.path.parent) if step and old["step"] <= step]
             with may_be_lost(self.path):
+                kept = [old for old in _sound_lines(self.path) if step and old["step"] <= step]
                 write_lines(self.path, kept)
+        due = args.eval_strategy == "steps" and step > args.eval_delay
+        due = due and (step % state.eval_steps == 0 or step == state.max_steps)
+        if checkpoints.gather(due and all(old["step"] != step for old in kept))[0]:
+            self._add(state, self.evaluator.measure(self.trainer))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the clean set's evaluation."""
-        found = self.evaluator.measure(self.trainer, clean_is_latest=True)
+        self._add(state, self.evaluator.measure(self.trainer, clean_is_latest=True))
+
+    def _add(self, state: TrainerState, found: dict[str, Predictions]) -> None:
+        """A line, and the answers for the run's end."""
         self.evaluator.remember(state.global_step, found)
         if state.is_world_process_zero:
             line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
             for name, predictions in found.items():
                 line |= {name if s == "accuracy" else f"{name}_{s}": v for s, v in predictions.scores().items()}
-            earlier = [old for old in read_trajectory(self.path.parent) if old["step"] < state.global_step]
             with may_be_lost(self.path):
+                earlier = [old for old in _sound_lines(self.path) if old["step"] < state.global_step]
                 write_lines(self.path, [*earlier, line])
 
 
@@ -194,11 +207,24 @@ def read_trajectory(folder: Path) -> list[dict[str, Any]]:
         return []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
+            lines.append(_line(text))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: not a line of a trajectory ({error})") from error
     return lines
+
+
+def _line(text: str) -> dict[str, Any]:
+    line = json.loads(text)
+    return {**line, "step": int(line["step"])}
+
+
+def _sound_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Those of a file that a machine's failure may have damaged: training goes on without the others."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            yield _line(text)
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: passed over a line that is not one of a trajectory: %.80s", path, text)
 
 
 def write_predictions(folder: Path, found: Mapping[str, Predictions]) -> None:

@@ -59,17 +59,3 @@ def _cpu() -> str:
     lines = table.read_text(encoding="utf-8", errors="replace").splitlines() if table.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process has held: allocated on its CUDA device, else resident; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

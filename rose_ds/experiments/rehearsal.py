@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from rose_ds.experiments.provenance import peak_memory_bytes
+from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
 from rose_ds.training.resuming import precision_of, schedule_of
 

@@ -218,6 +218,9 @@ class Store:
         """
         run = self.run_folder(cell)
         metrics = Metrics.read(run)
+        known = cell.portable
+        for name in metrics.config.keys() & {"data", *cell.digests}:  # nobody's folders
+            metrics.config[name] = known.get(name) or Path(metrics.config[name] or "").name or None
         line = {
             "cell": cell.key,
             **_portable(cell),

@@ -15,7 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rose_ds.attack.settings import PlannedAttack
 from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.evaluation import read_trajectory
 from rose_ds.experiments.halving import JOURNAL, Halving
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.metrics import Metrics
@@ -27,18 +29,6 @@ _WAIT_SECONDS = 2.0
 _SETTLED = (Status.DONE, Status.FAILED, Status.GIVEN_UP)
 #: A run that SIGTERM stopped at a checkpoint, by the shell's code and by Python's.
 _STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class AttackFlags:
-    """Of ``rose-ds attack``."""
-
-    search: str
-    items: int
-    """So many of the dev set, evenly spaced."""
-
-    def words(self) -> list[str]:
-        return ["--search", self.search, "--max_eval_samples", str(self.items)]
 
 
 @dataclass
@@ -59,7 +49,7 @@ class Runner:
     Args:
         launcher: a name in LAUNCHERS; ``launcher_args``: more words for it.
         retry_failed: try failed cells again.
-        attack: flags of ``rose-ds attack``, made on each trained model before it is deleted.
+        attack: made on each trained model before it is deleted.
         keep_models: keep the trained models, 90 MB each for MiniLM.
         halving: give settings of the grid up that fall behind; keep one in so many (``Halving``). None: finish all.
     """
@@ -74,7 +64,7 @@ class Runner:
         launcher_args: Sequence[str] = (),
         retry_failed: bool = False,
         keep_models: bool = False,
-        attack: AttackFlags | None = None,
+        attack: PlannedAttack | None = None,
         halving: int | None = None,
     ) -> None:
         if jobs < 1:
@@ -131,13 +121,14 @@ class Runner:
     def _tell_of_attacks_not_made(self, results: Mapping[str, Any]) -> None:
         if self.attack is None:
             return
-        search = self.attack.search
         done = [cell for cell in self.cells if cell.key in results]
-        without = [cell for cell in done if not _attacked(results[cell.key]["metrics"].get("under_attack", {}), search)]
+        made = self.attack.made
+        without = [cell for cell in done if not made(results[cell.key]["metrics"].get("under_attack", {}))]
         if without:
             tqdm.write(
-                f"{len(without)} finished cells were not attacked by {search} ({without[0].name}, ...), and a sweep "
-                f"trains none again: take their lines out of {self.store.root / RESULTS} to train and attack them"
+                f"{len(without)} finished cells were not attacked by {self.attack.settings.name} ({without[0].name}, "
+                f"...), and a sweep trains none again: take their lines out of {self.store.root / RESULTS} to train "
+                "and attack them"
             )
 
     # --- cells ---
@@ -181,8 +172,8 @@ class Runner:
         folder = self.store.run_folder(cell)
         if not self.store.finished(cell):
             return ["train", *cell.flags(folder)]
-        metrics = Metrics.read(folder)
-        if self.attack is None or _attacked(metrics.under_attack, self.attack.search):
+        metrics, _ = Metrics.read(folder), read_trajectory(folder)  # or else recording it would find what is damaged
+        if self.attack is None or self.attack.made(metrics.under_attack):
             return []
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
@@ -303,11 +294,6 @@ def _has_fixed_batch(settings: Mapping[str, Any]) -> bool:
     """Whether a run's global batch is one on any number of ranks; a preset divides its own among them."""
     preset = "preset" in settings and "per_device_train_batch_size" not in settings
     return preset or "global_batch_size" in settings
-
-
-def _attacked(under_attack: Mapping[str, float], search: str) -> bool:
-    """Whether a run's figures have one of this search, on whichever items."""
-    return any(label.partition(",")[0] == search for label in under_attack)
 
 
 def counts(store: Store, cells: Sequence[Cell]) -> Mapping[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +73,10 @@ def _train(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
         precision=precision_of(args),
         steps=trainer.state.global_step,
         train_seconds=meter.earlier_seconds + result.metrics["train_runtime"],
-        step_seconds=statistics.median(meter.step_seconds[2:] or meter.step_seconds) if meter.step_seconds else None,
+        step_seconds=meter.median_step_seconds,
         kept_fraction=meter.kept_fraction,
         skipped_steps=meter.skipped,
-        peak_memory_bytes=max(checkpoints.gather(provenance.peak_memory_bytes(args.device)), key=lambda n: n or 0),
+        peak_memory_bytes=trainer.peak_memory_bytes(),
         config={**_config(run, args), **recorded(rose, objective), "preset": _preset(method), "class_weights": weights},
         commit=provenance.commit(),
         packages=provenance.packages(),
@@ -91,7 +90,8 @@ def _train(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
 
     def others(folder: Path) -> None:
         write_predictions(folder, found)
-        write_card(folder, metrics, evaluator.labels)
+        names = trainer.model.config.id2label  # a head of another order keeps it
+        write_card(folder, metrics, [names[i] for i in sorted(names)])
         metrics.write(folder)
 
     save_result(trainer, Path(args.output_dir), others)

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -138,9 +139,23 @@ class StepMeter(TrainerCallback):
         """Seconds trained by the processes before this one."""
         return self._totals["seconds"]
 
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Of this process's steps but the first two; of an earlier process where this one has taken no more."""
+        if len(self.step_seconds) < 3 and "step_seconds" in self._totals:
+            return self._totals["step_seconds"]
+        return statistics.median(self.step_seconds[2:] or self.step_seconds) if self.step_seconds else None
+
+    @property
+    def earlier_peak_bytes(self) -> int:
+        """Most memory that a rank of an earlier process held; 0 where there was none."""
+        return int(self._totals.get("peak_bytes", 0))
+
     def totals(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {**self._totals, "seconds": self.earlier_seconds + _now() - self._begin}
+        median = self.median_step_seconds
+        timed = {} if median is None else {"step_seconds": median}
+        return {**self._totals, **timed, "seconds": self.earlier_seconds + _now() - self._begin}
 
     def restore(self, totals: dict[str, float]) -> None:
         """Go on from a checkpoint's."""

@@ -27,6 +27,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
+from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import StepMeter, StopOnSigterm, outlive_sigterm
 from rose_ds.training.sole_use import sole_use_of
@@ -197,6 +198,13 @@ class ResumableTrainer(Trainer):
                 logger.warning("SIGTERM received: checkpoint saved at step %d, %s", step, resume)
             raise SystemExit(128 + signal.SIGTERM)  # the shell's code for it: a job that was stopped has not succeeded
         return result
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory that one rank has held, also in the processes before this one; None where nobody knows. Every
+        rank calls it.
+        """
+        earlier = 0 if self.meter is None else self.meter.earlier_peak_bytes
+        return max([*checkpoints.gather(peak_memory_bytes(self.args.device) or 0), earlier]) or None
 
     @property
     def took_no_step(self) -> bool:
@@ -371,6 +379,7 @@ class ResumableTrainer(Trainer):
         part = slice(self.args.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         checkpoints.to_disk(folder / name for name in sorted(own)[part])
         disagreements = torch.stack(self.disagreements).tolist() if self.disagreements else []
+        peak = self.peak_memory_bytes()
         ranks = checkpoints.gather((own, float(self._tr_loss), disagreements, self.optimizer_steps()))
         files: dict[str, int] = {}
         # a shared folder may show one rank's files late to another; with save_on_each_node each node has its own
@@ -384,7 +393,7 @@ class ResumableTrainer(Trainer):
             files=files,
             fixed=json.loads(json.dumps(fixed)),
             free=free,
-            totals={} if self.meter is None else self.meter.totals(),
+            totals={} if self.meter is None else {**self.meter.totals(), "peak_bytes": float(peak or 0)},
             unlogged_loss=[loss for _, loss, *_ in ranks],
             unlogged_disagreements=[values for _, _, values, _ in ranks],
             logged_step=self._globalstep_last_logged,

@@ -250,6 +250,14 @@ class RoseTrainer(MicroBatchTrainer):
             if hasattr(loader, "end"):  # accelerate counts a loader that was left early as still running
                 loader.end()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's. Its loader draws a random number, for which training goes on with the others that it would have
+        had: a run is the same however often it is evaluated, and goes on as the same from a checkpoint without.
+        """
+        with replay(RngState.now()):
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, remembered: the step is skipped on every rank where the norm is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from launching import ROOT
 from transformers import pipeline
 
 from rose_ds.cli import main
@@ -16,9 +19,41 @@ from rose_ds.experiments.metrics import Metrics
 FLAGS = ["--max_length", "16", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
 
 
+def test_pairs_of_ones_own_from_two_sweeps_to_the_report(two_layers: str, tmp_path: Path) -> None:
+    """Trained, attacked and compared; started twice on one store, each of its cells is made once."""
+    data, store = tmp_path / "answers.jsonl", tmp_path / "store"
+    answers = [("Who came?", f"{i} friends came.", "yes") for i in range(30)]
+    answers += [("Who came?", f"It rained for {i} days.", "no") for i in range(30)]
+    lines = [
+        {"question": q, "answer": a, "fits": y, **({"note": "x"} if i % 2 else {})}
+        for i, (q, a, y) in enumerate(answers)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "rose_ds", "sweep", "--store", str(store), "--methods", "vanilla", "rose-second"]
+    command += ["--tasks", "answers", "--train_file", str(data), "--text_columns", "question", "answer"]
+    command += ["--label_column", "fits", "--model", two_layers, "--max_steps", "4", "--max_length", "32"]
+    command += ["--per_device_train_batch_size", "8", "--eval_steps", "2", "--attack", "pruthi", "--attack_items", "4"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [sweep.wait(timeout=400) for sweep in both] == [0, 0]
+    results = [json.loads(line) for line in (store / "results.jsonl").read_text().splitlines()]
+    assert sorted(line["method"] for line in results) == ["rose-second", "vanilla"]
+    for line in results:
+        log = (store / "cells" / line["cell"] / "log.txt").read_text()
+        assert log.count("-m rose_ds train") == log.count("-m rose_ds attack") == 1
+        assert "answers.jsonl " in line["settings"]["train_file"] and str(tmp_path) not in json.dumps(line)
+        answered = [json.loads(text) for text in (store / "predictions" / f"{line['cell']}.jsonl").open()]
+        (label,) = line["metrics"]["under_attack"]
+        assert [record["set"] for record in answered] == ["clean", "perturbed", label]
+        assert sum(answered[-1]["right"]) / 4 == line["metrics"]["under_attack"][label]
+    main(["report", "--store", str(store)])
+    page = (store / "report" / "report.md").read_text()
+    assert "answers perturbed" in page and "AdvGLUE accuracy" not in page
+    assert f"| answers | rose-second | {label} |" in " ".join(page.split())
+
+
 def rows(count: int, start: int = 0) -> list[tuple[str, str]]:
-    moods = {"great": "pos", "awful": "neg", "usual": "neutral"}
-    return [(f"{word} film, number {i}", moods[word]) for i in range(start, start + count) for word in moods]
+    moods = {"großartiger": "pos", "schrecklicher": "neg", "gewöhnlicher": "neutral"}
+    return [(f"ein {word} Film für {i} Gäste", moods[word]) for i in range(start, start + count) for word in moods]
 
 
 def test_three_classes_of_ones_own(
@@ -45,7 +80,7 @@ def test_three_classes_of_ones_own(
     assert "Labels by id: neg, neutral, pos." in card
     assert shlex.join(["rose-ds", *flags]) in card
     assert f"| clean dev set | {metrics.glue_accuracy:.2%} | {metrics.glue_ece:.2%} |" in card
-    assert pipeline("text-classification", model=str(out))("great film")[0]["label"] in ("neg", "neutral", "pos")
+    assert pipeline("text-classification", model=str(out))("großer Film")[0]["label"] in ("neg", "neutral", "pos")
 
     again = tmp_path / "again"
     columns = ["--text_columns", "body", "--label_column", "mood"]
@@ -56,6 +91,15 @@ def test_three_classes_of_ones_own(
     first = [json.loads(line) for line in (out / PREDICTIONS).read_text().splitlines()]
     second = [json.loads(line) for line in (again / PREDICTIONS).read_text().splitlines()]
     assert second[0]["prediction"] == next(r for r in first if r["set"] == "adversarial")["prediction"]
+
+    main(["attack", "--model", str(out), "--max_eval_samples", "6", "--search", "pruthi"])
+    (log,) = (out / "attack").glob("pruthi-*-0-of-1.jsonl")
+    _, *attacked = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert len(attacked) == 6 and all("Film für" in item["texts"][0] or item["edits"] for item in attacked)
+    (under,) = Metrics.read(out).under_attack.items()
+    main(["report", str(out), str(again), "--output_dir", str(tmp_path / "report")])
+    shown = capsys.readouterr().out
+    assert under[0] in shown and f"{under[1]:.2%}" in shown and "| adversarial " in shown
 
     hard.write_text('{"body": "a film", "mood": "bored"}\n')
     capsys.readouterr()

@@ -21,6 +21,7 @@ from launching import ROOT
 from safetensors.torch import load_file
 
 from rose_ds.cli import main
+from rose_ds.experiments.evaluation import read_trajectory
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.training import checkpoints
 
@@ -93,6 +94,26 @@ def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> 
     )
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, out)]
     assert metrics[0]["kept_fraction"] == pytest.approx(metrics[1]["kept_fraction"], abs=1e-12)
+
+
+def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) -> None:
+    """It is left out, since SIGKILL may follow soon, and made up for when the run goes on; also after the last step."""
+    flags = ["--model", two_layers, "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2"]
+    undisturbed = tmp_path / "whole"
+    main(["train", *FLAGS, *flags, "--output_dir", str(undisturbed)])
+    expected = read_trajectory(undisturbed)
+    assert [line["step"] for line in expected] == [2, 4]
+    for pause in (3, 1):  # the step after so many
+        out = tmp_path / str(pause) / "run"
+        out.parent.mkdir()
+        code, log, _ = process(out, {"pause": pause}, *flags)
+        assert code == 128 + signal.SIGTERM, log[-4000:]
+        assert [line["step"] for line in read_trajectory(out)] == [2][: pause // 2]
+        code, log, _ = process(out, {}, *flags, "--resume", "auto")
+        assert code == 0, log[-4000:]
+        assert read_trajectory(out) == expected and same_weights(out, undisturbed)
+        metrics = Metrics.read(out)
+        assert metrics.step_seconds and metrics.peak_memory_bytes
 
 
 def copy(whole: Path, tmp_path: Path, *names: str) -> Path:

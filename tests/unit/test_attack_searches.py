@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -11,12 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
-from rose_ds.attack import SEARCHES, AttackSettings, attack
+from rose_ds import cli
+from rose_ds.attack import SEARCHES, AttackSettings, PlannedAttack, attack
 from rose_ds.attack.edits import internal, one_of_each
 from rose_ds.attack.run import summary
-from rose_ds.attack.searches import MAX_DISTANCE
+from rose_ds.attack.searches import MAX_DISTANCE, Item, Search
+from rose_ds.cli.arguments import Parser
+from rose_ds.experiments.evaluation import expected_calibration_error
 from rose_ds.experiments.resumable import read_log
+from rose_ds.experiments.settings import RunSettings
 
 pytestmark = pytest.mark.fast
 
@@ -33,15 +39,20 @@ def logits_of(texts: Sequence[Texts]) -> np.ndarray:
 
 
 class Counting:
-    """The classifier, which counts its questions."""
+    """The classifier, which counts its questions, and is killed at one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, killed_at: int | None = None) -> None:
         self.asked = 0
+        self.most = 0
         self.batches = 0
+        self.killed_at = killed_at
 
     def __call__(self, texts: Sequence[Texts]) -> np.ndarray:
         self.asked += len(texts)
+        self.most = max(self.most, len(texts))
         self.batches += 1
+        if self.killed_at is not None and self.asked >= self.killed_at:
+            raise KeyboardInterrupt
         return logits_of(texts)
 
 
@@ -87,6 +98,64 @@ def test_every_question_is_counted(tmp_path: Path) -> None:
     assert model.batches == 2  # one for the answers before, one for all items' edits
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 30])
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_a_round_is_bounded_and_changes_nothing(search: str, at_once: int, tmp_path: Path) -> None:
+    """Also where one item's question is longer than a round, and where the budget ends within it."""
+    for budget in (None, 45):
+        settings = AttackSettings(search=search, max_words=2, query_budget=budget)
+        whole, model = run(tmp_path / f"{budget}.jsonl", **vars(settings)), Counting()
+        log = tmp_path / f"{budget}-{at_once}.jsonl"
+        attack(ROWS, model, settings, log, at_once=at_once)
+        assert {r["idx"]: r for r in read_log(log) if "idx" in r} == whole
+        assert model.asked == sum(r["queries"] for r in whole.values())
+        assert model.most == at_once < max(r["queries"] for r in whole.values())
+
+
+def test_a_kill_loses_little(tmp_path: Path) -> None:
+    """Of many items whose whole search is one question."""
+    rows = [row(i, "a good film with music") for i in range(40)]
+    settings, log, at_once = AttackSettings(search="pruthi"), tmp_path / "a.jsonl", 100
+    whole = run(tmp_path / "whole.jsonl", rows, search="pruthi")
+    total, one = sum(r["queries"] for r in whole.values()), max(r["queries"] for r in whole.values())
+    killed, again = Counting(killed_at=total // 2), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        attack(rows, killed, settings, log, at_once=at_once)
+    attack(rows, again, settings, log, at_once=at_once)
+    assert {r["idx"]: r for r in read_log(log) if "idx" in r} == whole
+    assert killed.asked + again.asked - total <= len(rows) + at_once + 2 * one  # answers before, a round, what is begun
+
+
+def test_a_search_begins_when_its_question_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The questions of all items at once would not fit into memory."""
+    under_way, most, pruthi = set[Texts](), 0, SEARCHES["pruthi"]
+
+    def watched(item: Item) -> Search:
+        nonlocal most
+        under_way.add(item.texts)
+        most = max(most, len(under_way))
+        outcome = yield from pruthi(item)
+        under_way.remove(item.texts)
+        return outcome
+
+    monkeypatch.setitem(SEARCHES, "pruthi", watched)
+    rows = [row(i, f"{'a' * i} good film with music") for i in range(4)]
+    rows += [row(i, f"{'the' * i} good film with music") for i in range(4, 30)]
+    attack(rows, logits_of, AttackSettings(search="pruthi"), tmp_path / "a.jsonl", at_once=100)
+    assert 1 < most <= 4  # of 40 questions at least
+
+
+def test_the_bar_moves_while_an_item_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[tuple[int, int]]()
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        monkeypatch.setattr(bar, "set_postfix", lambda questions: told.append((bar.n, questions)))
+        attack([ROWS[0]], logits_of, AttackSettings(search="pruthi"), tmp_path / "a.jsonl", at_once=20, progress=bar)
+        assert bar.n == 1
+    assert told[:3] == [(0, 1), (0, 21), (0, 41)]
+    with pytest.raises(ValueError, match="at_once=0 must be at least 1"):
+        attack(ROWS, logits_of, AttackSettings(), tmp_path / "b.jsonl", at_once=0)
+
+
 @pytest.mark.parametrize("search", sorted(SEARCHES))
 def test_an_item_does_not_depend_on_the_others(search: str, tmp_path: Path) -> None:
     together = run(tmp_path / "together.jsonl", search=search, max_words=2)
@@ -100,6 +169,12 @@ def test_limits(tmp_path: Path) -> None:
     assert [o["outcome"] for o in run(tmp_path / "a.jsonl", [ROWS[1]], max_words=1).values()] == ["held"]
     found = run(tmp_path / "b.jsonl", [ROWS[0]], query_budget=10)[0]
     assert (found["outcome"], found["texts"], found["queries"]) == ("budget", ["a good film with music"], 10)
+    found = run(tmp_path / "edits.jsonl", [ROWS[1]], query_budget=1 + 4 * 8 + 4)[
+        1
+    ]  # 8 words ranked, one of them edited
+    ((_, word, misspelling),) = found["edits"]
+    assert (found["outcome"], word) == ("budget", "excellent")
+    assert found["texts"] == [ROWS[1]["texts"][0].replace(word, misspelling)]
     whole = run(tmp_path / "whole.jsonl", [ROWS[0]], search="pruthi")[0]
     assert whole["outcome"] == "broken"  # by one of the edits of its one question
     part = run(tmp_path / "part.jsonl", [ROWS[0]], search="pruthi", query_budget=whole["queries"] - 1)[0]
@@ -170,3 +245,44 @@ def test_summary(tmp_path: Path) -> None:
     assert (found["clean_accuracy"], found["accuracy_under_attack"]) == (pytest.approx(5 / 6), pytest.approx(1 / 6))
     assert found["success_rate"] == pytest.approx(4 / 5)
     assert found["words"] == pytest.approx((1 + 2 + 1 + 1) / 4)
+    logits, labels = logits_of([r["texts"] for r in ROWS]), np.array([r["label"] for r in ROWS])
+    assert found["clean_ece"] == pytest.approx(expected_calibration_error(logits, labels), abs=1e-4)
+    assert found["clean_ece"] > 0.1  # the classifier counts, and is not sure of one word
+
+    settings, *records = read_log(logs[0])
+    del records[0]["logits"]  # as earlier versions wrote it
+    logs[0].write_text("".join(json.dumps(line) + "\n" for line in (settings, *records)))
+    assert summary(logs) == {**found, "clean_ece": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "name"),
+    [
+        ({"search": "pruthi"}, ["--search", "pruthi"], "pruthi"),
+        (
+            {"max_words": 3, "query_budget": 50, "attack_seed": 1},
+            ["--search", "deepwordbug", "--max_words", "3", "--query_budget", "50", "--attack_seed", "1"],
+            "deepwordbug, max_words 3, query_budget 50, seed 1",
+        ),
+    ],
+)
+def test_a_planned_attack(settings: dict[str, Any], words: list[str], name: str) -> None:
+    """Its words mean the same to ``rose-ds attack``, and it knows its own figures."""
+    plan = PlannedAttack(AttackSettings(**settings), 8)
+    assert plan.words() == [*words, "--max_eval_samples", "8"]
+    run, how = Parser("attack", "", RunSettings, AttackSettings).settings(plan.words())
+    assert (how, run.max_eval_samples) == (plan.settings, 8)
+    assert plan.settings.label(5, "ab12") == f"{name}, 5 items ab12"
+    assert plan.made(["other, 8 items 99", plan.settings.label(5, "ab12")])  # of a dev set that has no more
+    assert not plan.made([AttackSettings(**{**settings, "max_words": 2}).label(8, "ab12")])
+    assert not plan.made([])
+
+
+def test_attacks_that_cannot_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="attack_items=0 must be at least 1"):
+        PlannedAttack(AttackSettings(), 0)
+    for flag in ("max_eval_samples", "query_budget", "batch_size"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["attack", "--model", "nowhere", f"--{flag}", "0"])
+        assert stop.value.code == 2
+        assert f"rose-ds attack: error: {flag}=0 must be at least 1" in capsys.readouterr().err

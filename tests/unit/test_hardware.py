@@ -17,8 +17,7 @@ from rose_ds import RefusedConfiguration
 from rose_ds.doctor.environment import check_device
 from rose_ds.engines import registry
 from rose_ds.exchange import communication_device
-from rose_ds.experiments import provenance
-from rose_ds.hardware import default_device, has_bf16, slow_bf16
+from rose_ds.hardware import default_device, has_bf16, peak_memory_bytes, slow_bf16
 from rose_ds.training.trainer import RoseTrainer
 
 CPU = torch.device("cpu")
@@ -115,7 +114,7 @@ def test_a_model_on_another_device_than_the_processs(monkeypatch: pytest.MonkeyP
 
 def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (  # in a process of its own: a worker's peak may be gigabytes, over which there would have to be another
-        "import torch; from rose_ds.experiments.provenance import peak_memory_bytes as peak; "
+        "import torch; from rose_ds.hardware import peak_memory_bytes as peak; "
         "cpu = torch.device('cpu'); before = peak(cpu); held = torch.ones(before // 4 + 2**22); "
         "print(before, peak(cpu))"
     )
@@ -124,5 +123,5 @@ def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before > 50 * 2**20  # torch alone is more; in KiB it would be less
     assert after > before
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
-    assert provenance.peak_memory_bytes(torch.device("cuda", 0)) == 123
-    assert provenance.peak_memory_bytes(torch.device("meta")) is None
+    assert peak_memory_bytes(torch.device("cuda", 0)) == 123
+    assert peak_memory_bytes(torch.device("meta")) is None

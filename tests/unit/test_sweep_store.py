@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from rose_ds.attack.settings import AttackSettings, PlannedAttack
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
 from rose_ds.experiments.launchers import LAUNCHERS, Launcher, slurm
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.progress import remaining_seconds
 from rose_ds.experiments.store import RESULTS, Status, Store
-from rose_ds.experiments.sweep import AttackFlags, Runner, counts
+from rose_ds.experiments.sweep import Runner, counts
 
 pytestmark = pytest.mark.fast
 
@@ -238,7 +239,7 @@ def test_a_cell_that_is_named_twice_is_one(store: Store, monkeypatch: pytest.Mon
 
 
 def test_a_cell_to_be_attacked_whose_model_is_gone_is_trained_anew(store: Store) -> None:
-    runner = Runner(store, [CELL], attack=AttackFlags("pruthi", 8))
+    runner = Runner(store, [CELL], attack=PlannedAttack(AttackSettings("pruthi"), 8))
     store.folder(CELL).mkdir()
     finish(store, CELL)
     (store.run_folder(CELL) / "model.safetensors").unlink()
@@ -367,7 +368,7 @@ def test_a_run_that_ended_unrecorded_is_recorded_and_not_run_again(
 
 def test_an_attack_is_of_the_runs_own_data(store: Store) -> None:
     """In the folder of whoever attacks: its training may have been another machine's."""
-    runner = Runner(store, [CELL], attack=AttackFlags("pruthi", 8))
+    runner = Runner(store, [CELL], attack=PlannedAttack(AttackSettings("pruthi"), 8))
     cell = Cell("sst2", "vanilla", 0, {**CELL.settings, "data": "glue"})
     words = ["--search", "pruthi", "--max_eval_samples", "8"]
     assert runner._left(cell)[:3] == ["train", "--task", "sst2"]
