@@ -49,7 +49,6 @@ class Outcome:
     texts: Texts
     """With the edits, also where they did not suffice."""
     broken: bool = False
-    queries: int = 0
     edits: list[tuple[int, str, str]] = field(default_factory=list)
     """(number of the text, word, its misspelling), in the order they were made."""
 
@@ -144,7 +143,6 @@ def _ask(texts: Sequence[Texts], outcome: Outcome) -> Generator[Question, Scores
     """Scores of texts, in their order; what is empty or asked twice is a question too."""
     if not texts:
         return []
-    outcome.queries += len(texts)
     return (yield list(texts), outcome)
 
 

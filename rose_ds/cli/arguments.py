@@ -90,13 +90,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(HfArgumentParser):
     """A command's flags, made of the fields of dataclasses; a wrong one ends the process with exit code 2."""
 
-    def __init__(self, command: str, description: str, *settings: Any, epilog: str | None = None) -> None:
+    def __init__(self, command: str, description: str, *settings: Any) -> None:
         super().__init__(
             settings,
             prog=f"rose-ds {command}",
             usage="%(prog)s [--flag value ...]",
             description=description,
-            epilog=epilog,
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
