@@ -1,12 +1,7 @@
 """Perturbations: what changes, what must not, and that nothing but the seed and the rows decides."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -135,25 +130,6 @@ def test_same_seed_same_text_other_seed_other_text():
 def test_a_row_does_not_depend_on_the_rows_around_it():
     whole = perturb(PAIRS, FIELDS, seed=1)
     assert perturb(PAIRS.select(range(5)), FIELDS, seed=1).to_list() == whole.to_list()[:5]
-
-
-def test_the_process_does_not_matter():
-    script = (
-        "import json, sys; from datasets import Dataset; from rose_ds.data import perturb; "
-        "print(json.dumps(perturb(Dataset.from_dict(json.load(sys.stdin)), ['question1', 'question2'], seed=7)[:]))"
-    )
-    expected = perturb(PAIRS, FIELDS, seed=7)[:]
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            input=json.dumps(PAIRS[:]),
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).resolve().parents[2],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-        )
-        assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_families_are_used_evenly_and_say_what_was_done():
