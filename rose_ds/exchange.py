@@ -52,12 +52,6 @@ class GroupExchange:
         return summed.unsqueeze(0)
 
 
-def several_hosts() -> bool:
-    """Whether this job has ranks elsewhere than on this host, as far as its launcher says (LOCAL_WORLD_SIZE)."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return here.isdigit() and dist.is_initialized() and int(here) < dist.get_world_size()
-
-
 class RankLost(RuntimeError):
     """Another rank did not take part in a collective: it died, or it made fewer steps."""
 

@@ -92,12 +92,11 @@ def run(arguments: Sequence[str]) -> None:
         attack(rows, model.predict, how, logs[rank], subject=subject, at_once=at_once, progress=bar)
     if first_rank():
         found = {"task": data.spec.name, "model": settings.model, "rows": items, **asdict(how), **summary(logs)}
-        found["label"] = how.label(found["items"], items)
         path = folder / f"{how.key(items)}.json"
         write_whole(path, json.dumps(found, indent=2) + "\n")
         if output.output_dir is None and (Path(settings.model) / METRICS).is_file():
             metrics = Metrics.read(Path(settings.model))
-            metrics.under_attack[found["label"]] = found["accuracy_under_attack"]
+            metrics.under_attack[how.label(found["items"], items)] = found["accuracy_under_attack"]
             metrics.write(Path(settings.model))
         right = found["items"] - found["wrong_before"]
         unsearched = f"; the query budget ended the search of {found['budget']}" if found["budget"] else ""

@@ -45,7 +45,11 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.experiments.sweep import Runner, counts
 
     store = Store(options.store)
+    attack = _attack(options)
     if not options.status:
+        for data in dict.fromkeys(cell.settings.get("data") for cell in cells):
+            if data and not Path(data).is_dir():
+                raise ValueError(f"data={data!r} is not a folder")
         Runner(
             store,
             cells,
@@ -54,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
             launcher_args=shlex.split(options.launcher_args),
             retry_failed=options.retry_failed,
             keep_models=options.keep_models,
-            attack=_attack(options),
+            attack=attack,
             halving=options.halving,
         ).run()
     found, results = counts(store, cells), store.results()
@@ -116,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _attack(options: argparse.Namespace) -> PlannedAttack | None:
     if options.attack is None:
+        limits = ("attack_max_words", "attack_query_budget", "attack_seed")
+        if any(getattr(options, name) for name in limits):
+            raise ValueError(f"--{', --'.join(limits)} are of an attack: give --attack")
         return None
     how = AttackSettings(
         options.attack, options.attack_max_words, options.attack_query_budget, attack_seed=options.attack_seed

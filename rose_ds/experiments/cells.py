@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -28,6 +29,8 @@ _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoin
 _PLACES = ("data",)
 #: Files that are known by their content, wherever they lie.
 _FILES = ("train_file", "validation_file", "adversarial_file")
+#: What says how own files are read.
+_OF_FILES = ("train_file", "validation_file", "text_columns", "label_column", "file_encoding")
 #: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
 _DEFAULTS = {
     "save_strategy": "steps",
@@ -53,10 +56,14 @@ class Cell:
     """Those of them that the grid varies: what a choice is made among."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Of the files among its settings, by the setting's name."""
+    recorded: str | None = field(default=None, compare=False)
+    """Its key, where it was read from a store, whose settings are portable ones."""
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits: the hash of all that the run's result depends on."""
+        if self.recorded is not None:
+            return self.recorded
         known = {**self.portable, **self.digests}
         text = json.dumps([self.task, self.method, self.seed, _whole(known)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -77,10 +84,14 @@ class Cell:
         """Arguments of ``rose-ds train``."""
         flags = ["--task", self.task, "--method", self.method, "--seed", str(self.seed)]
         flags += ["--output_dir", str(folder), "--resume", "auto"]
-        for name, value in {**_DEFAULTS, **self.settings}.items():
-            words = value if isinstance(value, (list, tuple)) else [value]
-            flags += [f"--{name}", *(_word(name, word) for word in words)]
-        return flags
+        return flags + _words({**_DEFAULTS, **self.settings})
+
+    def source(self) -> list[str]:
+        """Arguments that say where its dev set is, for commands that look at its finished run."""
+        if not self.digests:
+            return _words({name: self.settings[name] for name in _PLACES if name in self.settings})
+        names = [name for name in _OF_FILES if name in self.settings]  # one given, nothing is taken from the run
+        return ["--task", self.task, *_words({name: self.settings[name] for name in names})]
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,7 @@ class Sweep:
         Raises:
             ValueError: a setting is bad, a file is not there, or the methods would not try equally many settings.
         """
+        digest = functools.cache(_digest)
         tried = {name: self._variants(method_named(name), own) for name, own in self.methods.items()}
         self._check_budget(tried)
         cells = []
@@ -173,7 +185,7 @@ class Sweep:
                     settings = {**general, **(own.get("settings") or {}), **varied}
                     settings = {key: settings[key] for key in sorted(settings) if settings[key] is not None}
                     _check_values(name, task, settings)
-                    digests = {flag: _digest(str(settings[flag])) for flag in _FILES if flag in settings}
+                    digests = {flag: digest(str(settings[flag])) for flag in _FILES if flag in settings}
                     cells += [Cell(task, name, seed, settings, varied, digests) for seed in self.seeds]
         return cells
 
@@ -234,8 +246,6 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
     names = {f.name for f in fields(RunSettings)}
     RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
-    if settings.get("data") and not Path(settings["data"]).is_dir():
-        raise ValueError(f"data={settings['data']!r} is not a folder")
 
 
 def _digest(path: str) -> str:
@@ -251,6 +261,15 @@ def _digest(path: str) -> str:
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     return digest.hexdigest()[:12]
+
+
+def _words(settings: Settings) -> list[str]:
+    """Settings as the command line has them."""
+    words = []
+    for name, value in settings.items():
+        several = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{name}", *(_word(name, one) for one in several)]
+    return words
 
 
 def _word(name: str, value: Any) -> str:

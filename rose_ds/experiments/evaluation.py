@@ -173,10 +173,13 @@ class TrajectoryCallback(TrainerCallback):
         step, kept = state.global_step, list[dict[str, Any]]()
         if state.is_world_process_zero and self.path.is_file():
             with may_be_lost(self.path):
-                kept = [old for old in _sound_lines(self.path) if step and old["step"] <= step]
+                kept = [old for old in sound_lines(self.path) if step and old["step"] <= step]
                 write_lines(self.path, kept)
-        due = args.eval_strategy == "steps" and step > args.eval_delay
-        due = due and (step % state.eval_steps == 0 or step == state.max_steps)
+        due = False
+        if step and args.eval_strategy == "steps":
+            due = step >= args.eval_delay and (step % state.eval_steps == 0 or step == state.max_steps)
+        elif step and args.eval_strategy == "epoch":
+            due = args.eval_delay <= state.epoch and float(state.epoch).is_integer()
         if checkpoints.gather(due and all(old["step"] != step for old in kept))[0]:
             self._add(state, self.evaluator.measure(self.trainer))
 
@@ -192,7 +195,7 @@ class TrajectoryCallback(TrainerCallback):
             for name, predictions in found.items():
                 line |= {name if s == "accuracy" else f"{name}_{s}": v for s, v in predictions.scores().items()}
             with may_be_lost(self.path):
-                earlier = [old for old in _sound_lines(self.path) if old["step"] < state.global_step]
+                earlier = [old for old in sound_lines(self.path) if old["step"] < state.global_step]
                 write_lines(self.path, [*earlier, line])
 
 
@@ -218,7 +221,7 @@ def _line(text: str) -> dict[str, Any]:
     return {**line, "step": int(line["step"])}
 
 
-def _sound_lines(path: Path) -> Iterator[dict[str, Any]]:
+def sound_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Those of a file that a machine's failure may have damaged: training goes on without the others."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

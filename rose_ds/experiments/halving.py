@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rose_ds.experiments.cells import Cell
-from rose_ds.experiments.evaluation import TRAJECTORY, read_trajectory
+from rose_ds.experiments.cells import Cell, settings_key
+from rose_ds.experiments.evaluation import TRAJECTORY, sound_lines
 
 JOURNAL = "halving.journal"
+_MODEL = ("model", "preset")
 
 
 class Halving:
@@ -45,18 +46,13 @@ class Halving:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        journal.parent.mkdir(parents=True, exist_ok=True)
         self.storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         self.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
         self._seen: dict[str, int] = {}
         """Cell's key -> when its trajectory was last changed."""
 
     def is_behind(self, cell: Cell, run: Path) -> bool:
-        """Whether to give a cell up, after the evaluations in its run's folder.
-
-        Raises:
-            ValueError: its trajectory is damaged.
-        """
+        """Whether to give a cell up, after the evaluations in its run's folder."""
         path = run / TRAJECTORY
         changed = path.stat().st_mtime_ns if path.is_file() else 0
         if self._seen.get(cell.key, 0) == changed:
@@ -68,9 +64,10 @@ class Halving:
         known = self.storage.get_trial(trial._trial_id)
         if known.state is TrialState.PRUNED:  # decided before, by a sweep that was killed
             return True
-        for evaluation, line in enumerate(read_trajectory(run), start=1):
-            if "clean" not in line or evaluation in known.intermediate_values:
-                continue
+        end = cell.settings.get("max_steps", float("inf"))
+        for evaluation, line in enumerate(sound_lines(path), start=1):
+            if "clean" not in line or evaluation in known.intermediate_values or line["step"] >= end:
+                continue  # at its end there is nothing left to save
             trial.report(line["clean"], evaluation)
             if trial.should_prune():
                 study.tell(trial, state=TrialState.PRUNED)
@@ -98,4 +95,6 @@ class Halving:
 
 
 def _group(cell: Cell) -> str:
-    return f"{cell.task} {cell.method} seed {cell.seed}"
+    """Of cells that differ in what the grid varies alone, the model excepted."""
+    alike = {name: value for name, value in cell.portable.items() if name not in cell.varied or name in _MODEL}
+    return f"{cell.task} {cell.method} seed {cell.seed} {settings_key(alike)}"

@@ -44,10 +44,14 @@ class Launcher:
             else:
                 os.killpg(process.pid, self.stop)
 
+    def has_ended(self, process: subprocess.Popen[bytes]) -> bool:
+        """It, and its ranks too, which may still be saving when it has gone."""
+        return process.poll() is not None and (self.tells_ranks or not _any_left(process.pid))
+
     def wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Until it has ended, and its ranks too."""
+        """Until it has ended."""
         process.wait()
-        while not self.tells_ranks and _any_left(process.pid):
+        while not self.has_ended(process):
             time.sleep(_POLL_SECONDS)
 
 

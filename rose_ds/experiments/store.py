@@ -17,15 +17,16 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from rose_ds.attack.settings import AttackSettings
 from rose_ds.experiments.cells import Cell
-from rose_ds.experiments.evaluation import PREDICTIONS, read_trajectory
+from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, read_trajectory, sound_lines
 from rose_ds.experiments.metrics import FILE, Metrics, write_whole
 from rose_ds.experiments.resumable import records_of
 
@@ -110,7 +111,8 @@ class Store:
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 record = json.loads(line)
-                cells.append(Cell(**{name: record[name] for name in ("task", "method", "seed", "settings", "varied")}))
+                known = {name: record[name] for name in ("task", "method", "seed", "settings", "varied")}
+                cells.append(Cell(**known, recorded=record["cell"]))
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number} is not a planned cell's line ({error}): delete it") from error
         return cells
@@ -244,7 +246,8 @@ class Store:
 
     def give_up(self, cell: Cell) -> None:
         """Add a line of a cell that was stopped for good, and delete its run."""
-        line = {"cell": cell.key, **_portable(cell), "trajectory": read_trajectory(self.run_folder(cell))}
+        way = list(sound_lines(self.run_folder(cell) / TRAJECTORY))
+        line = {"cell": cell.key, **_portable(cell), "trajectory": way}
         with FileLock(self.cells / "results.lock"):
             if cell.key not in self.given_up():
                 _append(self.root / GIVEN_UP, json.dumps(line, separators=(",", ":")) + "\n")
@@ -315,8 +318,10 @@ def _attacks(run: Path) -> Iterator[dict[str, Any]]:
     for summary in sorted((run / "attack").glob("*.json")):
         logs = sorted(summary.parent.glob(f"{summary.stem}-*-of-*.jsonl"))
         items = sorted({record["idx"]: record for record in records_of(logs)}.items())
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        how = AttackSettings(**{f.name: found[f.name] for f in fields(AttackSettings)})
         yield {
-            "set": json.loads(summary.read_text(encoding="utf-8"))["label"],
+            "set": how.label(found["items"], found["rows"]),
             "idx": [idx for idx, _ in items],
             "label": [record["label"] for _, record in items],
             "right": [record["outcome"] in ("held", "budget") for _, record in items],
@@ -326,7 +331,7 @@ def _attacks(run: Path) -> Iterator[dict[str, Any]]:
 def _portable(cell: Cell) -> dict[str, Any]:
     """A cell without where its data lay on one machine."""
     known = {**asdict(cell), "settings": cell.portable}
-    del known["digests"]  # they are in the settings
+    del known["digests"], known["recorded"]  # they are in the settings, and the line's own
     return known
 
 

@@ -76,7 +76,10 @@ class Runner:
         fixed = all(_has_fixed_batch(cell.settings) for cell in cells)
         self._places = places(launcher, jobs, launcher_args, fixed_batch=fixed)
         self.retry_failed, self.keep_models, self.attack = retry_failed, keep_models, attack
-        self.halving = None if halving is None else Halving(store.cells / JOURNAL, self.cells, halving)
+        self.halving: Halving | None = None
+        if halving is not None:
+            store.create()
+            self.halving = Halving(store.cells / JOURNAL, self.cells, halving)
         self._running: list[_Running] = []
         self._settled: set[str] = set()
         """Cells that are done, were given up, or have failed."""
@@ -178,8 +181,8 @@ class Runner:
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
             return ["train", *cell.flags(folder)]
-        data = cell.settings.get("data")  # its run may have been another machine's, with another folder
-        return ["attack", "--model", str(folder), *(["--data", str(data)] if data else []), *self.attack.words()]
+        # its run may have been another machine's, with other folders
+        return ["attack", "--model", str(folder), *cell.source(), *self.attack.words()]
 
     def _left_of(self, cell: Cell) -> tuple[list[str], str | None]:
         """The same, and what is wrong with the figures of a run that has ended; it is then left to be trained anew."""
@@ -213,6 +216,7 @@ class Runner:
     def _reap(self) -> int:
         """Record the runs that have ended; how many."""
         ended = [r for r in self._running if r.process.poll() is not None]
+        ended = [r for r in ended if not r.given_up or self.launcher.has_ended(r.process)]
         for run in ended:
             run.log.close()
             code = run.process.returncode
@@ -251,7 +255,9 @@ class Runner:
         if self.halving is None:
             return
         for run in self._running:
-            if not run.given_up and self.halving.is_behind(run.cell, self.store.run_folder(run.cell)):
+            if run.given_up or self.store.finished(run.cell):  # it may be under attack
+                continue
+            if self.halving.is_behind(run.cell, self.store.run_folder(run.cell)):
                 run.given_up = True
                 self.launcher.tell_to_stop(run.process)
                 tqdm.write(f"given up, behind others of its grid: {run.cell.name}")

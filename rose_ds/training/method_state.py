@@ -7,6 +7,7 @@ Written by slices, each with its place in the named tensor, so that any number o
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,8 @@ from rose_ds.core.threshold import Threshold
 from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine
 from rose_ds.errors import RefusedConfiguration
-from rose_ds.exchange import several_hosts
 from rose_ds.optimizer import Slice
+from rose_ds.training.checkpoints import gather
 from rose_ds.training.risk_average import RiskAverage
 
 _VERSION = 1
@@ -52,12 +53,12 @@ class MethodState:
         return self.keeps_mask or self.keeps_average or self.risk is not None
 
     def refuse_own_folders(self, setting: str) -> None:
-        """Under a setting that has each host keep to itself what its ranks write.
+        """Under a setting that has each host keep to itself what its ranks write. Every rank calls it.
 
         Raises:
             RefusedConfiguration: there are several hosts, and the method keeps what each rank must read of all.
         """
-        if self.keeps_something and several_hosts():
+        if self.keeps_something and len(set(gather(socket.gethostname()))) > 1:
             raise RefusedConfiguration(
                 f"{setting} leaves each host the files of its own ranks, and no run could go on from them: what this "
                 "method keeps (a mask found once, an average of the weights or of risks) is read by every rank from "

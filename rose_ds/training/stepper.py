@@ -294,6 +294,7 @@ class Stepper:
         """
         if self.policy is None or not self.policy.fisher:
             raise ValueError(f"strategy={self.config.strategy!r} needs no fisher_pass()")
+        self.state.check()
         with explaining_lost_ranks(lambda: "the Fisher pass"):
             fisher = mean_squared_gradient(self.engine, batches, max_grad_norm)
             self.masking.find_once(fisher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def on_ranks(rank: int, world: int, folder: str, engine: str) -> dict[str, bool]
 
 
 def apart(rank: int, world: int, folder: str) -> str:
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    socket.gethostname = lambda: f"host-{rank}"
     more = {"max_steps": 1, "save_on_each_node": True, **ENGINES["ddp"]}
     return message_of(trainer(Path(folder), more=more, **METHODS["child-tuning"]).train)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ def test_what_a_method_keeps_does_not_begin_anew(name: str, tmp_path: Path) -> N
     stepper.optimizer.load_state_dict(moments)
     with pytest.raises(RefusedConfiguration, match=r"2 optimizer steps .*: call stepper\.load_state\(\)"):
         one_step(model, stepper, 3)
+    if stepper.needs_fisher_pass:
+        with pytest.raises(RefusedConfiguration, match="2 optimizer steps"):
+            stepper.fisher_pass([])
     stepper.load_state(tmp_path)
     assert one_step(model, stepper, 3).step == 3
 
@@ -182,9 +185,9 @@ def loaded_at_odd_times(rank: int, world: int, folder: str) -> dict[str, Any]:
     found["the same"] = train(stepper, engine, once, rank, world, first_step=3).reports == late
     engine.destroy()
     engine = alone(keeping, world, checkpoint={"use_node_local_storage": True})
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    name, socket.gethostname = socket.gethostname, lambda: f"host-{rank}"
     found["own folders"] = message_of(lambda: prepare(engine))
-    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    socket.gethostname = name
     found["one host"] = message_of(lambda: prepare(engine))
     engine.destroy()
     return found

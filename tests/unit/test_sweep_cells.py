@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from rose_ds.cli import main
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.cli.sweep import _cells, _grid, _parser, _sweep
 from rose_ds.experiments.cells import Cell, Sweep, applies
@@ -155,11 +156,27 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     assert str(there) in cell(there).flags(Path("out"))
     here.write_text("text,label\ngood,1\nbad,1\n")
     assert before.key != cell(here).key
+    store = Store(tmp_path / "store")
+    store.create()
+    for _ in range(2):  # a sweep that is started again asks for nothing new
+        store.add_to_plan([before])
+    assert [planned.key for planned in store.plan()] == [before.key]
+    assert cell(there).source() == ["--task", "reviews", "--train_file", str(there)]
     here.unlink()
     with pytest.raises(ValueError, match=r"cannot read .*reviews\.csv: No such file"):
         cell(here)
-    with pytest.raises(ValueError, match="data=.*nowhere' is not a folder"):
-        Sweep(methods=["vanilla"], tasks=["sst2"], settings={"data": "nowhere"}).cells()
+
+
+def test_a_folder_that_is_not_there_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "--store", str(tmp_path), "--methods", "vanilla", "--tasks", "sst2", "--data", "nowhere"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "data='nowhere' is not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--attack_max_words", "2"])
+    assert "give --attack" in capsys.readouterr().err
+    main([*words, "--status"])
+    assert "1 not started" in capsys.readouterr().out
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,8 @@ class Candidate:
     runs: tuple[Run, ...]
     planned: int
     """Seeds that it should have."""
+    given_up: bool = False
+    """Under some seed, as it fell behind."""
 
     def mean(self, name: str) -> float | None:
         """Accuracy on a set, over seeds; None where a run has none."""
@@ -81,7 +83,8 @@ class Entry:
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     """Of highest mean accuracy on the clean dev set; the first of equals. Only settings with the most finished seeds
-    can be chosen, so that none wins by the luck of the few it has.
+    can be chosen, so that none wins by the luck of the few it has; none that was given up, where one was not; and of
+    those that were measured on different rows the kind with the most runs.
     """
     oracle: Candidate | None
     """The same by AdvGLUE, which no user could know: the largest it could be, shown apart."""
@@ -212,12 +215,14 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
         runs = [run for run in runs if _model(run.settings) == model]
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
+    given_up = {key for store in stores for key in store.given_up()}
     wanted, entries = baseline or "vanilla", {}
     for task in tasks:
         for method in methods:
             candidates = _candidates(
                 [run for run in runs if (run.task, run.method) == (task, method)],
                 [cell for cell in plan if (cell.task, cell.method) == (task, method)],
+                given_up,
             )
             if candidates:
                 entries[task, method] = _entry(candidates)
@@ -250,7 +255,7 @@ def _run(line: Mapping[str, Any]) -> Run:
     return Run(line["cell"], *where, metrics, trajectory)
 
 
-def _candidates(runs: Sequence[Run], planned: Sequence[Cell]) -> list[Candidate]:
+def _candidates(runs: Sequence[Run], planned: Sequence[Cell], given_up: Collection[str]) -> list[Candidate]:
     """By all of their settings: a sweep may have been asked for more, or for something else, later."""
     settings: dict[str, Mapping[str, Any]] = {settings_key(cell.portable): cell.portable for cell in planned}
     settings |= {settings_key(run.settings): run.settings for run in runs}
@@ -260,30 +265,31 @@ def _candidates(runs: Sequence[Run], planned: Sequence[Cell]) -> list[Candidate]
         if len({settings_key({name: one.get(name)}) for one in settings.values()}) > 1:
             names.append(name)
     wanted = Counter(settings_key(cell.portable) for cell in planned)
+    behind = {settings_key(cell.portable) for cell in planned if cell.key in given_up}
     found = []
     for key, one in settings.items():
         group = sorted((run for run in runs if settings_key(run.settings) == key), key=lambda run: run.seed)
         if group:
             varied = {name: one.get(name, "default") for name in names}
-            found.append(Candidate(varied, tuple(group), wanted[key] or len(group)))
+            found.append(Candidate(varied, tuple(group), wanted[key] or len(group), key in behind))
     return found
 
 
 def _entry(candidates: Sequence[Candidate]) -> Entry:
-    most = max(len(c.runs) for c in candidates)
-    eligible = [c for c in candidates if len(c.runs) == most]
-    # accuracies on other rows say nothing about which setting is better
-    eligible = [c for c in eligible if _measured_on(c) == _measured_on(eligible[0])]
+    kinds: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        measured_on = {name: candidate.runs[0].settings.get(name) for name in _OF_MEASURING}
+        kinds.setdefault(settings_key(measured_on), []).append(candidate)
+    alike = max(kinds.values(), key=lambda kind: sum(len(c.runs) for c in kind))
+    alike = [c for c in alike if not c.given_up] or alike
+    most = max(len(c.runs) for c in alike)
+    eligible = [c for c in alike if len(c.runs) == most]
     by_adversary = [c for c in eligible if c.mean("AdvGLUE") is not None]
     return Entry(
         tuple(candidates),
         max(eligible, key=lambda c: c.mean("clean") or 0.0),
         max(by_adversary, key=lambda c: c.mean("AdvGLUE") or 0.0) if by_adversary else None,
     )
-
-
-def _measured_on(candidate: Candidate) -> list[Any]:
-    return [candidate.runs[0].settings.get(name) for name in _OF_MEASURING]
 
 
 @dataclass(frozen=True)

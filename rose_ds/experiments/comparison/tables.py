@@ -175,8 +175,9 @@ def significance(c: Comparison) -> Table:
     note = (
         f"Gain over {c.baseline}, over the seeds that both have. Bootstrap: items and seeds resampled together, "
         "paired; its p and the t-test's (Student, two-sample, over seeds, as the paper's) are one-sided and not "
-        "corrected for the number of rows. The bootstrap's is never below 2^-seeds: that all seeds come out better "
-        "happens so often by chance. The t-test sees no error of having few items, and AdvGLUE has 78 to 148."
+        "corrected for the number of rows. With several seeds the bootstrap's is never below 2^-seeds (all come out "
+        "better so often by chance); with one it knows of items alone. The t-test sees no error of having few items, "
+        "and AdvGLUE has 78 to 148."
     )
     if other_items:
         note += f" Left out: {'; '.join(other_items)}."
@@ -241,8 +242,14 @@ def choices(c: Comparison) -> Table:
             )
         )
     note = (
-        "Settings are chosen by the mean accuracy on the clean dev set alone, among those with the most finished seeds."
+        "Settings are chosen by the mean accuracy on the clean dev set alone, among those with the most finished seeds "
+        "that were measured on the same rows and not given up."
     )
+    if any(entry.chosen.given_up for entry in c.entries.values()):
+        note += (
+            " Of some methods all settings were given up under some seed (rose-ds sweep --halving): the chosen one's "
+            "mean is over the seeds under which it did well, and flatters it."
+        )
     counts = {len(entry.candidates) for entry in c.entries.values()}
     if len(counts) > 1:
         note += " The methods did not try equally many: those that tried more had more chances."
