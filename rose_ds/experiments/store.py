@@ -10,7 +10,6 @@ STORE/cells/KEY/           working files, not for version control: settings.json
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from filelock import FileLock
 
 from rose_ds.attack.settings import AttackSettings
 from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.claims import Claim, is_claimed, lock
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, read_trajectory, sound_lines
 from rose_ds.experiments.metrics import FILE, Metrics, write_whole
 from rose_ds.experiments.resumable import records_of
@@ -45,23 +45,6 @@ class Status(Enum):
     GIVEN_UP = "given up"
     INCOMPLETE = "incomplete"
     NOT_STARTED = "not started"
-
-
-class Claim:
-    """The right to run a cell: an exclusive flock(2) on a file in its folder.
-
-    The kernel gives it up when the last process that has the file open is gone, however it ended, so a claim is never
-    left behind and never taken from the living. The run inherits the open file: where a sweep alone is killed, its run
-    goes on, and the cell stays claimed. On a file system shared by machines flock must reach all of them: NFS since
-    Linux 2.6.12, Lustre mounted with -o flock, GPFS, CephFS.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def release(self) -> None:
-        """Close this process's copy."""
-        os.close(self.descriptor)
 
 
 class Store:
@@ -179,7 +162,7 @@ class Store:
             return Status.GIVEN_UP
         if not folder.is_dir():
             return Status.NOT_STARTED
-        if self._is_claimed(folder):
+        if is_claimed(folder):
             return Status.RUNNING
         if (folder / "failed.json").is_file():
             return Status.FAILED
@@ -196,7 +179,7 @@ class Store:
         """Claim a cell; None where another process has it, or it is done, given up or failed."""
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        claim = self._lock(folder)
+        claim = lock(folder)
         if claim is None:
             return None
         done = cell.key in self.results() or cell.key in self.given_up()
@@ -255,7 +238,7 @@ class Store:
 
     def tidy(self, cell: Cell) -> None:
         """Delete the checkpoints of a finished cell whose process was killed before it could."""
-        if self.run_folder(cell).is_dir() and (claim := self._lock(self.folder(cell))) is not None:
+        if self.run_folder(cell).is_dir() and (claim := lock(self.folder(cell))) is not None:
             self._delete_checkpoints(cell)
             claim.release()
 
@@ -277,40 +260,6 @@ class Store:
     def restart(self, cell: Cell) -> None:
         """Let a cell be trained from its beginning: nothing of its run stays."""
         shutil.rmtree(self.run_folder(cell), ignore_errors=True)
-
-    @staticmethod
-    def _lock(folder: Path) -> Claim | None:
-        try:
-            descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ValueError(f"cannot claim {folder}: {error.strerror}") from error
-        return Claim(descriptor) if _locked(descriptor, fcntl.LOCK_EX, folder) else None
-
-    @staticmethod
-    def _is_claimed(folder: Path) -> bool:
-        """For whoever only looks, and may not write."""
-        try:
-            descriptor = os.open(folder / "claim", os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ValueError(f"cannot see whether {folder} is claimed: {error.strerror}") from error
-        if not _locked(descriptor, fcntl.LOCK_SH, folder):
-            return True
-        os.close(descriptor)
-        return False
-
-
-def _locked(descriptor: int, kind: int, folder: Path) -> bool:
-    """Whether the lock was to be had; closes the file where it was not."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            return False
-        raise ValueError(f"no lock on a file in {folder} ({error.strerror}): use a file system with flock") from error
-    return True
 
 
 def _attacks(run: Path) -> Iterator[dict[str, Any]]:

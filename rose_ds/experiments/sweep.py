@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from rose_ds.attack.settings import PlannedAttack
 from rose_ds.experiments.cells import Cell
+from rose_ds.experiments.claims import Claim
 from rose_ds.experiments.evaluation import read_trajectory
 from rose_ds.experiments.halving import JOURNAL, Halving
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.progress import BAR, clock, remaining_seconds
-from rose_ds.experiments.store import RESULTS, Claim, Status, Store
+from rose_ds.experiments.store import RESULTS, Status, Store
 
 _POLL_SECONDS = 0.2
 _WAIT_SECONDS = 2.0

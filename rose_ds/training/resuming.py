@@ -9,9 +9,8 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
-from rose_ds.training.callbacks import StepMeter, StopOnSigterm, outlive_sigterm
+from rose_ds.training.callbacks import StepMeter, StopOnSigterm
+from rose_ds.training.loaders import SteadyLoaders, with_settings
 from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.step_report import StepReport
 
@@ -84,37 +83,7 @@ def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Sig
     return inspect.Signature([*inspect.signature(Trainer.__init__).parameters.values(), *(mine[name] for name in own)])
 
 
-@contextmanager
-def _with_settings(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """Other values for a while, where Trainer's own code looks at them."""
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)
-
-
-class _SeededLengthSampler(LengthGroupedSampler):
-    """transformers' draws each epoch's order from the global random state, which differs in a resumed run and may
-    differ between ranks. accelerate calls ``set_epoch`` at the start of each epoch.
-    """
-
-    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self._seed, self._epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Any:
-        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
-        self.generator = torch.Generator().manual_seed(int(key))
-        return super().__iter__()
-
-
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SteadyLoaders):
     """What RoseTrainer does about checkpoints; see there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -251,34 +220,6 @@ class ResumableTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)  # a checkpoint's logging, eval and save steps give way
         return epochs_trained, steps_trained
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; batches of similar length in an order that seed and epoch give, not the random state."""
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _SeededLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
-        return sampler
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """None: in the rows' order, on any number of ranks. Trainer's would shuffle what it evaluates, and so what
-        ``predict`` returns, where training goes by length.
-        """
-        return None
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too. Its
-        workers outlive a launcher's SIGTERM, which reaches them too, as a step that lacks its batch saves nothing.
-        """
-        drops = self.args.dataloader_drop_last
-        # without even_batches ranks would have unequally many, and wait for each other
-        drops = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
-        with _with_settings(self.args, dataloader_drop_last=drops):
-            loader = super()._get_dataloader(*args, **kwargs)
-        made = getattr(loader, "base_dataloader", loader)  # in accelerate's, which starts the workers of that one
-        if made.num_workers:
-            made.worker_init_fn = partial(outlive_sigterm, made.worker_init_fn)
-        return loader
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""
         if self._resumed is None or self._resumed.world_size == self.args.world_size:
@@ -318,7 +259,7 @@ class ResumableTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run that SIGTERM stopped is not at its end: no checkpoint goes, and no best model is loaded."""
         stopped = {"load_best_model_at_end": False, "save_total_limit": None} if self._stop.stopping else {}
-        with _with_settings(self.args, **stopped):
+        with with_settings(self.args, **stopped):
             return super()._finalize_training(*args, **kwargs)
 
     def _restore_counts(self, record: checkpoints.Record) -> None:
@@ -350,7 +291,7 @@ class ResumableTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         limit, push = self.args.save_total_limit, self.args.push_to_hub
-        with _with_settings(self.args, save_total_limit=None, push_to_hub=False):
+        with with_settings(self.args, save_total_limit=None, push_to_hub=False):
             try:
                 if self.args.should_save and folder.exists():
                     shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay

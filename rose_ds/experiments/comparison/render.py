@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rose_ds.experiments.comparison.gather import ACCURACY, RECORDED, Comparison
+from rose_ds.experiments.comparison.choice import ACCURACY, RECORDED
+from rose_ds.experiments.comparison.gather import Comparison
 from rose_ds.experiments.comparison.statistics import mean_sd
 from rose_ds.experiments.comparison.tables import Table, tables
 

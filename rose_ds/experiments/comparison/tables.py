@@ -7,17 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rose_ds.experiments.comparison.gather import (
-    ACCURACY,
-    CALIBRATION,
-    ONE_ANSWER,
-    RECORDED,
-    Candidate,
-    Comparison,
-    Entry,
-    Run,
-    matched,
-)
+from rose_ds.experiments.comparison.choice import ACCURACY, CALIBRATION, RECORDED, Candidate, Entry, Run
+from rose_ds.experiments.comparison.gather import ONE_ANSWER, Comparison, matched
 from rose_ds.experiments.comparison.paper import table_1
 from rose_ds.experiments.comparison.statistics import mean_sd
 

@@ -1,0 +1,77 @@
+"""A transformers.Trainer whose rows come in one order, whenever and on however many ranks it is asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from rose_ds.training.callbacks import outlive_sigterm
+
+
+@contextmanager
+def with_settings(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Other values for a while, where Trainer's own code looks at them."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+class _SeededLengthSampler(LengthGroupedSampler):
+    """transformers' draws each epoch's order from the global random state, which differs in a resumed run and may
+    differ between ranks. accelerate calls ``set_epoch`` at the start of each epoch.
+    """
+
+    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Any:
+        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
+        self.generator = torch.Generator().manual_seed(int(key))
+        return super().__iter__()
+
+
+class SteadyLoaders(Trainer):
+    """What RoseTrainer does about loaders."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; batches of similar length in an order that seed and epoch give, not the random state."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _SeededLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """None: in the rows' order, on any number of ranks. Trainer's would shuffle what it evaluates, and so what
+        ``predict`` returns, where training goes by length.
+        """
+        return None
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; --dataloader_drop_last is for training, and Trainer's would leave rows out of evaluations too. Its
+        workers outlive a launcher's SIGTERM, which reaches them too, as a step that lacks its batch saves nothing.
+        """
+        drops = self.args.dataloader_drop_last
+        # without even_batches ranks would have unequally many, and wait for each other
+        drops = drops and bool(kwargs.get("is_training") or not self.accelerator.even_batches)
+        with with_settings(self.args, dataloader_drop_last=drops):
+            loader = super()._get_dataloader(*args, **kwargs)
+        made = getattr(loader, "base_dataloader", loader)  # in accelerate's, which starts the workers of that one
+        if made.num_workers:
+            made.worker_init_fn = partial(outlive_sigterm, made.worker_init_fn)
+        return loader
