@@ -146,6 +146,7 @@ def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
         rose=rose,
         objective=method.objective() if method.chosen else None,  # None: a DeepSpeed config may have one
     )
+    trainer.steady_evaluations = True
     _check_engine(run.engine, trainer)
     _method_used(method, trainer)
     trainer.fixed_settings = {**_fixed(run, trainer), "class weights": weights}

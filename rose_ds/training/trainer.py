@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,10 @@ class RoseTrainer(MicroBatchTrainer):
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._kept: MethodState | None = None
+        self.steady_evaluations = False
+        """Whether an evaluation leaves training's random numbers as they are, of which Trainer's takes one. A run is then
+        the same however often it is evaluated, and not Trainer's.
+        """
         """Of a stepper that is gone, for the next one of the same optimizer."""
         self._grad_norm: float | None = None
         self._disagreement: float | None = None
@@ -251,10 +256,8 @@ class RoseTrainer(MicroBatchTrainer):
                 loader.end()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's. Its loader draws a random number, for which training goes on with the others that it would have
-        had: a run is the same however often it is evaluated, and goes on as the same from a checkpoint without.
-        """
-        with replay(RngState.now()):
+        """Trainer's; see ``steady_evaluations``."""
+        with replay(RngState.now()) if self.steady_evaluations else nullcontext():
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         return found
 

@@ -72,7 +72,9 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
     flags = ["--task", snippets, "--model", minilm, "--method", "rose-first", "--seed", "0", *FLAGS]
     main(["train", *flags, "--eval_strategy", "steps", "--save_strategy", "no", "--output_dir", str(undisturbed)])
     answers = {r["set"]: r for r in map(json.loads, (undisturbed / PREDICTIONS).read_text().splitlines())}
-    assert store.predictions(key) == answers
+    recorded = store.predictions(key)
+    attacked = recorded.pop(next(iter(line["metrics"]["under_attack"])))
+    assert recorded == answers and len(attacked["right"]) == 8
     assert [json.loads(text) for text in (undisturbed / TRAJECTORY).read_text().splitlines()] == line["trajectory"]
     assert [point["step"] for point in line["trajectory"]] == [2, 4, 6, 7]
 
