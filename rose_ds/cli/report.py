@@ -63,6 +63,9 @@ def _report_stores(folders: Sequence[Path], baseline: str | None, output: Path) 
     from rose_ds.experiments.store import Store
 
     stores = [Store(folder) for folder in folders]
+    lines = [key for store in stores for key in store.results()]
+    if twice := len(lines) - len(set(lines)):
+        print(f"{twice} cells are in several of the stores: of each, the first store's line is used\n")
     models: list[str | None] = [*models_in(stores)]
     for model in models or [None]:
         comparison = gather(stores, baseline, model)

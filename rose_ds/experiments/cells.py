@@ -88,7 +88,7 @@ class Cell:
 
     def source(self) -> list[str]:
         """Arguments that say where its dev set is, for commands that look at its finished run."""
-        if not self.digests:
+        if not self.digests.keys() & {"train_file", "validation_file"}:
             return _words({name: self.settings[name] for name in _PLACES if name in self.settings})
         names = [name for name in _OF_FILES if name in self.settings]  # one given, nothing is taken from the run
         return ["--task", self.task, *_words({name: self.settings[name] for name in names})]

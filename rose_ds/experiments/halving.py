@@ -64,7 +64,8 @@ class Halving:
         known = self.storage.get_trial(trial._trial_id)
         if known.state is TrialState.PRUNED:  # decided before, by a sweep that was killed
             return True
-        end = cell.settings.get("max_steps", float("inf"))
+        steps = cell.settings.get("max_steps", -1)
+        end = steps if steps > 0 else float("inf")  # -1 is Trainer's word for epochs
         for evaluation, line in enumerate(sound_lines(path), start=1):
             if "clean" not in line or evaluation in known.intermediate_values or line["step"] >= end:
                 continue  # at its end there is nothing left to save

@@ -76,11 +76,11 @@ class RoseTrainer(MicroBatchTrainer):
         self.stepper: Stepper | None = None
         self._stepper_model: nn.Module | None = None
         self._kept: MethodState | None = None
+        """Of a stepper that is gone, for the next one of the same optimizer."""
         self.steady_evaluations = False
         """Whether an evaluation leaves training's random numbers as they are, of which Trainer's takes one. A run is
         then the same however often it is evaluated, and not Trainer's.
         """
-        """Of a stepper that is gone, for the next one of the same optimizer."""
         self._grad_norm: float | None = None
         self._disagreement: float | None = None
         self.record_masks: tuple[Path, int] | None = None

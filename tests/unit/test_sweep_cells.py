@@ -162,6 +162,10 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
         store.add_to_plan([before])
     assert [planned.key for planned in store.plan()] == [before.key]
     assert cell(there).source() == ["--task", "reviews", "--train_file", str(there)]
+    hard = Cell("sst2", "vanilla", 0, {"data": "glue", "adversarial_file": "a.json"}, {}, {"adversarial_file": "0"})
+    assert hard.source() == ["--data", "glue"]  # the rest is the run's own
+    hub = Cell("reviews", "vanilla", 0, {"dataset": "me/x", "adversarial_file": "a.csv"}, {}, {"adversarial_file": "0"})
+    assert hub.source() == []
     here.unlink()
     with pytest.raises(ValueError, match=r"cannot read .*reviews\.csv: No such file"):
         cell(here)

@@ -68,7 +68,8 @@ def test_settings_that_fall_behind_are_given_up(tmp_path: Path, monkeypatch: pyt
     assert not store.run_folder(tried[1]).exists()
     again = Runner(store, tried, halving=2).run()  # nothing is left to do
     assert [cell.key for cell in store.plan()] == [cell.key for cell in tried]
-    assert gather([store]).entries["sst2", "vanilla"].chosen.label == "learning_rate=0.9"
+    entry = gather([store]).entries["sst2", "vanilla"]
+    assert (entry.chosen.label, entry.tried, len(entry.candidates)) == ("learning_rate=0.9", 4, 2)
     assert again == found and [(store.folder(c) / "starts").read_text() for c in tried] == ["x"] * 4
     lines = (store.root / GIVEN_UP).read_text()
     (store.root / GIVEN_UP).write_text(lines.replace('"cell"', '"sell"'))

@@ -82,6 +82,8 @@ class Entry:
     """
     oracle: Candidate | None
     """The same by AdvGLUE, which no user could know: the largest it could be, shown apart."""
+    tried: int
+    """Settings, also those of which no run was finished, or all were given up."""
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -109,8 +111,10 @@ def candidates_of(runs: Sequence[Run], planned: Sequence[Cell], given_up: Collec
     return found
 
 
-def entry_of(candidates: Sequence[Candidate]) -> Entry:
+def entry_of(candidates: Sequence[Candidate], planned: Sequence[Cell]) -> Entry:
     """With the choice made."""
+    tried = {settings_key(cell.portable) for cell in planned}
+    tried |= {settings_key(run.settings) for candidate in candidates for run in candidate.runs}
     kinds: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         measured_on = {name: candidate.runs[0].settings.get(name) for name in _OF_MEASURING}
@@ -124,4 +128,5 @@ def entry_of(candidates: Sequence[Candidate]) -> Entry:
         tuple(candidates),
         max(eligible, key=lambda c: c.mean("clean") or 0.0),
         max(by_adversary, key=lambda c: c.mean("AdvGLUE") or 0.0) if by_adversary else None,
+        len(tried),
     )

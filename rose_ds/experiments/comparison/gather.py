@@ -139,17 +139,14 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
         runs = [run for run in runs if _model(run.settings) == model]
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
-    given_up = {key for store in stores for key in store.given_up()}
+    given_up = {key for store in stores for key in store.given_up()} - results.keys()
     wanted, entries = baseline or "vanilla", {}
     for task in tasks:
         for method in methods:
-            candidates = candidates_of(
-                [run for run in runs if (run.task, run.method) == (task, method)],
-                [cell for cell in plan if (cell.task, cell.method) == (task, method)],
-                given_up,
-            )
-            if candidates:
-                entries[task, method] = entry_of(candidates)
+            planned = [cell for cell in plan if (cell.task, cell.method) == (task, method)]
+            finished = [run for run in runs if (run.task, run.method) == (task, method)]
+            if candidates := candidates_of(finished, planned, given_up):
+                entries[task, method] = entry_of(candidates, planned)
     unfinished = []
     for cell in plan:
         store = planned_in[cell.key][1]

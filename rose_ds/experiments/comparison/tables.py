@@ -225,7 +225,7 @@ def choices(c: Comparison) -> Table:
             (
                 task,
                 method,
-                str(len(entry.candidates)),
+                str(entry.tried),
                 entry.chosen.label,
                 _mean(entry.chosen, "clean"),
                 "-" if second is None else second.label,
@@ -241,7 +241,7 @@ def choices(c: Comparison) -> Table:
             " Of some methods all settings were given up under some seed (rose-ds sweep --halving): the chosen one's "
             "mean is over the seeds under which it did well, and flatters it."
         )
-    counts = {len(entry.candidates) for entry in c.entries.values()}
+    counts = {entry.tried for entry in c.entries.values()}
     if len(counts) > 1:
         note += " The methods did not try equally many: those that tried more had more chances."
     return Table("choices", "Choice of settings", note, header, rows)
