@@ -20,7 +20,7 @@ from rose_ds.data.held_out import in_validation
 from rose_ds.data.hub import load_named
 from rose_ds.data.loading import SPLITS, TaskData
 from rose_ds.data.tables import Rows, read_rows, rows_of
-from rose_ds.data.tasks import TaskSpec, find_task
+from rose_ds.data.tasks import TaskSpec, find_task, loosely_spelled
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +220,6 @@ def _plain(label: str) -> str:
     return str(int(whole[1])) if whole else label
 
 
-def _loose(label: str) -> str:
-    """As labels of models are compared, whose makers write POSITIVE or Not-Entailment."""
-    return label.strip().lower().replace("-", "_").replace(" ", "_")
-
-
 def _number(text: str) -> float | None:
     try:
         value = float(text)
@@ -264,7 +259,7 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
 def _ids(labels: Sequence[str]) -> Callable[[str], int | None]:
     """A label's id by its name; else as a whole number, else in another spelling, where that is of one label alone."""
     tables: list[tuple[Callable[[str], str], dict[str, int]]] = []
-    for spelling in (str, _plain, _loose):
+    for spelling in (str, _plain, loosely_spelled):
         names = [spelling(name) for name in labels]
         times = Counter(names)
         tables.append((spelling, {name: i for i, name in enumerate(names) if times[name] == 1}))

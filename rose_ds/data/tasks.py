@@ -91,3 +91,8 @@ def get_task(name: str) -> TaskSpec:
     if spec is None:
         raise DataError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
     return spec
+
+
+def loosely_spelled(label: str) -> str:
+    """The same for one label however it is written: makers of models write POSITIVE or Not-Entailment."""
+    return label.strip().lower().replace("-", "_").replace(" ", "_")

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_ds.data import TaskSpec
+from rose_ds.data.tasks import loosely_spelled
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def label_order(config: Any, spec: TaskSpec) -> list[int]:
     exact = [str(name) for _, name in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
     if sorted(exact) == sorted(spec.labels):
         return [exact.index(name) for name in spec.labels]
-    names, wanted = list(map(_plain, exact)), list(map(_plain, spec.labels))
+    names, wanted = list(map(loosely_spelled, exact)), list(map(loosely_spelled, spec.labels))
     if names == [f"label_{i}" for i in range(len(names))]:
         return list(range(len(wanted)))
     if sorted(names) != sorted(wanted) or len(set(wanted)) < len(wanted):
@@ -151,10 +152,6 @@ def weights_digest(model: str) -> str:
             while part := file.read(1 << 24):
                 found.update(part)
     return found.hexdigest()[:12]
-
-
-def _plain(name: object) -> str:
-    return str(name).strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def label_names(model: str) -> tuple[str, ...]:

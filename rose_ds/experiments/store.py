@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
@@ -53,8 +53,8 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.cells = root / "cells"
-        self._read: tuple[tuple[int, int], dict[str, dict[str, Any]]] | None = None
-        """Size and time of RESULTS when it was last read, and what it held."""
+        self._read: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+        """By file: its size and time when it was last read, and what it held."""
 
     def create(self) -> None:
         """Make the folders. Raises ValueError where they cannot be made."""
@@ -90,15 +90,7 @@ class Store:
 
     def plan(self) -> list[Cell]:
         """Every cell that was asked for. Raises ValueError where a line is damaged."""
-        path, cells = self.root / PLAN, []
-        for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                record = json.loads(line)
-                known = {name: record[name] for name in ("task", "method", "seed", "settings", "varied")}
-                cells.append(Cell(**known, recorded=record["cell"]))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number} is not a planned cell's line ({error}): delete it") from error
-        return cells
+        return list(self._lines(PLAN, "a planned cell's line", _planned).values())
 
     def results(self) -> dict[str, dict[str, Any]]:
         """The finished cells' lines, by key; a last line that a killed process left unfinished is passed over.
@@ -106,7 +98,15 @@ class Store:
         Raises:
             ValueError: another line is damaged; names it.
         """
-        path, found = self.root / RESULTS, {}
+        return self._lines(RESULTS, "a finished cell's line", _finished)
+
+    def given_up(self) -> dict[str, dict[str, Any]]:
+        """Lines of the cells that were given up, by key. Raises ValueError where one is damaged."""
+        return self._lines(GIVEN_UP, "a line of a cell", lambda record: record)
+
+    def _lines(self, name: str, what: str, of: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """What a file's lines say of cells, by key; read again only where it has changed."""
+        path, found = self.root / name, {}
         try:
             file = path.open(encoding="utf-8")
         except FileNotFoundError:
@@ -114,28 +114,17 @@ class Store:
         with file:  # of the open file: NFS asks its server at open, and stat may be seconds old
             now = os.fstat(file.fileno())
             stamp = (now.st_size, now.st_mtime_ns)
-            if self._read is not None and self._read[0] == stamp:
-                return self._read[1]
-            lines = file.read().split("\n")[:-1]
+            before = self._read.get(name)
+            if before is not None and before[0] == stamp:
+                return before[1]
+            lines = file.read().split("\n")[:-1]  # what a killed process left without its end is passed over
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                Metrics(**record["metrics"])
-                found[record["cell"]] = record
+                found[record["cell"]] = of(record)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number} is not a finished cell's line ({error}): delete it") from error
-        self._read = stamp, found
-        return found
-
-    def given_up(self) -> dict[str, dict[str, Any]]:
-        """Lines of the cells that were given up, by key. Raises ValueError where one is damaged."""
-        path, found = self.root / GIVEN_UP, {}
-        for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                record = json.loads(line)
-                found[record["cell"]] = record
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number} is not a line of a cell ({error}): delete it") from error
+                raise ValueError(f"{path}:{number} is not {what} ({error}): delete it") from error
+        self._read[name] = stamp, found
         return found
 
     def predictions(self, key: str) -> dict[str, dict[str, Any]]:
@@ -284,9 +273,14 @@ def _portable(cell: Cell) -> dict[str, Any]:
     return known
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """A file's lines; a last one that a killed process left without its end is passed over."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+def _planned(record: dict[str, Any]) -> Cell:
+    known = {name: record[name] for name in ("task", "method", "seed", "settings", "varied")}
+    return Cell(**known, recorded=record["cell"])
+
+
+def _finished(record: dict[str, Any]) -> dict[str, Any]:
+    Metrics(**record["metrics"])  # of fields that are known
+    return record
 
 
 def _append(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.comparison.choice import ACCURACY, RECORDED, Candidate, Entry, Run, candidates_of, entry_of
 from rose_ds.experiments.comparison.statistics import Difference, compare
 from rose_ds.experiments.metrics import ADVERSARIAL, Metrics
@@ -123,13 +124,17 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
     Raises:
         ValueError: a store holds no cells, is damaged, or they have no such method.
     """
-    planned_in = {cell.key: (cell, store) for store in reversed(stores) for cell in store.plan()}
-    finished_in = {key: (line, store) for store in reversed(stores) for key, line in store.results().items()}
+    planned_in: dict[str, tuple[Cell, Store]] = {}
+    finished_in: dict[str, tuple[Mapping[str, Any], Store]] = {}
     for store in stores:
         if not store.plan() and not store.results():
             raise ValueError(f"{store.root} holds no cells: rose-ds sweep --store {store.root} makes them")
-    plan = [planned_in[key][0] for key in dict.fromkeys(cell.key for store in stores for cell in store.plan())]
-    results = {key: finished_in[key][0] for store in stores for key in store.results()}
+        for cell in store.plan():
+            planned_in.setdefault(cell.key, (cell, store))
+        for key, line in store.results().items():
+            finished_in.setdefault(key, (line, store))
+    plan = [cell for cell, _ in planned_in.values()]
+    results = {key: line for key, (line, _) in finished_in.items()}
     runs = [_run(line) for line in results.values()]
     everywhere = {cell.method for cell in plan} | {run.method for run in runs}
     if baseline is not None and baseline not in everywhere:
