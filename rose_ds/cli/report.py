@@ -23,9 +23,10 @@ Runs: prints a table, writes comparison.json and comparison.png. drop is clean m
 AdvGLUE where there is one, else on the perturbed set.
 
 A store: prints the first table and what is missing, and writes report.md, report.html (one file), report.png and a CSV
-file a table: accuracies with every seed, other attacks and cost, differences from the baseline with two tests, the
-methods at equal clean accuracy, what was chosen among which settings, and the runs that are not finished. Of stores
-with several models, each model has a folder of its own.
+file a table: accuracies in the shape of the paper's Tables 1 (methods, tasks), 2 (objectives with masks) and 3 (gamma)
+and with every seed, other attacks and cost, differences from the baseline with two tests, the methods at equal clean
+accuracy, what was chosen among which settings, and the runs that are not finished. Of stores with several models, each
+model has a folder of its own.
 
 The paper that this reproduces makes no automatic attacks: accuracies under attack are of rose-ds attack."""
 
@@ -59,7 +60,8 @@ def _plain(model: str) -> str:
 def _report_stores(folders: Sequence[Path], baseline: str | None, output: Path) -> None:
     from rose_ds.experiments.comparison import render
     from rose_ds.experiments.comparison.gather import gather, models_in
-    from rose_ds.experiments.comparison.tables import accuracy, unfinished
+    from rose_ds.experiments.comparison.published import accuracy
+    from rose_ds.experiments.comparison.tables import unfinished
     from rose_ds.experiments.store import Store
 
     stores = [Store(folder) for folder in folders]

@@ -16,9 +16,11 @@ from rose_ds.cli import main
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.comparison import render
 from rose_ds.experiments.comparison.gather import gather, matched, models_in
-from rose_ds.experiments.comparison.paper import table_1
+from rose_ds.experiments.comparison.paper import table_1, table_2, table_3
+from rose_ds.experiments.comparison.published import accuracy
 from rose_ds.experiments.comparison.statistics import compare, mean_sd, one_tailed_t
-from rose_ds.experiments.comparison.tables import Table, accuracy, tables
+from rose_ds.experiments.comparison.table import Table
+from rose_ds.experiments.comparison.tables import tables
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, write_lines
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.store import Store
@@ -173,6 +175,56 @@ def test_the_papers_cells_add_up_to_its_averages(key: tuple[str, str], average: 
     clean, hostile = zip(*table_1(*key).values(), strict=True)
     assert np.mean(clean + hostile) == pytest.approx(average, abs=0.011)
     assert np.mean(clean) - np.mean(hostile) == pytest.approx(delta, abs=0.011)
+
+
+@pytest.mark.parametrize("model", ["roberta-base", "roberta-large"])
+def test_the_papers_tables_agree_where_they_share_a_row(model: str) -> None:
+    """Table 2's R-Drop and Table 3's gamma of 0.5 are rows of Table 1."""
+    by_method = {method: np.mean(list(table_1(model, method).values())) for method in ("r-drop", "rose-ensemble")}
+    assert table_2(model, "r-drop") == (
+        pytest.approx(by_method["r-drop"], abs=0.011),
+        pytest.approx(np.subtract(*np.mean(list(table_1(model, "r-drop").values()), axis=0)), abs=0.011),
+    )
+    assert table_3(f"FacebookAI/{model}", 0.5) == pytest.approx(by_method["rose-ensemble"], abs=0.011)
+    assert table_2("minilm", "r-drop") is table_2(model, "smart") is table_3(model, 0.2) is None
+
+
+def test_an_objective_and_a_mask_together(store: Store) -> None:
+    """Over the seeds that all rows have: another seed of one of them would be compared with nothing."""
+    for task in ("sst2", "rte", "qnli", "qqp"):
+        for seed, clean in ((0, "1100"), (1, "1110"), (2, "0000")):
+            add(store, Cell(task, "r-drop", seed, {}), clean, "1000", model="roberta-base")
+        for seed in (0, 1, 3):
+            add(store, Cell(task, "r-drop+rose-first", seed, {}), "1110", "10", model="roberta-base")
+    add(store, Cell("snippets", "r-drop", 0, {}), "11", None, model="roberta-base")  # nothing stands beside it
+    add(store, Cell("sst2", "smart", 0, {}), "11", "10", model="roberta-base")  # nor beside this
+    table = named(store, "combined")
+    assert [row[0] for row in table.rows] == [
+        "r-drop",
+        "r-drop (paper)",
+        "r-drop+rose-first",
+        "r-drop+rose-first (paper)",
+    ]
+    assert column(table, "sst2 clean") == [f"62.50 ± {np.std([50, 75], ddof=1):.2f}", "-", "75.00 ± 0.00", "-"]
+    assert column(table, "Avg") == ["43.75", "60.74", "62.50", "63.41"]
+    assert column(table, "Delta") == ["37.50", "58.70", "25.00", "51.51"]
+    assert "snippets clean" not in table.header
+
+
+def test_the_ensemble_by_gamma(store: Store) -> None:
+    """Each value at its best learning rate; the paper's average, which is over four tasks, beside four tasks alone."""
+    for task in ("sst2", "rte", "qnli", "qqp"):
+        for gamma, rate, clean in ((None, 1e-4, "1100"), (0.9, 1e-4, "0000"), (0.9, 2e-4, "1110")):
+            settings = {"learning_rate": rate, **({} if gamma is None else {"gamma": gamma})}
+            add(store, Cell(task, "rose-ensemble", 0, settings), clean, "10", model="me/roberta-large")
+    table = named(store, "gamma")
+    assert column(table, "gamma") == ["0.5", "0.5 (paper)", "0.9", "0.9 (paper)"]
+    assert column(table, "qqp clean") == ["50.00", "-", "75.00", "-"]
+    assert column(table, "Avg") == ["50.00", "78.10", "62.50", "73.22"]
+    assert column(table, "Delta") == ["0.00", "-", "25.00", "-"]
+    add(store, Cell("snippets", "rose-ensemble", 0, {}), "11", "10", model="me/roberta-large")
+    add(store, Cell("snippets", "rose-ensemble", 0, {"gamma": 0.9}), "11", "10", model="me/roberta-large")
+    assert column(named(store, "gamma"), "gamma") == ["0.5", "0.9"]
 
 
 def test_stores_are_read_as_one(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What ROSE's paper reports (Jiang et al., EMNLP 2022, Table 1)."""
+"""What ROSE's paper reports (Jiang et al., EMNLP 2022, Tables 1 to 3)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ TABLE_1: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {
     ("roberta-large", "rose-ensemble"): ((96.10, 60.81), (85.92, 71.11), (94.26, 64.64), (91.46, 60.51)),
 }
 
+#: By model and method: Avg and Delta over TASKS, GLUE and AdvGLUE, in points.
+TABLE_2: dict[tuple[str, str], tuple[float, float]] = {
+    ("roberta-base", "r-drop"): (60.74, 58.70),
+    ("roberta-base", "r-drop+rose-first"): (63.41, 51.51),
+    ("roberta-base", "r-drop+rose-second"): (61.45, 53.87),
+    ("roberta-base", "r-drop+rose-ensemble"): (63.58, 49.64),
+    ("roberta-large", "r-drop"): (73.79, 37.18),
+    ("roberta-large", "r-drop+rose-first"): (75.39, 33.58),
+    ("roberta-large", "r-drop+rose-second"): (74.91, 34.74),
+    ("roberta-large", "r-drop+rose-ensemble"): (75.92, 32.66),
+}
+
+#: By model: Avg of ROSE-Ensemble by gamma.
+TABLE_3: dict[str, dict[float, float]] = {
+    "roberta-base": {0.1: 59.35, 0.3: 58.42, 0.5: 65.02, 0.7: 61.09, 0.9: 59.88},
+    "roberta-large": {0.1: 75.07, 0.3: 75.51, 0.5: 78.10, 0.7: 75.60, 0.9: 73.22},
+}
+
 
 def table_1(model: str, method: str) -> dict[str, tuple[float, float]]:
     """GLUE and AdvGLUE accuracy by task, in percent; empty where the paper has none.
@@ -31,5 +49,19 @@ def table_1(model: str, method: str) -> dict[str, tuple[float, float]]:
     Args:
         model: a hub's name, with or without its owner.
     """
-    found = TABLE_1.get((model.rsplit("/", 1)[-1], method), ())
+    found = TABLE_1.get((_plain(model), method), ())
     return dict(zip(TASKS, found, strict=False))
+
+
+def table_2(model: str, method: str) -> tuple[float, float] | None:
+    """Avg and Delta of R-Drop and of its combinations with ROSE's masks, in points; None where the paper has none."""
+    return TABLE_2.get((_plain(model), method))
+
+
+def table_3(model: str, gamma: float) -> float | None:
+    """Avg of ROSE-Ensemble at a gamma, in points; None where the paper has none."""
+    return TABLE_3.get(_plain(model), {}).get(gamma)
+
+
+def _plain(model: str) -> str:
+    return model.rsplit("/", 1)[-1]

@@ -12,7 +12,8 @@ from typing import Any
 from rose_ds.experiments.comparison.choice import ACCURACY, RECORDED
 from rose_ds.experiments.comparison.gather import Comparison
 from rose_ds.experiments.comparison.statistics import mean_sd
-from rose_ds.experiments.comparison.tables import Table, tables
+from rose_ds.experiments.comparison.table import Table
+from rose_ds.experiments.comparison.tables import tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1d2129 }

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from rose_ds.experiments.comparison.choice import ACCURACY, CALIBRATION, RECORDED, Candidate, Entry, Run
+from rose_ds.experiments.comparison.choice import ACCURACY, CALIBRATION, RECORDED, Candidate, Run
 from rose_ds.experiments.comparison.gather import ONE_ANSWER, Comparison, matched
-from rose_ds.experiments.comparison.paper import table_1
-from rose_ds.experiments.comparison.statistics import mean_sd
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table."""
-
-    key: str
-    """Its file's name."""
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+from rose_ds.experiments.comparison.published import accuracy, by_gamma, combined
+from rose_ds.experiments.comparison.table import Table, percent
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """Those that the store has something for."""
     made = [
         accuracy(comparison),
+        combined(comparison),
+        by_gamma(comparison),
         attacked(comparison),
         under_attack(comparison),
         significance(comparison),
@@ -43,66 +32,6 @@ def tables(comparison: Comparison) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def percent(values: Sequence[float | None], scale: float = 100.0, digits: int = 2) -> str:
-    """Mean and standard deviation; "-" where there is nothing."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean, sd = mean_sd([scale * value for value in known])
-    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
-
-
-def _of(entry: Entry | None, name: str) -> list[float | None]:
-    return [] if entry is None else [ACCURACY[name](run) for run in entry.runs]
-
-
-def _seeds(entry: Entry) -> str:
-    chosen = entry.chosen
-    return str(len(chosen.runs)) if len(chosen.runs) >= chosen.planned else f"{len(chosen.runs)} of {chosen.planned}"
-
-
-def accuracy(c: Comparison) -> Table:
-    """The shape of the paper's Table 1: rows methods, columns tasks."""
-    hard = "AdvGLUE" if "AdvGLUE" in c.sets() else "perturbed"
-    columns = [(task, name) for task in c.tasks for name in ("clean", hard) if _has(c, task, name) or name == "clean"]
-    whole = len(columns) == 2 * len(c.tasks)
-    header = ["method", *(f"{task} {c.shown(name)}" for task, name in columns), "Avg", "Delta", "seeds"]
-    rows = []
-    for method in c.methods:
-        entries = {task: c.entries.get((task, method)) for task in c.tasks}
-        cells = [percent(_of(entries[task], name)) for task, name in columns]
-        means = {(t, name): e.chosen.mean(name) if (e := entries[t]) else None for t, name in columns}
-        seeds = " ".join(_seeds(e) if e else "0" for e in entries.values())
-        rows.append((method, *cells, *_average_and_delta(means, whole=whole), seeds))
-        for model in c.models if hard == "AdvGLUE" else ():
-            paper = table_1(model, method)
-            if paper and c.hostile == "AdvGLUE":
-                theirs = {(t, name): paper[t][name != "clean"] / 100 if t in paper else None for t, name in columns}
-                shown = [percent([theirs[column]]) for column in columns]
-                rows.append((f"{method} (paper)", *shown, *_average_and_delta(theirs, whole=whole), "-"))
-    hostile = c.shown(hard)
-    note = (
-        f"{', '.join(c.models) or 'no finished runs'}. Accuracy in percent, mean and standard deviation over seeds, at "
-        f"the setting with the highest clean accuracy. Avg: over all clean and {hostile} cells of a row; Delta: clean "
-        f"less {hostile} accuracy, both averaged over tasks, in points. A dash: not there for every task."
-    )
-    return Table("accuracy", f"Table 1: accuracy on clean and {hostile} text", note, tuple(header), rows)
-
-
-def _has(c: Comparison, task: str, name: str) -> bool:
-    """Whether a run on the task was measured on a set."""
-    return any(run.task == task and ACCURACY[name](run) is not None for _, run in c.every_run())
-
-
-def _average_and_delta(means: Mapping[tuple[str, str], float | None], *, whole: bool) -> tuple[str, str]:
-    """Of fractions by task and set; dashes where a task lacks one."""
-    clean = [mean for (_, name), mean in means.items() if name == "clean" and mean is not None]
-    hard = [mean for (_, name), mean in means.items() if name != "clean" and mean is not None]
-    if not whole or len(clean) + len(hard) < len(means):
-        return "-", "-"
-    return f"{100 * np.mean(clean + hard):.2f}", f"{100 * (np.mean(clean) - np.mean(hard)):.2f}"
-
-
 def attacked(c: Comparison) -> Table:
     """Other kinds of attack, calibration and cost."""
     sets = c.sets()
@@ -113,7 +42,7 @@ def attacked(c: Comparison) -> Table:
         metrics = [run.metrics for run in entry.runs]
         clean, hard = entry.chosen.mean("clean"), entry.chosen.mean("perturbed")
         delta = "-" if clean is None or hard is None else f"{100 * (clean - hard):.2f}"
-        row = [task, method, percent(_of(entry, "perturbed")), delta]
+        row = [task, method, percent([m.perturbed_accuracy for m in metrics]), delta]
         row += [percent([CALIBRATION[name](run) for run in entry.runs]) for name in sets]
         row += [percent([m.step_seconds for m in metrics], scale=1, digits=3)]
         row += [percent([m.peak_memory_bytes for m in metrics], scale=2.0**-30)]
@@ -123,7 +52,7 @@ def attacked(c: Comparison) -> Table:
         "Perturbed: the clean dev set with typos, homoglyphs and distractors. ECE: expected calibration error in "
         "points. Step: median wall-clock seconds; runs side by side on one machine slow each other down."
     )
-    return Table("attacked", "Table 2: other attacks, calibration and cost", note, header, rows)
+    return Table("attacked", "Other attacks, calibration and cost", note, header, rows)
 
 
 def under_attack(c: Comparison) -> Table:
@@ -172,7 +101,7 @@ def significance(c: Comparison) -> Table:
     )
     if other_items:
         note += f" Left out: {'; '.join(other_items)}."
-    return Table("significance", "Table 3: differences from the baseline", note, header, rows)
+    return Table("significance", "Differences from the baseline", note, header, rows)
 
 
 def collapsed(c: Comparison) -> Table:
