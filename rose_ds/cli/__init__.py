@@ -109,7 +109,10 @@ def _overview(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, description="see rose-ds " + name + " --help")
-    parser.epilog = "Each command has its own --help."
+    parser.epilog = (
+        "Each command has its own --help. A Trainer script as it is: python -m rose_ds.run --help. "
+        "Guides: docs/ of the sources."
+    )
     parser.parse_args(arguments)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rose_ds.cli.arguments import Parser
+from rose_ds.cli.arguments import OF_TRAINING, Parser
 from rose_ds.experiments.settings import RunSettings
 
 
@@ -47,11 +47,12 @@ def parse(
     """
     parser = Parser(command, description, RunSettings, Rows, *settings)
     add_models(parser, models)
-    parser.explain("model", argparse.SUPPRESS)  # which model is said in place of --model
+    parser.explain_trained()
+    parser.refuse(["model"], "models are named without a flag, before the flags")
+    parser.refuse(OF_TRAINING, "a finished model is looked at; leave it out")
     sharded = f"Shard each model over the launcher's ranks: {', '.join(engines)}. Default: each holds it."
     parser.explain("engine", sharded if engines else argparse.SUPPRESS)
-    parser.parse_args(arguments)  # which says what is wrong; transformers raises
-    given = parser.given(arguments)
+    given = parser.given(arguments)  # which says what is wrong; transformers raises
     if given.get("engine", "auto") not in ("auto", "plain", *engines):
         instead = f"give {' or '.join(engines)} to shard them, or leave it out" if engines else "leave --engine out"
         raise ValueError(f"engine={given['engine']!r} is not for {command}, whose ranks hold whole models: {instead}")

@@ -18,6 +18,8 @@ from rose_ds.deepspeed_config import read
 from rose_ds.experiments.resumable import rank_and_world
 
 _ACCELERATOR = torch.accelerator.is_available()
+#: Flags of ``RunSettings`` for what a training run writes along its way.
+OF_TRAINING = ("record_masks", "disagreement_steps")
 
 
 @dataclass
@@ -77,6 +79,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        if isinstance(action, argparse._StoreFalseAction):  # transformers gives it the text of its opposite
+            return f"The opposite of --{action.dest}."
         told = "default" in text.lower() or action.default in (None, argparse.SUPPRESS, "", [])
         return text if told or not action.option_strings else f"{text} (default: %(default)s)"
 
@@ -99,6 +103,13 @@ class Parser(HfArgumentParser):
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
+        self._refused: dict[str, str] = {}
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Flags of shared settings that mean nothing to this command: not in its help, and an error where given."""
+        for name in names:
+            self.explain(name, argparse.SUPPRESS)
+        self._refused |= dict.fromkeys(names, why)
 
     def explain(self, name: str, text: str) -> None:
         """Another help text for a flag that means something else in this command; argparse.SUPPRESS: none."""
@@ -106,16 +117,35 @@ class Parser(HfArgumentParser):
             if action.dest == name:
                 action.help = text
 
+    def require_model(self) -> None:
+        """A trained one: there is no default."""
+        for action in self._actions:
+            if action.dest == "model":
+                action.help, action.required, action.default = "The trained model's folder, or a hub id.", True, None
+
+    def explain_trained(self) -> None:
+        """Help for commands that look at a trained model, whose run says what it was trained on."""
+        self.explain("task", "sst2, rte, qnli, qqp or snippets; with files of your own, a name. Default: the run's.")
+        self.explain("max_length", "Longer inputs are cut to this many tokens. Default: the run's.")
+
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The flags on a command line, by name, without the defaults of the others."""
+        """The flags on a command line, by name, without the defaults of the others.
+
+        Raises:
+            ValueError: one that ``refuse`` was told of.
+        """
         unset = object()
         names = [f.name for settings in self.dataclass_types for f in fields(settings) if f.init]
-        found = self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset)))
-        return {name: value for name, value in vars(found).items() if value is not unset}
+        namespace = vars(self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset))))
+        found = {name: value for name, value in namespace.items() if value is not unset}
+        for why in dict.fromkeys(self._refused[name] for name in found.keys() & self._refused.keys()):
+            flags = sorted(f"--{name}" for name in found if self._refused.get(name) == why)
+            raise ValueError(f"{', '.join(flags)}: {why}")
+        return found
 
     def settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """An instance of each dataclass."""
-        self.parse_args(arguments)  # which says what is wrong with an unknown flag; transformers raises
+        self.given(arguments)  # which says what is wrong with a flag; transformers raises for an unknown one
         return self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
 
 

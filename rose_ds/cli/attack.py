@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rose_ds.cli import first_rank
-from rose_ds.cli.arguments import Parser
+from rose_ds.cli.arguments import OF_TRAINING, Parser
 from rose_ds.experiments.settings import RunSettings
 
 _DESCRIPTION = """Accuracy of a trained classifier under attack: misspellings searched for it, item by item.
@@ -27,7 +27,7 @@ report. Started again it goes on where it was. A search that fails proves nothin
 limits, seed and items, and only with each other. ROSE's paper makes no automatic attacks."""
 #: Of a round of questions: more of them hold more texts and lose more at a kill, fewer hold more padding.
 _BATCHES = 20
-_OF_OTHERS = ("adversarial_file", "engine", "record_masks", "disagreement_steps", "max_train_samples")
+_OF_OTHERS = ("adversarial_file", "engine", "max_train_samples", *OF_TRAINING)
 
 
 @dataclass
@@ -49,14 +49,15 @@ def run(arguments: Sequence[str]) -> None:
     from rose_ds.attack.settings import AttackSettings
 
     parser = Parser("attack", _DESCRIPTION, RunSettings, AttackSettings, Output)
+    parser.refuse(
+        _OF_OTHERS,
+        "an attack reads the clean dev set, in one process or a torchrun job; give the rows to attack with "
+        "--validation_file",
+    )
+    parser.require_model()
+    parser.explain_trained()
     settings, how, output = parser.settings(arguments)
     given = parser.given(arguments)
-    meaningless = [f"--{name}" for name in _OF_OTHERS if name in given]
-    if meaningless:
-        raise ValueError(
-            f"{', '.join(meaningless)}: an attack reads the clean dev set, in one process or a torchrun job; give the "
-            "rows to attack with --validation_file"
-        )
     from tqdm import tqdm
 
     from rose_ds.attack.classifier import Classifier

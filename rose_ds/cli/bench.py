@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rose_ds.cli.arguments import Parser
+from rose_ds.cli.arguments import OF_TRAINING, Parser
 from rose_ds.experiments.methods import METHODS, method_named
 from rose_ds.experiments.settings import RunSettings
 
@@ -113,6 +113,7 @@ def run(arguments: Sequence[str]) -> None:
 
     parser = Parser("bench", _DESCRIPTION, RunSettings, Rounds)
     parser.explain("engine", f"What to measure on: {', '.join(MEASURED)}. Default: plain, or ddp for --ranks above 1.")
+    parser.refuse(OF_TRAINING, "a measured step records nothing; leave it out")
     settings, how = parser.settings(arguments)
     engine = how.engine(settings.engine)
     from tqdm import tqdm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -50,6 +51,9 @@ def run(arguments: Sequence[str]) -> None:
     """Train, and print what was measured."""
     methods = "\n".join(f"  {method.name:<14}  {method.text}" for method in METHODS.values())
     parser = Parser("train", _DESCRIPTION.format(methods=methods), RunSettings, MethodSettings, RunArguments, Rehearsal)
+    for name in ("enable_jit_checkpoint", "optim_args", "optim_target_modules"):
+        parser.explain(name, argparse.SUPPRESS)  # refused, with reasons of their own
+    parser.explain("optim", "Whose kernels update what is not masked: adamw_torch or adamw_torch_fused.")
     arguments = [*arguments, *precision_flags(arguments)]
     preset = from_preset(parser.given(arguments), rank_and_world()[1])
     if preset is not None:

@@ -37,7 +37,9 @@ class RunSettings:
     )
     train_file: str | None = field(
         default=None,
-        metadata=_help("Training rows of your own: .csv, .tsv, .jsonl or .parquet; --task is then only their name."),
+        metadata=_help(
+            "Training rows of your own: .csv, .tsv, .json, .jsonl or .parquet; --task is then only their name."
+        ),
     )
     validation_file: str | None = field(
         default=None,
@@ -190,8 +192,8 @@ class MethodSettings:
     preset: str | None = field(
         default=None,
         metadata=_help(
-            f"Fill in what was published for the method and task on this size of model: {', '.join(PRESETS)}. "
-            "Whatever is given as a flag stays."
+            f"Fill in what was published for the method and task on this size of model: {', '.join(PRESETS)}. It sets "
+            "the model, batch, epochs, length and, for ROSE, --granularity too; whatever is given as a flag stays."
         ),
     )
     resume: str | None = field(

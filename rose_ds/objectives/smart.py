@@ -31,7 +31,7 @@ class Smart(Objective):
     radius: float = constant(1.0, "L-infinity norm of SMART's perturbation at each token.")
     proximal: float = constant(0.0, "Weight of SMART's Bregman proximal term; 0: none (no average of the weights).")
     decay: float = constant(0.999, "Decay of the average of the weights for the proximal term.")
-    early_decay: float = constant(0.99, "The same during the first early_steps.")
+    early_decay: float = constant(0.99, "That decay during the first early_steps.")
     early_steps: int = constant(0, "Optimizer steps with early_decay; SMART's paper: a tenth of all steps.")
 
     def __post_init__(self) -> None:

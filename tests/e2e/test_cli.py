@@ -237,11 +237,39 @@ def test_a_corrupt_row_names_its_file_and_line(minilm: str, tmp_path: Path, caps
     assert f"{folder / 'train.tsv'}:3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("evaluate", ["--output_dir", "out", "--engine", "ddp"], "--engine: it is about training"),
+        ("evaluate", ["--output_dir", "out", "--record_masks", "5"], "--record_masks: it is about training"),
+        ("bench", ["--record_masks", "5"], "--record_masks: a measured step records nothing"),
+        ("landscape", ["run", "--disagreement_steps", "5"], "--disagreement_steps: a finished model is looked at"),
+        ("interpolate", ["a", "b"], "--model: models are named without a flag"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    command: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, *flags, *([] if command == "bench" else ["--model", "run"])])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--record_masks" not in capsys.readouterr().out
+
+
+def test_a_model_to_evaluate_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--output_dir", "out"])
+    assert "the following arguments are required: --model" in capsys.readouterr().err
+
+
 def test_help_and_version_teach(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--version"], [__version__]),
         (["--help"], ["train", "evaluate", "report"]),
         (["train", "--help"], ["Examples:", "--keep_first", "--max_steps", "ds_configs/zero2_bf16.json"]),
+        (["train", "--help"], ["The opposite of --use_cpu."]),
         (["evaluate", "--help"], ["Example:", "--task"]),
         (["report", "--help"], ["comparison.png"]),
     ):

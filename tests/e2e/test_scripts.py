@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from launching import BIN, ROOT, deepspeed, rows_file, run, torchrun
+from spawn import free_port
 
 from rose_ds.data import load_task
 from rose_ds.experiments.models import resolve
@@ -55,9 +56,16 @@ def arguments(files: dict[str, Path], out: Path) -> list[str]:
     return [*flags, "--disable_tqdm", "true", "--save_strategy", "no", "--output_dir", str(out)]
 
 
-def test_accelerate_launch(minilm: str, files: dict[str, Path], tmp_path: Path) -> None:
-    script = [str(ROOT / "tests/e2e/scripts/classify.py"), "--model", resolve(minilm), *arguments(files, tmp_path)]
-    done = run([*ACCELERATE, "-m", "rose_ds.run", *ROSE, *script])
+@pytest.mark.parametrize("by", ["accelerate", "launch/cluster"])
+def test_a_script_by_a_launcher(by: str, minilm: str, files: dict[str, Path], tmp_path: Path) -> None:
+    script = str(ROOT / "tests/e2e/scripts/classify.py")
+    flags = ["--model", resolve(minilm), *arguments(files, tmp_path)]
+    if by == "accelerate":
+        done = run([*ACCELERATE, "-m", "rose_ds.run", *ROSE, script, *flags])
+    else:  # docs/cluster.md, "A script of your own"
+        program = {"PROGRAM": " ".join(["-m rose_ds.run", *ROSE]), "COMMAND": script}
+        hosts = {"NODES": "1", "RANKS_PER_NODE": "2", "RENDEZVOUS": f"localhost:{free_port()}", "JOB": "script"}
+        done = run(["bash", str(ROOT / "launch/cluster/torchrun_node.sh"), *flags], **program, **hosts)
     assert done.returncode == 0
     assert "'rose/kept_first': 0.5" in done.stdout  # the script prints its first log entry
     assert "'rose/kept_second': 1.0" in done.stdout
