@@ -151,6 +151,15 @@ def all_sum(values: Tensor) -> Tensor:
     return mine.cpu()
 
 
+def all_max(count: int) -> int:
+    """The largest over every rank of the job. A collective; alone, one's own."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    counts = torch.tensor([count], device=communication_device(None))
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    return int(counts.item())
+
+
 def all_agree(ok: bool) -> bool:
     """Whether every rank of the job says ``ok``. A collective; alone, one's own word."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -98,6 +98,10 @@ class RoseAdamW(torch.optim.Optimizer):
     """Compiled ones, where all ranks have them (``rose_ds.kernels``); not of copies."""
     zeroed = False
     """Gradients were dropped since somebody last set this to False."""
+    loaded = False
+    """The same of a state that was loaded."""
+    needs_plan = False
+    """Whether every step must be planned by a stepper, also without masks: its objective is more than the loss."""
 
     def __init__(
         self,
@@ -166,6 +170,7 @@ class RoseAdamW(torch.optim.Optimizer):
         for state in self.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()  # read every step; a checkpoint may have come by way of a GPU
+        self.loaded = True
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps what it knows; a copy has no engine yet, so it is attached to nothing and has no plan
@@ -212,9 +217,9 @@ class RoseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient, by the plan where there is one.
 
-        Without a plan, strategy="none" is plain AdamW. For the others, a step whose gradients are all zero only creates
-        the state (checkpoint libraries and DeepSpeed take such steps at the start); any other would silently train
-        without masks and raises RuntimeError.
+        Without a plan, strategy="none" is plain AdamW, where no stepper has another objective. For the others, a step
+        whose gradients are all zero only creates the state (checkpoint libraries and DeepSpeed take such steps at the
+        start); any other would silently train without masks and raises RuntimeError.
         """
         loss = None
         if closure is not None:
@@ -222,12 +227,14 @@ class RoseAdamW(torch.optim.Optimizer):
                 loss = closure()
         plan = self.plan
         if plan is None:
-            if self.config.strategy != "none":
+            if self.config.strategy != "none" or self.needs_plan:
                 if self._create_state_if_all_zero():
                     return loss
                 raise RuntimeError(
-                    f"RoseAdamW(strategy={self.config.strategy!r}).step() has no masks for this step: train through "
-                    "stepper = rose_ds.prepare(...); stepper.backward(forward, loss); stepper.step()"
+                    f"RoseAdamW(strategy={self.config.strategy!r}).step() has "
+                    f"{'no masks for' if self.config.strategy != 'none' else 'not the objective of'} this step: train "
+                    "through stepper = rose_ds.prepare(...); stepper.backward(forward, loss); stepper.step(). A "
+                    "Trainer's own training_step() must call super()'s"
                 )
             plan = Plan()
         if not plan.skip:

@@ -70,8 +70,10 @@ class Engine(ABC):
 
     def __init__(self, module: nn.Module, optimizer: RoseAdamW, accumulation_steps: int) -> None:
         self.module, self.optimizer, self.accumulation_steps = module, optimizer, accumulation_steps
-        self.equal_passes = 0
-        """Micro-batches in a row whose two dropout passes gave the same logits."""
+        self.equal_passes, self.passes_differ = 0, False
+        """Micro-batches in a row whose two dropout passes gave the same logits; and whether some ever gave others."""
+        self.loss_overwrites: bool | None = None
+        """Whether loss(logits) changes fp32 logits unseen (kernels that write gradients over them); None: not known."""
         self.graph_of: ForwardPass | None = None
         """The pass whose graph waits, on an engine with a single one."""
         self.share = 0.0
@@ -112,6 +114,21 @@ class Engine(ABC):
         return all_agree(ok)
 
     # --- the step ---
+
+    def count(self, *, last: bool) -> None:
+        """In place of ``step``: the loop has had a micro-batch, and steps by itself after a step's ``last``.
+
+        Raises:
+            TypeError: this engine steps by itself.
+            RefusedConfiguration: the last one's gradients were not reduced.
+        """
+        raise TypeError(f"the {self.name} engine makes its steps itself: call stepper.step() after every backward()")
+
+    def first_passes_made(self) -> None:  # noqa: B027
+        """A micro-batch went through: what looks at passes alone need look no more."""
+
+    def agree_on_steps(self) -> None:  # noqa: B027
+        """Before a micro-batch: ranks know how many steps were taken. A collective where a state was loaded."""
 
     @abstractmethod
     def step(self, decide: Decision) -> Outcome | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rose_ds.engines.dropout import drops_layers
 from rose_ds.engines.passes import Forward, ForwardPass, Loss, Pull, Sample, still_statistics
 from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.objectives.base import RowComparing, Start
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from rose_ds.engines.average import WeightAverage
     from rose_ds.engines.base import Engine
 
-#: Micro-batches in a row whose two passes may be equal in low precision before it means "no dropout": with one row and
-#: bf16 logits, one in a thousand is equal by chance.
+#: Micro-batches in a row whose two passes may be equal before it means "no dropout": with one row and bf16 logits, one
+#: in a thousand is equal by chance, and with stochastic depth alone a few in a hundred of some rows.
 _EQUAL_BY_CHANCE = 8
 
 
@@ -141,11 +142,12 @@ class PassBatch:
 
     def _require_dropout(self, logits: Tensor, b: ForwardPass) -> None:
         if not torch.equal(logits, b.logits):
-            self.engine.equal_passes = 0
+            self.engine.equal_passes, self.engine.passes_differ = 0, True
             return
         self.engine.equal_passes += 1
-        exact = b.outputs is not None and not _is_rounded(b.outputs[0])
-        if exact or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
+        module, rounded = self.engine.module, b.outputs is None or _is_rounded(b.outputs[0])
+        by_chance = rounded or self.engine.passes_differ or drops_layers(module)
+        if not (by_chance and module.training) or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
             raise RuntimeError(
                 "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
                 'dropout > 0, or choose strategy="second" (LoRA with no other dropout than its own starts so, as its '

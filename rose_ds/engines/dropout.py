@@ -22,3 +22,8 @@ def find_dropout(model: nn.Module) -> dict[str, float]:
             kind = type(module).__name__
             found[kind] = max(found.get(kind, 0.0), *numbers)
     return found
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Whether it has stochastic depth, under which two passes of few rows may be equal by chance."""
+    return any(word in type(module).__name__ for module in model.modules() for word in ("DropPath", "StochasticDepth"))

@@ -100,9 +100,15 @@ class ForwardPass:
 
     def _add_loss(self) -> None:
         assert self.outputs is not None
-        version = self.outputs[0]._version
-        value = self.batch.loss_of(self.outputs[0])
-        self._changed |= self.outputs[0]._version != version
+        logits, engine = self.outputs[0], self.batch.engine
+        version = logits._version
+        # what is not fp32 has a leaf of its own; and a loss does in later steps what it did in the first
+        watched = engine.loss_overwrites is None and logits.dtype == torch.float32
+        before = logits.detach().clone() if watched else None
+        value = self.batch.loss_of(logits)
+        if before is not None:
+            engine.loss_overwrites = not torch.equal(before.view(torch.int32), logits.detach().view(torch.int32))
+        self._changed |= logits._version != version or (engine.loss_overwrites or False)
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise TypeError("loss(logits) must return a scalar tensor: the micro-batch's mean loss")
         self.outputs.append(value)

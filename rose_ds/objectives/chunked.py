@@ -31,7 +31,8 @@ class ChunkedSymmetricKl(torch.autograd.Function):
             part = slice(at, at + rows)
             log_p, log_q = log_softmax(logits_a[part], -1), log_softmax(logits_b[part], -1)
             p, q = log_p.exp(), log_q.exp()
-            ratio, difference = log_p.sub_(log_q), p - q
+            impossible = log_p.isneginf() & log_q.isneginf()  # as in divergence.py
+            ratio, difference = log_p.sub_(log_q).masked_fill_(impossible, 0.0), p - q
             total += (difference * ratio).sum(dtype=torch.float64)
             for grad, probability, sign in zip(grads, (p, q), (1.0, -1.0), strict=True):
                 if grad is not None and fixed_targets:

@@ -127,8 +127,11 @@ def _rows(a: Tensor, b: Tensor, distribution: Distribution) -> tuple[Tensor, Ten
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)``, summed over all outcomes."""
-    return kl_div(log_q, log_p, log_target=True, reduction="sum")
+    """``KL(p || q)``, summed over all outcomes. One that both rule out (masked logits of -inf) has no part in it."""
+    impossible = log_p.isneginf() & log_q.isneginf()
+    log_p, log_q = (log.masked_fill(impossible, 0.0) for log in (log_p, log_q))
+    pointwise = kl_div(log_q, log_p, log_target=True, reduction="none")
+    return pointwise.masked_fill(impossible, 0.0).sum()
 
 
 def dropout_risk(batch: MicroBatch, a: Any = None) -> None:

@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, BitMask
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.agreed import agreed_accelerator, agreed_kernels
 from rose_ds.engines.base import Engine
+from rose_ds.engines.dropout import drops_layers
 from rose_ds.masks import MaskPolicy
 from rose_ds.optimizer import Plan
 from rose_ds.training.halves import Halves
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
+
+#: Steps without any risk with which a model with stochastic depth may begin.
+_PATIENCE = 8
 
 
 class Masking:
@@ -44,7 +49,8 @@ class Masking:
         """Sees each step's masks before they are used, where there is one."""
         self.selection: Selection | None = None
         """Of the step under way, once it is decided."""
-        self._had_risk = False
+        self._without_risk = 0
+        """Steps in a row whose first-order risk was zero everywhere; none since the run began, or went on, had any."""
         self._used: list[BitMask] = []
         """Masks of the last step whose memory the next one takes: bits alone, which are few."""
         self.optimizer.kernels = agreed_kernels(engine, masks=policy is not None)
@@ -110,6 +116,9 @@ class Masking:
             )
         selection = self.state.selection
         if selection is None:
+            if share and risk_grads is not None and not policy.ranks_risk and not self._all_finite(risk_grads):
+                self.optimizer.plan = Plan(skip=True)  # on all ranks
+                return
             inputs = self._inputs(grads, risk_grads, scale=scale, share=share, clip=clip)
             recorded = policy.refresh == "once" or (self.recorder is not None and self.recorder.due(inputs.step))
             selection = select(
@@ -136,28 +145,38 @@ class Masking:
         if self.recorder is not None:
             self.recorder.see(self.optimizer.steps_taken() + 1, selection)
 
+    def _all_finite(self, grads: Sequence[Tensor]) -> bool:
+        """On every rank. What is kept apart with another weight may overflow where their sum does not."""
+        here = [grad for grad in grads if grad.numel()]
+        return self.engine.agree(bool(torch.isfinite(get_total_norm(here, float("inf")))))
+
     def _check_zeros(self, selection: Selection) -> None:
-        """A gradient that is zero everywhere ranks nothing: an error, unless there was one in an earlier step."""
+        """A gradient that is zero everywhere ranks nothing: an error where a run begins so."""
         risk, layout = selection.thresholds.get(FIRST), self.engine.layout
         if self.policy is None or not self.policy.ranks_risk or risk is None or not selection.finite:
             return
         per_element = self.config.granularity == "element"
         if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
-            self._had_risk = True
-        elif not self._had_risk and self.halves is not None:
+            self._without_risk = -1
+            return
+        if self._without_risk >= 0:
+            self._without_risk += 1
+        beginning = self._without_risk > 0 and self.optimizer.steps_taken() < self.config.mask_warmup_steps + _PATIENCE
+        patient = drops_layers(self.engine.module) and self._without_risk < _PATIENCE
+        if not beginning or patient:
+            self._tell("zero", "first-order risk is zero everywhere: every parameter was kept")
+        elif self.halves is not None:
             raise RuntimeError(
                 "the gradients of the two halves of a step are equal everywhere, so the mask would keep everything: "
                 "are they the same rows, without dropout, or are the eligible parameters not used by the loss?"
             )
-        elif not self._had_risk:
+        else:
             raise RuntimeError(
                 "the gradient of the divergence between two passes is zero for every eligible parameter, so the mask "
                 "would keep all of them: the eligible parameters are hidden from the graph (computed under no_grad, "
                 "detached, in a custom or reentrant checkpoint), are not used by the logits, or the gradient is too "
                 "small for the precision (LoRA, whose second matrix starts at 0: mask_warmup_steps=1)"
             )
-        else:
-            self._tell("zero", "first-order risk is zero everywhere: every parameter was kept")
 
     def _inputs(self, grads: Sequence[Tensor], risk_grads: Sequence[Tensor] | None, **multipliers: Any) -> StepInputs:
         slices, beta1_of = self.engine.slices, self.engine.beta1_of()

@@ -115,6 +115,23 @@ class MethodState:
         if self.keeps_mask and part["strategy"] != strategy:
             raise RefusedConfiguration(f"{folder} was trained with strategy={part['strategy']!r}, not {strategy!r}")
 
+    def _check_whole(self, folder: Path, part: Mapping[str, Any]) -> None:
+        """Whether it is the state of a method that keeps what this one does."""
+        taken, config = self.engine.optimizer.steps_taken(), self.engine.optimizer.config
+        ranked = taken > config.mask_warmup_steps
+        wanted = {
+            "mask": self.keeps_mask and ranked,
+            # a step of one micro-batch has no halves to find a risk from
+            "risk": self.risk is not None and ranked and config.first_order != "halves",
+            "average": self.keeps_average and taken > 0,
+        }
+        missing = [name for name, wants in wanted.items() if wants and name not in part]
+        if missing:
+            raise RefusedConfiguration(
+                f"{folder} has rose_state files without the {' and the '.join(missing)} that this method keeps: they "
+                "are of another method; resume with the one it was trained with"
+            )
+
     @staticmethod
     def _missing(folder: Path) -> RefusedConfiguration:
         return RefusedConfiguration(
@@ -156,12 +173,14 @@ class MethodState:
             return
         self.forget()
         files = _files_in(folder)
+        self.engine.agree_on_steps()
         if not files:
             if self.engine.optimizer.steps_taken() == 0:
                 return  # saved before the method had anything to keep
             raise self._missing(folder)
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
         self._check_strategy(folder, parts[0])
+        self._check_whole(folder, parts[0])
         if self.keeps_mask and "mask" in parts[0]:
             codes = _collect(folder, [part["mask"] for part in parts], self.engine.slices, torch.uint8)
             thresholds = {bit: Threshold(**_as_threshold(t)) for bit, t in parts[0]["thresholds"].items()}

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from rose_ds.config import RoseConfig
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.hardware import peak_memory_bytes
@@ -151,7 +152,8 @@ class ResumableTrainer(SteadyLoaders):
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
             if self.args.save_strategy != "no":
-                around.enter_context(sole_use_of(Path(self.args.output_dir)))
+                trial = args[0] if args else kwargs.get("trial")  # of a search, each in a folder of its own
+                around.enter_context(sole_use_of(Path(self._get_output_dir(trial))))
                 around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._resumed is not None and not self._counts_restored:  # the checkpoint was that of the last step
@@ -195,6 +197,10 @@ class ResumableTrainer(SteadyLoaders):
         fixed, free = self._settings()
         # a checkpoint of before there was a record of one says nothing about it
         fixed = {name: value for name, value in fixed.items() if name in record.fixed or name not in _FIXED}
+        # nor does one of before a setting of the masks was there, whose default does what was done then
+        for name in fixed.keys() - record.fixed.keys():
+            if name in RoseConfig.field_names() and fixed[name] == getattr(RoseConfig, name):
+                del fixed[name]
         for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
             logger.info("resuming with another setting: %s", change)
         return record

@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine
 from rose_ds.engines.batch import PassBatch
-from rose_ds.engines.checkpointing import refuse_checkpointing
+from rose_ds.engines.checkpointing import refuse_checkpointing, refuse_overwriting
 from rose_ds.engines.passes import Forward, Loss, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
 from rose_ds.engines.torch.plain import clip_factor
+from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import explaining_lost_ranks
 from rose_ds.masks import policy_of
 from rose_ds.objectives import Objective, Task, resolve
@@ -35,6 +36,9 @@ from rose_ds.training.risk_average import RiskAverage, refuse_together
 from rose_ds.training.step_report import StepReport, report_of
 
 logger = logging.getLogger(__name__)
+
+#: Steps in a row that may be skipped; fp16 with a high loss scale begins with some dozens.
+_SKIPPED_IN_A_ROW = 100
 
 
 class MicroBatchValues(TypedDict):
@@ -85,9 +89,15 @@ class Stepper:
         self.policy = policy_of(self.config)
         self.last_report: StepReport | None = None
         """The last optimizer step's report."""
+        self._skipped = 0
+        """Steps in a row that changed nothing."""
         self._left_to_optimizer: list[RemovableHandle] = []
         several = self.config.compares_passes or not isinstance(self.objective, Task)
+        self.optimizer.objective = self.objective  # which a checkpoint records
+        self.optimizer.needs_plan = not isinstance(self.objective, Task)
         refuse_checkpointing(engine.module, twice=several)
+        if several:
+            refuse_overwriting(engine.module)
         EmbeddingShift.remove(engine.module)
         self._shifter = EmbeddingShift(engine.module) if self.objective.shifts else None
         self.state = MethodState(
@@ -165,6 +175,7 @@ class Stepper:
             self.engine.begin_step()
             self._forget_step()
             self.watch.check_progress()
+        self.engine.agree_on_steps()
         state = self.state
         state.check()
         self.engine.follow_trainable(movable=state.selection is None and not state.keeps_average and state.risk is None)
@@ -194,6 +205,7 @@ class Stepper:
                 raise
             if not batch.trained:
                 raise RuntimeError(f"objective {self.objective.name!r} ended without its last backward()")
+        self.engine.first_passes_made()
         self.watch.after_backward()
         return {"loss": value, "kl": batch.divergence, "disagreement": batch.disagreed}
 
@@ -235,7 +247,9 @@ class Stepper:
         task's gradient: both need to know what clipping did.
 
         Raises:
-            TypeError: it was; or ``prepare`` was told to clip, which ``step()`` would do.
+            TypeError: it was; or ``prepare`` was told to clip, which ``step()`` would do; or the engine is DeepSpeed's,
+                which makes its steps itself.
+            RefusedConfiguration: DDP has not reduced the last micro-batch's gradients.
         """
         if getattr(self.engine, "max_grad_norm", None):
             raise TypeError(
@@ -249,6 +263,11 @@ class Stepper:
             )
         norm_of = grad_norm or (lambda: None)
         self.watch.begin_step("leave_step_to_optimizer")
+        try:
+            self.engine.count(last=last)
+        except RefusedConfiguration as error:
+            self._abandon_step(error)
+            raise
         self.watch.left_to_optimizer(last=last)
         if last and not self._left_to_optimizer:  # a loop may give one step several last micro-batches
 
@@ -355,6 +374,14 @@ class Stepper:
             self.watch.tell(
                 "all", f"strategy {self.config.strategy!r} kept every parameter, since so many risks are equal"
             )
+        self._skipped = self._skipped + 1 if skipped else 0
         if skipped:
             logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
+        if self._skipped >= _SKIPPED_IN_A_ROW:
+            of_loss = grad_norm is not None and not math.isfinite(grad_norm)
+            raise RuntimeError(
+                f"{self._skipped} steps in a row were skipped, since the {'' if of_loss else 'ranked '}gradient was "
+                "not finite: nothing is trained any more. Resume from a checkpoint before it began with a lower "
+                "learning rate, or in another precision; or look for logits that are infinite or NaN"
+            )
         return report

@@ -286,9 +286,13 @@ class RoseTrainer(MicroBatchTrainer):
         return super().call_model_init(*args, **kwargs)
 
     def _stepper_for(self, model: nn.Module) -> Stepper:
-        if self.stepper is None or self._stepper_model is not model:
-            optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
-            kept = self._kept if self.stepper is None else self.stepper.state  # a second train() wraps the model anew
+        optimizer = None if self.is_deepspeed_enabled else self._rose_optimizer()
+        # a second train() wraps the model anew, or has another optimizer
+        other = self.stepper is not None and optimizer is not None and self.stepper.optimizer is not optimizer
+        if self.stepper is None or self._stepper_model is not model or other:
+            if self.stepper is not None:
+                self.stepper.detach()
+            kept = self._kept if self.stepper is None else self.stepper.state
             self.stepper = prepare(model, optimizer, objective=self.rose_objective)
             self._stepper_model = model
             if self.is_deepspeed_enabled:

@@ -37,9 +37,10 @@ class DdpEngine(PlainEngine):
     ) -> None:
         _check(ddp)
         self.ddp = ddp
-        # A loop that counts micro-batches itself calls no step() of ours, and enters no_sync() itself.
+        # A loop that tells of one micro-batch to a step may make several, and enters no_sync() itself; the engine's own
+        # count is set anew for each.
         self._counted_steps = accumulation_steps
-        self._synced = True
+        self._synced = self._syncs = True
         self._means: _Means | None = None
         """Of what is kept apart, under way in a step's last micro-batch."""
         super().__init__(ddp.module, optimizer, accumulation_steps, max_grad_norm)
@@ -50,6 +51,9 @@ class DdpEngine(PlainEngine):
                 "reduces their gradients: build RoseAdamW from the wrapped model's named_parameters()"
             )
 
+    def ranks(self) -> int:
+        return dist.get_world_size(self.ddp.process_group)
+
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         if self.ddp._join_config.enable:
@@ -58,7 +62,8 @@ class DdpEngine(PlainEngine):
                 "give every rank the same number of batches"
             )
         self._synced = self.ddp.require_backward_grad_sync
-        self._syncs = self._synced and self._micro_batches + 1 >= self._counted_steps
+        wanted = min(self._counted_steps, self.accumulation_steps)
+        self._syncs = self._synced and self._micro_batches + 1 >= wanted
         with self.ddp.no_sync():
             yield
 
@@ -91,6 +96,16 @@ class DdpEngine(PlainEngine):
         self.ddp.reducer.prepare_for_forward()
         self.ddp.reducer.prepare_for_backward(roots if self.ddp.find_unused_parameters else [])
         self.ddp.require_forward_param_sync = True
+
+    def count(self, *, last: bool) -> None:
+        if last and not self._syncs:
+            raise RefusedConfiguration(
+                f"the last micro-batch of a step was number {self._micro_batches + 1} of prepare(accumulation_steps="
+                f"{self._counted_steps}), or ran inside DDP's no_sync(), so its gradients were not reduced: make as "
+                "many micro-batches to every step, and leave no_sync() for the last; where their number changes, call "
+                "prepare() without accumulation_steps, divide the loss, and enter no_sync() for all but the last"
+            )
+        super().count(last=last)
 
     def step(self, decide: Decision) -> Outcome | None:
         if self._micro_batches + 1 >= self.accumulation_steps and not self._synced:

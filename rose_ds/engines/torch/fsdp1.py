@@ -15,6 +15,7 @@ from rose_ds.core.layout import Block
 from rose_ds.engines.base import unwrapped_name
 from rose_ds.engines.torch.sharded import Managed, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
+from rose_ds.exchange import all_max
 
 
 class Fsdp1Engine(ShardedEngine):
@@ -39,6 +40,22 @@ class Fsdp1Engine(ShardedEngine):
         for param in self._params:
             if param.grad is None and param.numel() == 0:
                 param.grad = torch.zeros_like(param)
+
+    def ranks(self) -> int:
+        module: Any = self.module
+        replicas = getattr(module, "_inter_node_pg", None)  # of hybrid sharding
+        return int(module.process_group.size()) * (int(replicas.size()) if replicas else 1)
+
+    def agree_on_steps(self) -> None:
+        """FSDP's checkpoints give no state to a parameter of which nothing lies here (torch/distributed/fsdp/
+        _optim_utils.py, _shard_orig_param_state), and a rank that holds no other would begin to count at 0."""
+        if not self.optimizer.loaded:
+            return
+        self.optimizer.loaded = False
+        most = all_max(self.optimizer.steps_taken())
+        for param in self._params:
+            if param.numel() == 0 and most:
+                self.optimizer.init_state(param)["step"] = torch.tensor(float(most))
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -86,7 +103,7 @@ class Fsdp1Engine(ShardedEngine):
                 shard = flat._shard_param_infos[i]  # padding, between parameters and at the end, is in none
                 param = flat if flat._params is None else flat._params[i]
                 offset = shard.offset_in_shard if flat._params is None and shard.in_shard else 0
-                whole = torch.empty(flat._shapes[i], device="meta")
+                whole = torch.empty(flat._shapes[i], dtype=param.dtype, device="meta")
                 start, numel = (shard.intra_param_start_idx, shard.numel_in_shard) if shard.in_shard else (0, 0)
                 block = Block.flat(whole.numel(), start, numel)
                 found[owner, name] = (nn.Parameter(whole, param.requires_grad), param, offset, block, groups)

@@ -60,6 +60,11 @@ class Fsdp2Engine(ShardedEngine):
                 orders.append((context, order))
         return orders
 
+    def ranks(self) -> int:
+        """Those of the whole mesh, of which tensor parallelism may have a dimension."""
+        mesh = next(iter(m.param.device_mesh for m in self.managed))  # type: ignore[attr-defined]
+        return int(mesh._get_root_mesh().size())
+
     def settle(self) -> None:
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
@@ -75,7 +80,7 @@ class Fsdp2Engine(ShardedEngine):
             if isinstance(part, FSDPModule):
                 part.reshard()  # after an evaluation, parameters may be registered unsharded
         for group in _param_groups(module):
-            refuse_fp16_reduction(group.mp_policy.reduce_dtype)
+            refuse_fp16_reduction(group.mp_policy.reduce_dtype or group.mp_policy.param_dtype)
         managed = {p.sharded_param for group in _param_groups(module) for p in group.fsdp_params}
         return [
             Managed(unwrapped_name(name), param, param, 0, _block(param), _groups(name, param))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -14,6 +15,8 @@ from rose_ds.engines.base import Decision, Engine, Outcome
 from rose_ds.engines.passes import Pull
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import RoseAdamW, Slice, local
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class TorchEngine(Engine):
@@ -33,9 +36,19 @@ class TorchEngine(Engine):
                 "precision or DeepSpeed, which keep fp32 weights"
             )
         self._refuse_fp16()
+        if dist.is_initialized() and self.ranks() != dist.get_world_size():
+            raise RefusedConfiguration(
+                f"the model is trained by {self.ranks()} of the job's {dist.get_world_size()} ranks (a process_group, "
+                "or a mesh over some of them), and rose_ds agrees on what it does over all: train it on every rank, or "
+                "start a job of its own for it"
+            )
         self.max_grad_norm = max_grad_norm
         self._micro_batches = 0
         self._locate()
+
+    def ranks(self) -> int:
+        """How many train this model."""
+        return 1
 
     def begin_step(self) -> None:
         self._micro_batches = 0
@@ -43,6 +56,9 @@ class TorchEngine(Engine):
     def pull(self, pulls: Sequence[Pull], *, more: bool) -> None:
         roots, cotangents = roots_of(pulls)
         torch.autograd.backward(roots, cotangents)
+
+    def count(self, *, last: bool) -> None:
+        self._micro_batches = 0 if last else self._micro_batches + 1
 
     def step(self, decide: Decision) -> Outcome | None:
         self._micro_batches += 1
@@ -62,10 +78,22 @@ class TorchEngine(Engine):
             self.optimizer.zero_grad(set_to_none=True)
 
     def _refuse_fp16(self) -> None:
-        """A hook, because autocast may be entered anywhere round the model, or inside it."""
-        layer = next((m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
-        if layer is not None and _no_fp16 not in layer._forward_hooks.values():
-            layer.register_forward_hook(_no_fp16)
+        """Hooks, because autocast may be entered anywhere round the model, or inside it; on all such layers, because
+        the first ones may be frozen, or be run by another module without being called."""
+        for layer in self._layers():
+            if _no_fp16 not in layer._forward_hooks.values():
+                layer.register_forward_hook(_no_fp16)
+        self._watches_fp16 = True
+
+    def first_passes_made(self) -> None:
+        if self._watches_fp16:
+            for layer in self._layers():
+                for key in [key for key, hook in layer._forward_hooks.items() if hook is _no_fp16]:
+                    del layer._forward_hooks[key]
+            self._watches_fp16 = False
+
+    def _layers(self) -> Iterator[nn.Module]:
+        return (m for m in self.module.modules() if isinstance(m, _LAYERS) or type(m).__name__ == "Conv1D")
 
     def _clip(self, params: list[Tensor]) -> float:
         """Clip these parameters' gradients; their global L2 norm before."""

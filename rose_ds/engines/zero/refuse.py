@@ -54,6 +54,14 @@ _REFUSED = {
         "zero_optimization.compute_grad_norm=false leaves out the norm that shows a gradient that is not finite, which "
         "would be trained on: set it to true"
     ),
+    "writer": (
+        "checkpoint.writer with decoupled=true, and DataStates, write a checkpoint after save_checkpoint() has "
+        "returned, and rose_ds would call one whole that is not: leave them out"
+    ),
+    "rounded masters": (
+        "zero_optimization.load_from_fp32_weights=false makes the fp32 weights of low-precision ones when a checkpoint "
+        "is loaded, in which most small updates are lost: leave it at true"
+    ),
     "autocast": (
         'torch_autocast in fp16, which it is without a "dtype" too, scales no losses: set its "dtype" to "bfloat16", '
         'or use an "fp16" or "bf16" section instead'
@@ -133,6 +141,8 @@ def _findings(engine: Any) -> dict[str, bool]:
         "sequences": engine.mesh_device is not None or engine.sequence_parallel_size > 1,
         "norm": stage in (1, 2)
         and not (engine.zero_compute_grad_norm() or getattr(engine.optimizer, "check_grad_overflow", False)),
+        "writer": engine.checkpoint_engine.is_decoupled(),
+        "rounded masters": not zero.load_from_fp32_weights,
         "accumulation": not engine.managed_gradient_accumulation(),
         "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() != torch.bfloat16,
         "half reduction": engine._config.communication_data_type == torch.float16 and not engine.fp16_enabled(),

@@ -26,8 +26,12 @@ def record_of(engine: Any, base: RoseAdamW) -> dict[str, Any]:
     """What later loads compare with. The id, a collective, tells two checkpoints of the same tag apart."""
     identity = [uuid.uuid4().hex]
     dist.broadcast_object_list(identity)
-    config = asdict(base.config)
-    return {"id": identity[0], "config": config, "groups": _groups(engine, base), "shapes": _shapes(engine)}
+    return {"id": identity[0], "config": _settings(base), "groups": _groups(engine, base), "shapes": _shapes(engine)}
+
+
+def _settings(base: RoseAdamW) -> dict[str, Any]:
+    """Of the masks, and the objective with its constants."""
+    return {**asdict(base.config), "objective": base.objective.record()}
 
 
 def _shapes(engine: Any) -> dict[str, tuple[int, ...]]:
@@ -99,8 +103,8 @@ def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) ->
             f"{saved.folder} was saved with other parameter groups ({sizes[0]} tensors, here {sizes[1]}), or with the "
             "same in another order: build the optimizer as it was built then"
         )
-    then, now = saved.record["config"], asdict(base.config)
-    for name in sorted({*then, *now}):
+    then, now = saved.record["config"], _settings(base)
+    for name in sorted({*then, *now} if "objective" in then else {*then, *now} - {"objective"}):
         if then.get(name) != now.get(name):
             warn(f"{saved.folder} was saved with {name}={then.get(name)!r}; from here on {name}={now.get(name)!r}")
 
