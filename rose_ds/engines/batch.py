@@ -86,7 +86,9 @@ class PassBatch:
 
     def one_sided_risk(self, a: Any = None) -> None:
         assert self.compare is not None
-        compare = self.compare if self.sample is None else self.compare.of_rows(self.sample.rows)
+        compare = self.compare
+        if self.sample is not None:
+            compare = compare.of_rows(self.sample.rows, None if a is None else len(a.logits))
         if a is None:
             with torch.no_grad():
                 known = ForwardPass(self, None, None, sampled=True).logits.detach()

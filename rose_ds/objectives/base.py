@@ -36,7 +36,7 @@ class RowComparing(Comparing, Protocol):
     def disagreement(self, logits_a: Tensor, logits_b: Tensor) -> Tensor:
         """Fraction of the batch for which two predictions give two answers (Table 4)."""
 
-    def of_rows(self, rows: Tensor) -> RowComparing:
+    def of_rows(self, rows: Tensor, batch: int | None = None) -> RowComparing:
         """The comparison of these rows of the batch alone: their positions, int64."""
 
 

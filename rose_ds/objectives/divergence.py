@@ -54,12 +54,14 @@ class Comparison:
         differ = ((a > 0) != (b > 0)).any(-1) if self.distribution() == "bernoulli" else a.argmax(-1) != b.argmax(-1)
         return differ.float().sum() / max(1, differ.numel())  # no token of it may be labelled
 
-    def of_rows(self, rows: Tensor) -> Comparison:
-        """The comparison of some rows of the batch alone, ``count`` in proportion."""
-        if self.positions is None:
-            return self
-        count = None if self.count is None else self.count * (len(rows) / len(self.positions))
-        return replace(self, positions=self.positions[rows.to(self.positions.device)], count=count)
+    def of_rows(self, rows: Tensor, batch: int | None = None) -> Comparison:
+        """The comparison of some rows of a micro-batch alone, ``count`` in proportion; their mean where nobody knows of
+        how many they are (``batch``, or as many as there are ``positions``).
+        """
+        batch = batch if self.positions is None else len(self.positions)
+        count = None if self.count is None or batch is None else self.count * (len(rows) / batch)
+        positions = None if self.positions is None else self.positions[rows.to(self.positions.device)]
+        return replace(self, positions=positions, count=count)
 
     def _selected(self, logits: Tensor) -> Tensor:
         if self.positions is None:

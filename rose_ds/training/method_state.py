@@ -101,7 +101,11 @@ class MethodState:
             return
         files = _files_in(folder)
         if files:
-            self._check_strategy(folder, torch.load(files[0], map_location="cpu", weights_only=True, mmap=True))
+            part = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+            self._check_strategy(folder, part)
+            wanted = {"mask": self.keeps_mask, "risk": self.risk is not None, "average": self.keeps_average}
+            if any(name in part for name in wanted) and not any(name in part for name in wanted if wanted[name]):
+                raise self._of_another(folder, [name for name in wanted if wanted[name]])
         elif converted:
             raise RefusedConfiguration(
                 f"{folder} has no rose_state files, which hold what this method keeps over a run, and ds_to_universal "
@@ -127,10 +131,14 @@ class MethodState:
         }
         missing = [name for name, wants in wanted.items() if wants and name not in part]
         if missing:
-            raise RefusedConfiguration(
-                f"{folder} has rose_state files without the {' and the '.join(missing)} that this method keeps: they "
-                "are of another method; resume with the one it was trained with"
-            )
+            raise self._of_another(folder, missing)
+
+    @staticmethod
+    def _of_another(folder: Path, missing: Sequence[str]) -> RefusedConfiguration:
+        return RefusedConfiguration(
+            f"{folder} has rose_state files without the {' and the '.join(missing)} that this method keeps: they are "
+            "of another method; resume with the one it was trained with"
+        )
 
     @staticmethod
     def _missing(folder: Path) -> RefusedConfiguration:

@@ -64,10 +64,13 @@ class MicroBatchTrainer(CheckedTrainer):
         return forward, lambda logits: vars(logits).pop(_LOSS) * times
 
     def _positions(self, inputs: dict[str, Any], count: Tensor | int | None) -> dict[str, Any]:
-        """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is."""
-        core = self.accelerator.unwrap_model(self.model)
-        positions = positions_of(labels_in(inputs, self.label_names), core)
-        if positions is None or count is None:
+        """Of a micro-batch of labelled tokens, what the divergence is taken of; it is divided as the loss is, also by a
+        count of rows.
+        """
+        core, labels = self.accelerator.unwrap_model(self.model), labels_in(inputs, self.label_names)
+        positions = positions_of(labels, core)
+        of_rows = positions is None and labels is not None and labels.dim() == 1
+        if count is None or (positions is None and not of_rows):
             return {"positions": positions}
         ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return {"positions": positions, "count": count / (self.current_gradient_accumulation_steps * ranks)}

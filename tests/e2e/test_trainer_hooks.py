@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import json
@@ -71,6 +72,47 @@ def test_two_passes_may_be_equal_by_chance() -> None:
 
 class DropPath(torch.nn.Identity):
     """By its name."""
+
+
+def test_a_second_training_with_another_optimizer(tmp_path: Path) -> None:
+    """What Trainer's users do to begin anew on the same model: it is what a new trainer of that model does."""
+    made = trainer(tmp_path, rose=RoseConfig(strategy="first"))
+    made.train()
+    again = trainer(tmp_path / "other", copy.deepcopy(made.model), more={"learning_rate": 1e-3}, rose=made.rose)
+    made.optimizer = made.lr_scheduler = None
+    made.args.learning_rate = 1e-3
+    made.state.log_history.clear()
+    assert_same(train(made), train(again))
+
+
+class Bypassing(RoseTrainer):
+    """Trains by itself."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("rose", [NONE, SECOND], ids=["none", "second"])
+def test_a_training_step_that_leaves_rose_out(rose: RoseConfig, tmp_path: Path) -> None:
+    """Without a mask too, where the objective would be left out."""
+    made = trainer(tmp_path, cls=Bypassing, rose=rose, objective="r-drop")
+    with pytest.raises(RuntimeError, match=r"training_step\(\) must call super\(\)'s"):
+        made.train()
+
+
+def test_a_checkpoint_of_before_a_setting_was_there(tmp_path: Path) -> None:
+    """The default does what was done then, and another value would not."""
+    more = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, more=more, rose=SECOND).train()
+    path = next(tmp_path.glob("checkpoint-*")) / "rose_checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["fixed"]["risk_every"]
+    path.write_text(json.dumps(record))
+    trainer(tmp_path, more=more, rose=SECOND)._check_resumable(path.parent)
+    with pytest.raises(RefusedConfiguration, match="risk_every None -> 2"):
+        trainer(tmp_path, more=more, rose=RoseConfig(strategy="first", risk_every=2))._check_resumable(path.parent)
 
 
 def test_a_search_sets_trainers_own_objective(tmp_path: Path) -> None:

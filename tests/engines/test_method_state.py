@@ -184,6 +184,20 @@ def test_missing(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("then", "now", "lacks"), [("risk-average", "smart-average", "average"), ("smart-average", "risk-average", "risk")]
+)
+def test_what_another_method_kept(then: str, now: str, lacks: str, tmp_path: Path) -> None:
+    """Files that are there, and hold something else, are none."""
+    state = saved(CASES[then], tmp_path)
+    stepper = resumed_here(CASES[now], state)
+    with pytest.raises(RefusedConfiguration, match=f"without the {lacks} that this method keeps"):
+        stepper.load_state(tmp_path)
+    with pytest.raises(RefusedConfiguration, match=f"without the {lacks} that this method keeps"):
+        stepper.state.require(tmp_path, converted=False)  # before DeepSpeed changes anything
+
+
+@pytest.mark.fast
 def test_another_method_or_model(tmp_path: Path) -> None:
     """Names the strategy, or the parameter that is not there."""
     case = CASES["child-tuning"]

@@ -33,6 +33,12 @@ CONFIGS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "reduction-0": (0, {}, {"communication_data_type": "fp16"}, r'communication_data_type.*"bf16" or "fp32"'),
     "reduction-2": (2, {}, {"communication_data_type": "fp16"}, r'communication_data_type.*"bf16" or "fp32"'),
     "norm": (2, {"compute_grad_norm": False}, {"gradient_clipping": 0.0}, r"compute_grad_norm.*set it to true"),
+    "masters": (
+        2,
+        {"load_from_fp32_weights": False},
+        {"bf16": {"enabled": True}},
+        r"load_from_fp32_weights.*leave it at true",
+    ),
     "adamw-0": (0, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),
     "adamw-2": (2, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r"AdamW, not RoseAdamW"),
     "adamw-3": (3, {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, r'"type": "RoseAdamW"'),
@@ -70,6 +76,8 @@ STAND_INS: dict[str, tuple[Callable[[Any], None], str]] = {
     "super_offload": (_set("super_offload", lambda: True), r"super_offload.*remove it"),
     # builds its own AdamW from the optimizer's parameters, which it then does not know
     "zenflow": (_set("zenflow", True), r"zenflow.*remove it"),
+    # needs a process of its own that writes
+    "writer": (_set("checkpoint_engine.is_decoupled", lambda: True), r"checkpoint\.writer.*leave them out"),
     # needs other model classes
     "pipeline": (_set("pipeline_parallelism", True), r"pipeline parallelism.*use ZeRO"),
     "experts": (_set("has_moe_layers", True), r"mixture-of-experts"),

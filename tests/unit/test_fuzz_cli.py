@@ -307,7 +307,7 @@ def test_train_help_lists_methods_and_every_setting_once(capsys: pytest.CaptureF
 def test_an_unknown_flag_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "evaluate"):
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--output_dir", str(tmp_path / "out"), "--keep_frist", "0.5"])
+            cli.main([command, "--model", "minilm", "--output_dir", str(tmp_path / "out"), "--keep_frist", "0.5"])
         assert stop.value.code == 2
         usage, *lines = capsys.readouterr().err.splitlines()
         assert usage == f"usage: rose-ds {command} [--flag value ...]"

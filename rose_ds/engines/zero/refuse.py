@@ -142,7 +142,7 @@ def _findings(engine: Any) -> dict[str, bool]:
         "norm": stage in (1, 2)
         and not (engine.zero_compute_grad_norm() or getattr(engine.optimizer, "check_grad_overflow", False)),
         "writer": engine.checkpoint_engine.is_decoupled(),
-        "rounded masters": not zero.load_from_fp32_weights,
+        "rounded masters": not zero.load_from_fp32_weights and (engine.fp16_enabled() or engine.bfloat16_enabled()),
         "accumulation": not engine.managed_gradient_accumulation(),
         "autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() != torch.bfloat16,
         "half reduction": engine._config.communication_data_type == torch.float16 and not engine.fp16_enabled(),
