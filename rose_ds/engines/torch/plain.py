@@ -36,15 +36,15 @@ class TorchEngine(Engine):
                 "precision or DeepSpeed, which keep fp32 weights"
             )
         self._refuse_fp16()
+        self.max_grad_norm = max_grad_norm
+        self._micro_batches = 0
+        self._locate()
         if dist.is_initialized() and self.ranks() != dist.get_world_size():
             raise RefusedConfiguration(
                 f"the model is trained by {self.ranks()} of the job's {dist.get_world_size()} ranks (a process_group, "
                 "or a mesh over some of them), and rose_ds agrees on what it does over all: train it on every rank, or "
                 "start a job of its own for it"
             )
-        self.max_grad_norm = max_grad_norm
-        self._micro_batches = 0
-        self._locate()
 
     def ranks(self) -> int:
         """How many train this model."""
