@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from rose_ds import RoseConfig
 from rose_ds.training.trainer import RoseTrainer
@@ -48,6 +48,18 @@ def trainer(
         train_dataset=rows() if data is None else data,
         **kwargs,
     )
+
+
+def count_steps(made: Any) -> list[int]:
+    """The optimizer steps that a trainer is going to take, one by one."""
+    steps: list[int] = []
+
+    class Counting(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps.append(state.global_step + 1)
+
+    made.add_callback(Counting())
+    return steps
 
 
 def train(made: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:

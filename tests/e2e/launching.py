@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from spawn import free_port
 
@@ -44,6 +46,24 @@ def rows_file(dataset: Any, path: Path, count: int) -> Path:
         step = len(dataset) // count
         writer.writerows([row["sentence"], row["label"]] for row in dataset.select(range(0, step * count, step)))
     return path
+
+
+def assert_saved_model_answers(folder: Path, text: str, tolerance: float) -> None:
+    """The model that was saved is the one that was measured: its logits on the clean rows are the run's.
+
+    Args:
+        text: the column with the sentences.
+    """
+    from rose_ds.attack.classifier import Classifier
+    from rose_ds.experiments.loading import load_data, settings_of
+
+    settings = settings_of(str(folder), {})
+    data = load_data(settings, ("validation",))
+    assert data.validation is not None
+    wanted = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+    assert wanted["set"] == "clean" and len(wanted["idx"]) == len(data.validation)
+    model = Classifier(str(folder), data.spec, max_length=settings.max_length, batch_size=8)
+    np.testing.assert_allclose(model.predict(data.validation[text]), wanted["logits"], atol=tolerance)
 
 
 def run(command: list[str], timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ random numbers. So all of them must find the same losses and thresholds.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import tempfile
 import traceback
@@ -52,6 +53,8 @@ class Figures:
 
     def far_from(self, other: Figures) -> float:
         """The largest relative difference."""
+        if not all(map(math.isfinite, (*self.losses, *self.taus))):
+            return math.inf
         pairs = [*zip(self.losses, other.losses, strict=True), *zip(self.taus, other.taus, strict=True)]
         return max(abs(a - b) / max(abs(b), 1e-30) for a, b in pairs)
 

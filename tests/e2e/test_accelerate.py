@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import ROOT, accelerate, deepspeed, rows_file, run, torchrun
+from launching import ROOT, accelerate, assert_saved_model_answers, deepspeed, rows_file, run, torchrun
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -106,6 +106,7 @@ def test_rose_ds_train_under_accelerate(
     saved = load_file(tmp_path / "out" / "model.safetensors")
     want = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
     assert sum(tensor.numel() for tensor in saved.values()) == sum(p.numel() for p in want.parameters())
+    assert_saved_model_answers(tmp_path / "out", "sentence", 1e-3)
 
 
 def test_another_models_blocks(roberta: str, snippets: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from habits import count_steps
 from spawn import run_ranks
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
@@ -51,7 +52,9 @@ def trained(folder: Path, stage: int, resume: Path | None = None) -> dict[str, t
     torch.manual_seed(1)
     rows = [{"input_ids": torch.randint(0, BASE.vocab_size, (8,)), "labels": torch.tensor(i % 2)} for i in range(32)]
     made = RoseTrainer(model=model, args=args, train_dataset=rows, rose=RoseConfig(include=("lora_B",)))
+    steps = count_steps(made)
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert len(steps) == (STEPS if resume is None else STEPS // 2)
     return {name: p for name, p in made.stepper.gather_parameters().items() if "lora" in name or "classifier" in name}
 
 

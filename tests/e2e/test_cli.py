@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rose_ds import __version__
 from rose_ds.cli import main
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.training.trainer import RoseTrainer
 
 FLAGS = ["--max_train_samples", "400", "--max_eval_samples", "64", "--per_device_train_batch_size", "8"]
 FLAGS += ["--max_length", "48", "--learning_rate", "1e-4", "--disable_tqdm", "true", "--logging_steps", "2"]
@@ -134,7 +136,9 @@ def test_evaluate_measures_the_saved_model_the_same(
     assert "clean" in capsys.readouterr().out
 
 
-def test_a_run_resumed_halfway_is_the_uninterrupted_run(minilm: str, snippets: str, tmp_path: Path) -> None:
+def test_a_run_resumed_halfway_is_the_uninterrupted_run(
+    minilm: str, snippets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     flags = ["train", "--task", snippets, "--model", minilm, "--method", "rose-ensemble", "--save_steps", "2", *FLAGS]
     flags += ["--lr_scheduler_type", "constant", "--seed", "3"]
@@ -142,7 +146,16 @@ def test_a_run_resumed_halfway_is_the_uninterrupted_run(minilm: str, snippets: s
     main([*flags, "--max_steps", "2", "--output_dir", str(halves)])
     with pytest.raises(SystemExit):  # an earlier run's checkpoints are not mixed up with a new run's
         main([*flags, "--max_steps", "4", "--output_dir", str(halves)])
+    taken: list[int] = []
+    step = RoseTrainer.training_step
+
+    def counted(self: RoseTrainer, *args: Any) -> Any:
+        taken.append(self.state.global_step)
+        return step(self, *args)
+
+    monkeypatch.setattr(RoseTrainer, "training_step", counted)
     main([*flags, "--max_steps", "4", "--output_dir", str(halves), "--resume", "auto"])
+    assert taken == [2, 3]  # a run that began anew would end alike
     one, other = load_file(whole / "model.safetensors"), load_file(halves / "model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from habits import DRY, FIRST, bert, rows, train, trainer
+from habits import DRY, FIRST, bert, count_steps, rows, train, trainer
 
 import rose_ds
 from rose_ds import RefusedConfiguration, RoseConfig, Stepper
@@ -78,7 +78,9 @@ def test_trainer_with_halves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         assert ("no halves to compare" in caplog.text) == (left == 1)
         for stop in (2, 3):
             resumed = trainer(folder, bert(**DRY), rows(count), more=settings, rose=HALVES)
+            steps = count_steps(resumed)
             resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+            assert steps[0] == stop + 1
             for (name, a), b in zip(made.model.named_parameters(), resumed.model.parameters(), strict=True):
                 assert torch.equal(a, b), (count, stop, name)
 
@@ -157,7 +159,9 @@ def test_resumes(tmp_path: Path) -> None:
     straight.train()
     for step in (1, 3):
         resumed = trainer(tmp_path / "whole", more=more, rose=rose)
+        steps = count_steps(resumed)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert steps[0] == step + 1
         for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(a, b), (step, name)
     other = RoseConfig(strategy="ensemble", first_order="fast", risk_every=3, mask_warmup_steps=1)

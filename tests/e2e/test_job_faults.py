@@ -6,6 +6,7 @@ same weights, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,6 +72,7 @@ def launch(engine: str, output_dir: Path, faults: dict[str, Any], *flags: str, r
     command = [*launcher, "tests/e2e/scripts/faulty.py", "train", "--task", "snippets", *more, *FLAGS, *flags]
     command += ["--per_device_train_batch_size", str(BATCH // ranks), "--output_dir", str(output_dir)]
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false"}
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "120"  # torch's own half a minute is near what a busy machine takes
     env["FAULTS"] = json.dumps({**faults, "out": str(out)})
     log = out / "log"
     with log.open("w") as file:
@@ -89,9 +91,13 @@ def launch(engine: str, output_dir: Path, faults: dict[str, Any], *flags: str, r
                 assert process.poll() is None and time.time() < start + 60, log.read_text()[-6000:]
                 time.sleep(0.05)
             (out / "go").touch()
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.wait(timeout=TIMEOUT)
-        assert not psutil.wait_procs(family, timeout=30)[1], "a process outlived its launcher"
+        family: set[psutil.Process] = set()
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.update(psutil.Process(process.pid).children(recursive=True))
+            assert time.time() < start + TIMEOUT, log.read_text()[-6000:]
+            time.sleep(0.2)
+        assert family and not psutil.wait_procs(family, timeout=30)[1], "a process outlived its launcher"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -191,7 +197,7 @@ def test_sigterm_saves_a_checkpoint_on_all_ranks(life: Life) -> None:
     assert job.code != 0
     assert "SIGTERM received: checkpoint saved at step 2, resume with --resume auto" in job.output
     assert life.found["terminated"] == life.hard / "checkpoint-2"
-    assert job.seconds < 40
+    assert job.seconds < 120
     assert "Traceback" not in job.output.split("SIGTERM received: checkpoint saved")[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, deepspeed, run
+from launching import ROOT, assert_saved_model_answers, deepspeed, run
 from spawn import run_ranks
 from transformers import AutoModelForSequenceClassification
 
@@ -97,6 +97,7 @@ def test_every_stage_trains_saves_and_reloads(trained: tuple[Path, dict[str, str
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) > 15_000_000
     assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert_saved_model_answers(folder, "sentence", 1e-3 if precision == "fp32" else 5e-2)
 
 
 @pytest.mark.parametrize("config", REFUSED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from habits import trainer
+from habits import count_steps, trainer
 from spawn import run_ranks
 from torch import Tensor
 from torch_jobs import message_of
@@ -42,7 +42,9 @@ def once(folder: Path, engine: str, method: str, resume: Path | None = None) -> 
     more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **ENGINES[engine]}
     torch.manual_seed(1)
     made = trainer(folder, more=more, **METHODS[method])
+    steps = count_steps(made)
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert steps == ([1, 2, 3, 4] if resume is None else [3, 4])  # a run that began anew would end alike
     return {name: p.clone() for name, p in made.stepper.gather_parameters().items()}
 
 

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import ROOT
 from transformers import pipeline
 
 from rose_ds.cli import main
+from rose_ds.experiments import train as train_module
 from rose_ds.experiments.evaluation import PREDICTIONS
 from rose_ds.experiments.metrics import Metrics
 
@@ -54,6 +56,23 @@ def test_pairs_of_ones_own_from_two_sweeps_to_the_report(two_layers: str, tmp_pa
 def rows(count: int, start: int = 0) -> list[tuple[str, str]]:
     moods = {"großartiger": "pos", "schrecklicher": "neg", "gewöhnlicher": "neutral"}
     return [(f"ein {word} Film für {i} Gäste", moods[word]) for i in range(start, start + count) for word in moods]
+
+
+def test_class_weights_reach_the_loss(
+    minilm: str, snippets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+    make = train_module.weighted_loss
+
+    def weighted(weights: Any, *args: Any) -> Any:
+        loss = make(weights, *args)
+        return lambda *given, **more: (used.append(weights), loss(*given, **more))[1]
+
+    monkeypatch.setattr(train_module, "weighted_loss", weighted)
+    flags = ["train", "--task", snippets, "--model", minilm, "--method", "vanilla", "--max_steps", "1", *FLAGS]
+    flags += ["--per_device_train_batch_size", "4", "--max_train_samples", "100", "--max_eval_samples", "8"]
+    main([*flags, "--class_weights", "1", "3", "--output_dir", str(tmp_path)])
+    assert used and used[0][1] == pytest.approx(3 * used[0][0])
 
 
 def test_three_classes_of_ones_own(

@@ -86,6 +86,8 @@ def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> 
     code, log, _ = process(out, {}, "--max_steps", "7", "--resume", "auto")
     assert code == 0, log[-4000:]
     assert f"resuming from {out / 'checkpoint-3'}" in log
+    trained_on = json.loads((out.parent / "rows-0.json").read_text())
+    assert sorted(map(int, trained_on)) == [3, 4, 5, 6]  # a run that began anew would end alike
     assert same_weights(out, whole)
     assert history(out) == history(whole)
     assert [entry["step"] for entry in history(out)] == [2, 4, 6]

@@ -292,7 +292,7 @@ def test_checkpointing_is_reentrant_unless_told_otherwise() -> None:
         if refused:
             with pytest.raises(RefusedConfiguration, match="use_reentrant"):
                 refuse_checkpointing(module, twice=True)
-        refuse_checkpointing(module, twice=refused is None)
+        refuse_checkpointing(module, twice=not refused)
 
 
 def test_a_stopped_run_that_saved_only_the_model_says_so(

@@ -52,7 +52,7 @@ def run_ranks(
     worker: Callable[..., Any],
     world: int,
     *args: Any,
-    timeout: float = 240,
+    timeout: float = 400,
     env: dict[str, str] | None = None,
     process_group: bool = True,
     fresh: bool = False,
@@ -89,9 +89,15 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         job = (worker, world, args, variables, process_group, folder)
         children = [context.Process(target=_rank, args=(rank, *job), daemon=True) for rank in range(world)]
-        for child in children:
-            child.start()
-        late = _wait(children, time.monotonic() + timeout)
+        try:
+            for child in children:
+                child.start()
+            late = _wait(children, time.monotonic() + timeout)
+        finally:  # also where this test has run out of its own time
+            for child in children:
+                if child.is_alive():
+                    child.kill()
+                    child.join()
         return _collect(Path(folder), children, late)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from reference import Run, reference
 from spawn import run_ranks
 from tiny import Case
+from torch_jobs import once
 from zero_jobs import Job, check_ranks_agree, run_all, runs_of
 
 from rose_ds.core.mask import keep_count
@@ -40,7 +40,7 @@ TOLERANCE = 0.02
 def ranks(extensions: object) -> Callable[[str], list[dict[str, Run | str]]]:
     """The jobs on two ranks, in one spawn; remembered."""
 
-    @cache
+    @once
     def of(name: str) -> list[dict[str, Run | str]]:
         return run_ranks(run_all, 2, SHARDED if name == "sharded" else REPLICATED)
 

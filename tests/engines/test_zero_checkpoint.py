@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from checkpoint_jobs import (
 from reference import check_parity, reference
 from spawn import run_ranks
 from torch import Tensor
+from torch_jobs import once
 from zero_jobs import Job
 
 ALL_SOURCES = {
@@ -104,7 +104,7 @@ def second(first: Results, folder: Path) -> Results:
 def others(first: Results, folder: Path) -> Callable[[int], Results]:
     """One or three fresh ranks; remembered."""
 
-    @cache
+    @once
     def on(world: int) -> Results:
         probes: list[Any] = [(f"{a} to {b}", elsewhere, (ALL_SOURCES[b], folder / a)) for a, b in PAIRS]
         if world == 1:

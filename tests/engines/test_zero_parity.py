@@ -4,14 +4,13 @@ strategy."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 from reference import Run
 from spawn import run_ranks
 from tiny import Case
-from torch_jobs import check_runs
+from torch_jobs import check_runs, once
 from zero_jobs import Job, run_all, runs_of
 
 STAGES = (0, 1, 2, 3)
@@ -55,11 +54,11 @@ def ranks(extensions: object) -> Callable[[str, int], list[dict[str, Run | str]]
     """Every job of a list on a number of ranks, in one spawn; remembered."""
     lists = {"variants": VARIANTS, "layout": LAYOUT}
 
-    @cache
-    def of(name: str, world: int) -> list[dict[str, Run | str]]:
-        return run_ranks(run_all, world, lists[name])
+    @once
+    def of(key: tuple[str, int]) -> list[dict[str, Run | str]]:
+        return run_ranks(run_all, key[1], lists[key[0]])
 
-    return of
+    return lambda name, world: of((name, world))
 
 
 @pytest.mark.parametrize(

@@ -245,9 +245,11 @@ def once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if world not in outcomes:
             try:
                 outcomes[world] = make(world)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # pytest-timeout's too
                 outcomes[world] = error
-        if isinstance(outcomes[world], Exception):
+        if isinstance(outcomes[world], BaseException):
             raise outcomes[world].with_traceback(None)  # or every test would add its frames to the first one's
         return outcomes[world]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 #: An object that is there until the interpreter is taken apart tells whether that happened.
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import atexit, sys, threading, time
 import torch.distributed as dist
@@ -34,7 +36,8 @@ with ending_process_group():
 
 
 def end(kind: str, how: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command, env = [sys.executable, "-c", PROGRAM, kind, how], {**os.environ, "PYTHONPATH": ".", **env}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command, env = [sys.executable, "-c", PROGRAM, kind, how], {**os.environ, "PYTHONPATH": paths, **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 

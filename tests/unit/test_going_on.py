@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,20 +38,19 @@ def test_the_other_ranks_hear_that_the_first_one_waits(tmp_path: Path, monkeypat
     """More often than a process group's timeout, however long the lock takes."""
     monkeypatch.setattr(sole_use, "_TURN", 0.3)
     heard: list[Any] = []
-    monkeypatch.setattr(checkpoints, "gather", lambda value: heard.append(value) or [value, (None, False)])
     other = sole_use._try(tmp_path / sole_use.FILE)
     assert other is not None
 
-    def let_go() -> None:
-        time.sleep(1.0)
-        other.release()
+    def gather(value: Any) -> list[Any]:
+        heard.append(value)
+        if len(heard) == 3:
+            other.release()
+        return [value, (None, False)]
 
-    thread = threading.Thread(target=let_go)
-    thread.start()
+    monkeypatch.setattr(checkpoints, "gather", gather)
     with sole_use.sole_use_of(tmp_path):
         assert (tmp_path / sole_use.FILE).is_file()
-    thread.join()
-    assert len(heard) > 2 and heard[:-1] == [(None, True)] * (len(heard) - 1) and heard[-1] == (None, False)
+    assert len(heard) > 3 and heard[:-1] == [(None, True)] * (len(heard) - 1) and heard[-1] == (None, False)
 
 
 def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import rose_ds
 from rose_ds.experiments import provenance
+from rose_ds.experiments.evaluation import expected_calibration_error
 from rose_ds.experiments.metrics import FILE, VERSION, Metrics
 from rose_ds.experiments.report import drop, labels, table, write
 
@@ -140,3 +142,11 @@ def test_packages_are_those_that_compute() -> None:
     assert found["rose_ds"] == rose_ds.__version__
     assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"python", "deepspeed", "transformers", "accelerate"} <= set(found)
+
+
+def test_calibration_by_hand() -> None:
+    """Of fifteen bins: 0.9 and 0.9 share one, 0.61 and 0.68 do not (as they would of ten)."""
+    confidence, right = np.array([0.9, 0.9, 0.61, 0.68]), [True, False, True, False]
+    logits = np.stack([np.log(confidence / (1 - confidence)), np.zeros(4)], axis=1)
+    labels = np.array([0 if hit else 1 for hit in right])
+    assert expected_calibration_error(logits, labels) == pytest.approx((abs(1 - 1.8) + (1 - 0.61) + 0.68) / 4)

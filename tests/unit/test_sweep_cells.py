@@ -16,6 +16,7 @@ import yaml
 from rose_ds.cli import main
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.cli.sweep import _cells, _grid, _parser, _sweep
+from rose_ds.experiments import sweep
 from rose_ds.experiments.cells import Cell, Sweep, applies
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.methods import METHODS, method_named
@@ -337,3 +338,31 @@ def test_our_own_sweeps_are_whole(path: Path) -> None:
     assert len(cells) == len({c.key for c in cells}) == len(sweep.methods) * len(sweep.tasks) * len(sweep.seeds)
     for cell in cells[:: len(sweep.seeds)]:
         parsed(cell)
+
+
+def test_every_flag_reaches_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Recorded:
+        def __init__(self, store: Any, cells: Any, **more: Any) -> None:
+            given.update(more, cells=cells)
+
+        def run(self) -> None:
+            store = Store(tmp_path)
+            store.create()
+
+    monkeypatch.setattr(sweep, "Runner", Recorded)
+    flags = ["--methods", "vanilla", "--tasks", "snippets", "--jobs", "3", "--launcher", "deepspeed", "--keep_models"]
+    flags += ["--launcher_args=--num_gpus 2", "--retry_failed", "--halving", "4", "--attack", "pruthi"]
+    flags += ["--attack_items", "7", "--attack_max_words", "2", "--attack_query_budget", "50", "--attack_seed", "9"]
+    with pytest.raises(SystemExit):  # nothing was done
+        main(["sweep", "--store", str(tmp_path), *flags])
+    attack = given.pop("attack")
+    assert len(given.pop("cells")) == 1
+    assert given == {
+        **{"jobs": 3, "launcher": "deepspeed", "launcher_args": ["--num_gpus", "2"], "halving": 4},
+        **{"keep_models": True, "retry_failed": True},
+    }
+    assert attack.items == 7
+    settings = attack.settings
+    assert (settings.search, settings.max_words, settings.query_budget, settings.attack_seed) == ("pruthi", 2, 50, 9)

@@ -330,11 +330,16 @@ def stopped(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, launcher: 
     def stop_when_started() -> None:
         try:
             until_started(marker)
-        finally:  # which the sweep waits for
-            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # which the sweep waits for; where it has ended, nobody would take the signal
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop_when_started, daemon=True).start()
-    assert sweep.run() == {CELL.key: Status.INCOMPLETE}
+    thread = threading.Thread(target=stop_when_started)
+    thread.start()
+    try:
+        assert sweep.run() == {CELL.key: Status.INCOMPLETE}
+    finally:
+        thread.join()
     assert marker.read_text() == "saved"
 
 
