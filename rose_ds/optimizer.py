@@ -100,6 +100,8 @@ class RoseAdamW(torch.optim.Optimizer):
     """Gradients were dropped since somebody last set this to False."""
     loaded = False
     """The same of a state that was loaded."""
+    trained_objective: Objective | None = None
+    """A stepper's, which a checkpoint records; ``objective`` is what one trains on unless it is told otherwise."""
     needs_plan = False
     """Whether every step must be planned by a stepper, also without masks: its objective is more than the loss."""
 

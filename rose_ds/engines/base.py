@@ -63,6 +63,8 @@ class Engine(ABC):
     """Whether training can go on after a backward pass that failed, and with other trainable parameters."""
     replicated = False
     """Whether every rank holds every slice."""
+    compiled = False
+    """Whether some of the model is compiled, and its hooks with it."""
     tells_gradient_so_far = True
     """Whether ``keep_gradient_so_far`` can be called between two micro-batches of a step."""
     loss_scale = 1.0
@@ -119,10 +121,9 @@ class Engine(ABC):
         """In place of ``step``: the loop has had a micro-batch, and steps by itself after a step's ``last``.
 
         Raises:
-            TypeError: this engine steps by itself.
             RefusedConfiguration: the last one's gradients were not reduced.
         """
-        raise TypeError(f"the {self.name} engine makes its steps itself: call stepper.step() after every backward()")
+        raise NotImplementedError
 
     def first_passes_made(self) -> None:  # noqa: B027
         """A micro-batch went through: what looks at passes alone need look no more."""

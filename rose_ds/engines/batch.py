@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rose_ds.engines.base import Engine
 
 #: Micro-batches in a row whose two passes may be equal before it means "no dropout": with one row and bf16 logits, one
-#: in a thousand is equal by chance, and with stochastic depth alone a few in a hundred of some rows.
-_EQUAL_BY_CHANCE = 8
+#: in a thousand is equal by chance; with stochastic depth alone and very few rows more than half may be.
+_EQUAL_BY_CHANCE, _IN_DEPTH = 8, 200
 
 
 class PassBatch:
@@ -148,8 +148,9 @@ class PassBatch:
             return
         self.engine.equal_passes += 1
         module, rounded = self.engine.module, b.outputs is None or _is_rounded(b.outputs[0])
-        by_chance = rounded or self.engine.passes_differ or drops_layers(module)
-        if not (by_chance and module.training) or self.engine.equal_passes >= _EQUAL_BY_CHANCE:
+        deep = self.engine.passes_differ or drops_layers(module)
+        patience = _IN_DEPTH if deep else _EQUAL_BY_CHANCE if rounded else 1
+        if not module.training or self.engine.equal_passes >= patience:
             raise RuntimeError(
                 "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
                 'dropout > 0, or choose strategy="second" (LoRA with no other dropout than its own starts so, as its '

@@ -39,9 +39,11 @@ def engine_for(
         return ZeroEngine(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a DeepSpeedEngine, got {type(model).__name__}")
-    allow_two_backwards_when_compiled(model)
+    compiled = allow_two_backwards_when_compiled(model)
     model = _uncompiled(model)
-    return _torch_engine(model)(model, rose_optimizer(optimizer), accumulation_steps, max_grad_norm)
+    engine = _torch_engine(model)(model, rose_optimizer(optimizer), accumulation_steps, max_grad_norm)
+    engine.compiled = compiled
+    return engine
 
 
 def _refuse_another_device(model: nn.Module) -> None:
@@ -109,16 +111,19 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def allow_two_backwards_when_compiled(module: Any) -> None:
-    """A compiled forward pass whose backward runs twice must not give its buffers away in the first.
+def allow_two_backwards_when_compiled(module: Any) -> bool:
+    """A compiled forward pass whose backward runs twice must not give its buffers away in the first. Whether there is
+    one.
 
     Asked for before anything is compiled, since it is part of the compiled code.
     """
     compiled = (_is_a(m, "torch.", "OptimizedModule") or m._compiled_call_impl is not None for m in module.modules())
-    if any(compiled):
-        import torch._functorch.config as functorch
+    if not any(compiled):
+        return False
+    import torch._functorch.config as functorch
 
-        functorch.donated_buffer = False
+    functorch.donated_buffer = False
+    return True
 
 
 def rose_optimizer(optimizer: Any) -> RoseAdamW:

@@ -11,6 +11,8 @@ from torch.nn.functional import log_softmax
 
 #: Elements of logits from which it is worth it, and how many are looked at together.
 LARGE, _CHUNK = 1 << 22, 1 << 20
+#: In place of the -inf of a probability of 0.
+LOWEST = torch.finfo(torch.float32).min
 
 
 class ChunkedSymmetricKl(torch.autograd.Function):
@@ -30,9 +32,9 @@ class ChunkedSymmetricKl(torch.autograd.Function):
         for at in range(0, len(logits_a), rows):
             part = slice(at, at + rows)
             log_p, log_q = log_softmax(logits_a[part], -1), log_softmax(logits_b[part], -1)
+            log_p, log_q = log_p.clamp_min_(LOWEST), log_q.clamp_min_(LOWEST)
             p, q = log_p.exp(), log_q.exp()
-            impossible = log_p.isneginf() & log_q.isneginf()  # as in divergence.py
-            ratio, difference = log_p.sub_(log_q).masked_fill_(impossible, 0.0), p - q
+            ratio, difference = log_p.sub_(log_q), p - q
             total += (difference * ratio).sum(dtype=torch.float64)
             for grad, probability, sign in zip(grads, (p, q), (1.0, -1.0), strict=True):
                 if grad is not None and fixed_targets:

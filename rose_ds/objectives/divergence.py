@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
 from rose_ds.objectives.base import MicroBatch
-from rose_ds.objectives.chunked import LARGE, ChunkedSymmetricKl
+from rose_ds.objectives.chunked import LARGE, LOWEST, ChunkedSymmetricKl
 
 #: What the last dimension of logits is: classes of which one is true, or labels of which each is true or not.
 Distribution = Literal["categorical", "bernoulli"]
@@ -130,10 +130,8 @@ def _rows(a: Tensor, b: Tensor, distribution: Distribution) -> tuple[Tensor, Ten
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``KL(p || q)``, summed over all outcomes. One that both rule out (masked logits of -inf) has no part in it."""
-    impossible = log_p.isneginf() & log_q.isneginf()
-    log_p, log_q = (log.masked_fill(impossible, 0.0) for log in (log_p, log_q))
-    pointwise = kl_div(log_q, log_p, log_target=True, reduction="none")
-    return pointwise.masked_fill(impossible, 0.0).sum()
+    log_p, log_q = (log.clamp_min(LOWEST) for log in (log_p, log_q))  # 0 times their difference is 0 then, and not NaN
+    return kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
 def dropout_risk(batch: MicroBatch, a: Any = None) -> None:

@@ -15,14 +15,13 @@ from rose_ds.core.mask import FIRST, BitMask
 from rose_ds.core.select import Selection, kept_by_tensor, select
 from rose_ds.engines.agreed import agreed_accelerator, agreed_kernels
 from rose_ds.engines.base import Engine
-from rose_ds.engines.dropout import drops_layers
 from rose_ds.masks import MaskPolicy
 from rose_ds.optimizer import Plan
 from rose_ds.training.halves import Halves
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 
-#: Steps without any risk with which a model with stochastic depth may begin.
+#: Steps without any risk with which a run that goes on may begin.
 _PATIENCE = 8
 
 
@@ -49,8 +48,8 @@ class Masking:
         """Sees each step's masks before they are used, where there is one."""
         self.selection: Selection | None = None
         """Of the step under way, once it is decided."""
-        self._without_risk = 0
-        """Steps in a row whose first-order risk was zero everywhere; none since the run began, or went on, had any."""
+        self._without_risk: int | None = 0
+        """Steps whose first-order risk was zero everywhere; None: one had some."""
         self._used: list[BitMask] = []
         """Masks of the last step whose memory the next one takes: bits alone, which are few."""
         self.optimizer.kernels = agreed_kernels(engine, masks=policy is not None)
@@ -157,13 +156,13 @@ class Masking:
             return
         per_element = self.config.granularity == "element"
         if risk.zeros < (layout.element_count if per_element else layout.tensor_count):
-            self._without_risk = -1
+            self._without_risk = None
             return
-        if self._without_risk >= 0:
-            self._without_risk += 1
-        beginning = self._without_risk > 0 and self.optimizer.steps_taken() < self.config.mask_warmup_steps + _PATIENCE
-        patient = drops_layers(self.engine.module) and self._without_risk < _PATIENCE
-        if not beginning or patient:
+        by_chance = self.engine.agree(self.engine.equal_passes > 0)  # of which two passes are judged by themselves
+        if self._without_risk is not None:
+            self._without_risk += not by_chance
+        goes_on = self.optimizer.steps_taken() > self.config.mask_warmup_steps
+        if not self._without_risk or by_chance or (goes_on and self._without_risk < _PATIENCE):
             self._tell("zero", "first-order risk is zero everywhere: every parameter was kept")
         elif self.halves is not None:
             raise RuntimeError(

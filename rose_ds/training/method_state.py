@@ -71,6 +71,7 @@ class MethodState:
         if self.engine.replicated:
             rank, world = (0, 1) if rank == 0 else (-1, 1)
         found: dict[str, Any] = {"version": _VERSION, "strategy": self.engine.optimizer.config.strategy}
+        found["begun"] = self._would_have_begun()
         if self.selection is not None:
             found["thresholds"] = {bit: asdict(t) for bit, t in self.selection.thresholds.items()}
             found["mask"] = _described(self.engine.slices, _as_tensors(self.selection, self.engine.slices))
@@ -102,10 +103,7 @@ class MethodState:
         files = _files_in(folder)
         if files:
             part = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-            self._check_strategy(folder, part)
-            wanted = {"mask": self.keeps_mask, "risk": self.risk is not None, "average": self.keeps_average}
-            if any(name in part for name in wanted) and not any(name in part for name in wanted if wanted[name]):
-                raise self._of_another(folder, [name for name in wanted if wanted[name]])
+            self._check_whole(folder, part)
         elif converted:
             raise RefusedConfiguration(
                 f"{folder} has no rose_state files, which hold what this method keeps over a run, and ds_to_universal "
@@ -120,25 +118,27 @@ class MethodState:
             raise RefusedConfiguration(f"{folder} was trained with strategy={part['strategy']!r}, not {strategy!r}")
 
     def _check_whole(self, folder: Path, part: Mapping[str, Any]) -> None:
-        """Whether it is the state of a method that keeps what this one does."""
+        """Whether it is the state of a method that keeps what this one does, as far as it had got."""
+        self._check_strategy(folder, part)
+        wanted = {"mask": self.keeps_mask, "risk": self.risk is not None, "average": self.keeps_average}
+        there = [name for name in wanted if name in part]
+        begun = part.get("begun")  # of before it was written: something of another kind tells
+        begun = (
+            dict.fromkeys(wanted, bool(there) and not any(wanted[name] for name in there)) if begun is None else begun
+        )
+        missing = [name for name in wanted if wanted[name] and begun[name] and name not in there]
+        if missing:
+            raise RefusedConfiguration(
+                f"{folder} has rose_state files without the {' and the '.join(missing)} that this method keeps: they "
+                "are of another method; resume with the one it was trained with"
+            )
+
+    def _would_have_begun(self) -> dict[str, bool]:
+        """What a method would keep by now, if it kept it."""
         taken, config = self.engine.optimizer.steps_taken(), self.engine.optimizer.config
         ranked = taken > config.mask_warmup_steps
-        wanted = {
-            "mask": self.keeps_mask and ranked,
-            # a step of one micro-batch has no halves to find a risk from
-            "risk": self.risk is not None and ranked and config.first_order != "halves",
-            "average": self.keeps_average and taken > 0,
-        }
-        missing = [name for name, wants in wanted.items() if wants and name not in part]
-        if missing:
-            raise self._of_another(folder, missing)
-
-    @staticmethod
-    def _of_another(folder: Path, missing: Sequence[str]) -> RefusedConfiguration:
-        return RefusedConfiguration(
-            f"{folder} has rose_state files without the {' and the '.join(missing)} that this method keeps: they are "
-            "of another method; resume with the one it was trained with"
-        )
+        # a step of one micro-batch has no halves to find a risk from
+        return {"mask": ranked, "risk": ranked and config.first_order != "halves", "average": taken > 0}
 
     @staticmethod
     def _missing(folder: Path) -> RefusedConfiguration:
@@ -180,14 +180,13 @@ class MethodState:
         if not self.keeps_something:
             return
         self.forget()
-        files = _files_in(folder)
         self.engine.agree_on_steps()
+        files = _files_in(folder)
         if not files:
             if self.engine.optimizer.steps_taken() == 0:
                 return  # saved before the method had anything to keep
             raise self._missing(folder)
         parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in files]
-        self._check_strategy(folder, parts[0])
         self._check_whole(folder, parts[0])
         if self.keeps_mask and "mask" in parts[0]:
             codes = _collect(folder, [part["mask"] for part in parts], self.engine.slices, torch.uint8)

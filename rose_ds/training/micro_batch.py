@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rose_ds.engines.passes import still_statistics
+from rose_ds.engines.passes import Output, last_outputs, still_statistics
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.training import checkpoints
@@ -33,6 +34,8 @@ class MicroBatchTrainer(CheckedTrainer):
 
     loss_is_scaled_for_ga: bool | None = None  # Trainer's, from transformers 5.19 on
     _loss_uses_count: bool | None = None
+    stepper: Any
+    """What trains; made by ``RoseTrainer``."""
 
     def _passes(
         self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None, *, times: int, compares: bool
@@ -44,9 +47,16 @@ class MicroBatchTrainer(CheckedTrainer):
         )
 
         def forward() -> Tensor:
-            with self.compute_loss_context_manager():
+            engine = self.stepper.engine
+            looks = compares and engine.loss_overwrites is None and not engine.compiled
+            watching: AbstractContextManager[Iterable[Output]] = (
+                last_outputs(engine.module) if looks else nullcontext(())
+            )
+            with self.compute_loss_context_manager(), watching as seen:
                 # outputs that nobody looks at may cost a pass more, or be refused
                 found = self.compute_loss(model, dict(inputs), return_outputs=compares, num_items_in_batch=count)
+            if looks:
+                engine.loss_overwrites = any(output.was_overwritten() for output in seen)
             loss, outputs = found if isinstance(found, tuple) else (found, None)
             if not compares:
                 return _with_loss(loss.reshape(1), loss)  # a pass ends somewhere, and nobody looks at logits

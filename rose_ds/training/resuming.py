@@ -152,8 +152,8 @@ class ResumableTrainer(SteadyLoaders):
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
             if self.args.save_strategy != "no":
-                trial = args[0] if args else kwargs.get("trial")  # of a search, each in a folder of its own
-                around.enter_context(sole_use_of(Path(self._get_output_dir(trial))))
+                if not args and kwargs.get("trial") is None:  # a search's trials have folders of their own
+                    around.enter_context(sole_use_of(Path(self.args.output_dir)))
                 around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._resumed is not None and not self._counts_restored:  # the checkpoint was that of the last step

@@ -93,7 +93,7 @@ class Stepper:
         """Steps in a row that changed nothing."""
         self._left_to_optimizer: list[RemovableHandle] = []
         several = self.config.compares_passes or not isinstance(self.objective, Task)
-        self.optimizer.objective = self.objective  # which a checkpoint records
+        self.optimizer.trained_objective = self.objective
         self.optimizer.needs_plan = not isinstance(self.objective, Task)
         refuse_checkpointing(engine.module, twice=several)
         if several:
@@ -130,6 +130,7 @@ class Stepper:
     @property
     def samples_now(self) -> bool:
         """Whether the next ``backward()`` looks at ``sample``."""
+        self.engine.agree_on_steps()
         fast = self.config.first_order == "fast" and self.config.risk_rows < 1
         return fast and self.masking.ranks_now() and self.masking.finds_risk_now()
 
@@ -262,6 +263,8 @@ class Stepper:
                 "does not clip)"
             )
         norm_of = grad_norm or (lambda: None)
+        if not self.engine.gradients_may_be_dropped:
+            raise TypeError(f"the {self.engine.name} engine makes its steps itself: call step() after every backward()")
         self.watch.begin_step("leave_step_to_optimizer")
         try:
             self.engine.count(last=last)
@@ -378,10 +381,10 @@ class Stepper:
         if skipped:
             logger.warning("a gradient was not finite: nothing was updated (after %d steps)", report.step)
         if self._skipped >= _SKIPPED_IN_A_ROW:
-            of_loss = grad_norm is not None and not math.isfinite(grad_norm)
+            ranked = "ranked " if found is not None and not found.finite else ""
             raise RuntimeError(
-                f"{self._skipped} steps in a row were skipped, since the {'' if of_loss else 'ranked '}gradient was "
-                "not finite: nothing is trained any more. Resume from a checkpoint before it began with a lower "
+                f"{self._skipped} steps in a row were skipped, since the {ranked}gradient was not "
+                "finite: nothing is trained any more. Resume from a checkpoint before it began with a lower "
                 "learning rate, or in another precision; or look for logits that are infinite or NaN"
             )
         return report

@@ -144,6 +144,9 @@ def refused(rank: int, world: int) -> dict[str, str]:
 
     return {
         "reduction": message_of(reduced_in_fp16),
+        "passes": message_of(
+            lambda: prepare(fsdp2(model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16)))
+        ),
         "gradient_sync": while_training(lambda m: m.set_requires_gradient_sync(False)),
         "all_reduce": while_training(lambda m: m.set_requires_all_reduce(False)),
         "last_backward": while_training(lambda m: m.set_is_last_backward(False)),
@@ -161,6 +164,7 @@ REFUSALS = {
     "gradient_sync": ("RefusedConfiguration", "set_requires_gradient_sync(False)", "sync_each_batch"),
     "all_reduce": ("RefusedConfiguration", "set_requires_all_reduce(False)", "every micro-batch"),
     "last_backward": ("RefusedConfiguration", "set_is_last_backward(False)", "leave it at True"),
+    "passes": ("RefusedConfiguration", "gradients that no loss scale keeps from becoming zero"),
     "reduction": ("RefusedConfiguration", "reduce_dtype=torch.float16", "torch.bfloat16 or torch.float32"),
     "reshard": ("RefusedConfiguration", "set_reshard_after_backward(False)", "leave it at True"),
     "ignored": ("RefusedConfiguration", "head.weight", "freeze"),

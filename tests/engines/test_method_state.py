@@ -184,6 +184,18 @@ def test_missing(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
+def test_saved_before_there_was_anything(tmp_path: Path) -> None:
+    """In a warm-up, which the run that goes on may have shorter."""
+    case = replace(CASES["risk-average"], mask_warmup_steps=BEFORE + 3)
+    state = saved(case, tmp_path)
+    assert "risk" not in torch.load(next(tmp_path.iterdir()), weights_only=True)
+    stepper = resumed_here(replace(case, mask_warmup_steps=0), state)
+    stepper.state.require(tmp_path, converted=False)
+    stepper.load_state(tmp_path)
+    assert stepper.state.risk.values is None
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("then", "now", "lacks"), [("risk-average", "smart-average", "average"), ("smart-average", "risk-average", "risk")]
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from spawn import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch_jobs import message_of
@@ -82,6 +83,13 @@ def half_the_job(rank: int) -> str:
     return message_of(lambda: prepare(model, optimizer_of(model.module)))
 
 
+def part_of_a_mesh(rank: int) -> str:
+    """Of a model on one dimension of a mesh, beside another on the others."""
+    model: Any = Net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("job", "data"))["data"])
+    return message_of(lambda: prepare(model, optimizer_of(model)))
+
+
 def low_weights(sharded: str) -> str:
     """Of bf16 weights without an fp32 copy."""
     model: Any = Net().to(torch.bfloat16)
@@ -123,6 +131,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "own": train(rank, own=True),
         "uneven": uneven(rank),
         "half": half_the_job(rank),
+        "mesh": part_of_a_mesh(rank),
         "resumed": resumed(rank),
     }
     return found | {how: low_weights(how) for how in ("orig", "flat", "fsdp2")}
@@ -144,8 +153,9 @@ def test_a_last_micro_batch_that_was_not_reduced(found: Any) -> None:
     assert all("number 1 of prepare(accumulation_steps=2)" in rank["uneven"] for rank in found)
 
 
-def test_a_model_on_some_of_the_ranks(found: Any) -> None:
-    assert all("trained by 1 of the job's 2 ranks" in rank["half"] for rank in found)
+@pytest.mark.parametrize("how", ["half", "mesh"])
+def test_a_model_on_some_of_the_ranks(how: str, found: Any) -> None:
+    assert all("trained by 1 of the job's 2 ranks" in rank[how] for rank in found)
 
 
 @pytest.mark.parametrize("how", ["orig", "flat", "fsdp2"])

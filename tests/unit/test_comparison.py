@@ -211,6 +211,17 @@ def test_an_objective_and_a_mask_together(store: Store) -> None:
     assert "snippets clean" not in table.header
 
 
+def test_each_objective_is_compared_on_its_own_tasks(store: Store) -> None:
+    for task in ("sst2", "rte", "qnli", "qqp"):
+        for method in ("r-drop", "smart", "smart+rose-first"):
+            add(store, Cell(task, method, 0, {}), "1110", "10", model="roberta-base")
+    add(store, Cell("sst2", "r-drop+rose-first", 0, {}), "1111", "10", model="roberta-base")
+    table = named(store, "combined")
+    assert [row[0] for row in table.rows] == ["smart", "smart+rose-first", "r-drop", "r-drop+rose-first"]
+    assert column(table, "rte clean") == ["75.00", "75.00", "-", "-"]
+    assert column(table, "Avg") == ["62.50", "62.50", "-", "-"]
+
+
 def test_the_ensemble_by_gamma(store: Store) -> None:
     """Each value at its best learning rate; the paper's average, which is over four tasks, beside four tasks alone."""
     for task in ("sst2", "rte", "qnli", "qqp"):

@@ -143,6 +143,12 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "set it to false",
     ),
     "alignment": ({"zero_optimization": {"parameter_alignment": True}}, "parameter_alignment", "remove it"),
+    "rounded masters": (
+        {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}, "bf16": {"enabled": True}},
+        "load_from_fp32_weights=false",
+        "leave it at true",
+    ),
+    "writer": ({"checkpoint": {"writer": {"type": "fast", "decoupled": True}}}, "checkpoint.writer", "leave them out"),
     "nvme": ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, '"nvme"', 'use "cpu"'),
     "ratio": (
         {

@@ -53,7 +53,7 @@ class Fsdp1Engine(ShardedEngine):
             return
         self.optimizer.loaded = False
         most = all_max(self.optimizer.steps_taken())
-        for param in self._params:
+        for param in (p for group in self.optimizer.param_groups for p in group["params"]):
             if param.numel() == 0 and most:
                 self.optimizer.init_state(param)["step"] = torch.tensor(float(most))
 

@@ -61,9 +61,9 @@ class Fsdp2Engine(ShardedEngine):
         return orders
 
     def ranks(self) -> int:
-        """Those of the whole mesh, of which tensor parallelism may have a dimension."""
-        mesh = next(iter(m.param.device_mesh for m in self.managed))  # type: ignore[attr-defined]
-        return int(mesh._get_root_mesh().size())
+        """Those of all parameters' meshes: tensor parallelism adds to that of the data."""
+        meshes: list[Any] = [m.param.device_mesh for m in self.managed]  # type: ignore[attr-defined]
+        return len({rank for mesh in dict.fromkeys(meshes) for rank in mesh.mesh.flatten().tolist()})
 
     def settle(self) -> None:
         for part in self.module.modules():

@@ -86,7 +86,7 @@ class TorchEngine(Engine):
         self._watches_fp16 = True
 
     def first_passes_made(self) -> None:
-        if self._watches_fp16:
+        if self._watches_fp16 and not self.compiled:  # or it would be compiled once more
             for layer in self._layers():
                 for key in [key for key, hook in layer._forward_hooks.items() if hook is _no_fp16]:
                     del layer._forward_hooks[key]

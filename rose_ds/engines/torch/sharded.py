@@ -43,8 +43,8 @@ def refuse_fp16_reduction(dtype: torch.dtype | None) -> None:
     """Of a part of the model, the type that its gradients are reduced in."""
     if dtype == torch.float16:
         raise RefusedConfiguration(
-            "FSDP's mixed precision with reduce_dtype=torch.float16 reduces gradients that no loss scale keeps from "
-            "becoming zero: use torch.bfloat16 or torch.float32"
+            "FSDP's mixed precision with reduce_dtype=torch.float16, or with param_dtype=torch.float16 and no "
+            "other, reduces gradients that no loss scale keeps from becoming zero: use torch.bfloat16 or torch.float32"
         )
 
 

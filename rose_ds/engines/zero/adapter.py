@@ -106,7 +106,9 @@ class Adapter(ABC):
         """Have the step's plan made; whether it is to skip. DeepSpeed then counts a skipped step, and its lr waits."""
         assert self.on_gradients is not None
         decide, self.on_gradients = self.on_gradients, None
-        decide(grads, norm, scale, clip_factor(norm, self.ds.gradient_clipping()) if clip is None else clip)
+        # a checkpoint's clip_grad goes before the config's (BF16_Optimizer); ZeRO-0 in fp32 has no such attribute
+        limit = getattr(self.ds_optimizer, "clip_grad", self.ds.gradient_clipping())
+        decide(grads, norm, scale, clip_factor(norm, limit) if clip is None else clip)
         self.ds_optimizer.overflow = self.rose_optimizer.skips
         return bool(self.ds_optimizer.overflow)
 

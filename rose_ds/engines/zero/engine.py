@@ -120,6 +120,12 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def probing(self) -> Iterator[None]:
+        if any(hasattr(param, "ds_z3_leaf_module") for param in self.module.parameters()):
+            raise RefusedConfiguration(
+                "ZeRO-3's leaf modules (set_z3_leaf_modules, stage3_module_granularity_threshold) reduce in every "
+                "backward pass, also where SMART looks for a gradient of the embeddings alone: leave them out, or "
+                "choose another objective"
+            )
         # DeepSpeed's hooks on the engine's outputs divide by the accumulation steps and reduce: run the module itself
         ds = self.ds
         before = vars(ds).get("forward")

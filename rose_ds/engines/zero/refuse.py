@@ -186,6 +186,10 @@ def refused_by_file(config: dict[str, Any]) -> list[str]:
         "mpu": _above_one(_section(config, "tensor_parallel").get("autotp_size")),
         "sequences": _above_one(config.get("sequence_parallel_size")),
         "norm": stage in (1, 2) and zero.get("compute_grad_norm") is False and not overflow_seen,
+        "writer": _section(_section(config, "checkpoint"), "writer").get("decoupled") is True
+        or config.get("datastates_ckpt") is not None,
+        "rounded masters": zero.get("load_from_fp32_weights") is False
+        and (overflow_seen or bf16.get("enabled") is True),
         "accumulation": config.get("managed_gradient_accumulation") is False,
         "autocast": autocast.get("enabled") is True
         and autocast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"),

@@ -89,20 +89,20 @@ def _side_by_side(
         paper: Avg and Delta that the paper prints for a model and a row, over all of TASKS.
     """
     finished = [{name: row for name, row in group.items() if row} for group in groups]
-    compared = {task for group in finished for task in c.tasks if sum(task in row for row in group.values()) > 1}
-    columns = _columns(c, [task for task in c.tasks if task in compared])
+    shared = [{task for task in c.tasks if sum(task in row for row in group.values()) > 1} for group in finished]
+    columns = _columns(c, [task for task in c.tasks if any(task in tasks for tasks in shared)])
     rows = []
-    for group in finished:
-        seeds = {t: set.intersection(*(_seeds_of(row[t]) for row in group.values() if t in row)) for t in compared}
+    for group, tasks in zip(finished, shared, strict=True):
+        seeds = {t: set.intersection(*(_seeds_of(row[t]) for row in group.values() if t in row)) for t in tasks}
         for name, row in group.items():
-            shared = {
+            compared = {
                 task: replace(row[task], runs=tuple(run for run in row[task].runs if run.seed in seeds[task]))
-                for task in compared & row.keys()
+                for task in tasks & row.keys()
             }
-            if not shared:
+            if not compared:
                 continue
-            rows.append(_row(name, shared, columns))
-            for model in c.models if compared == set(TASKS) and c.hostile == "AdvGLUE" else ():
+            rows.append(_row(name, compared, columns))
+            for model in c.models if tasks == set(TASKS) and c.hostile == "AdvGLUE" else ():
                 if theirs := paper(model, name):
                     averages = ["-" if value is None else f"{value:.2f}" for value in theirs]
                     rows.append((f"{name} (paper)", *["-"] * len(columns), *averages, "-"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from rose_ds.config import RoseConfig
 from rose_ds.engines.zero.checkpoint.agree import warn
 from rose_ds.engines.zero.checkpoint.saved import Layout, Saved
 from rose_ds.errors import RefusedConfiguration
@@ -31,7 +32,7 @@ def record_of(engine: Any, base: RoseAdamW) -> dict[str, Any]:
 
 def _settings(base: RoseAdamW) -> dict[str, Any]:
     """Of the masks, and the objective with its constants."""
-    return {**asdict(base.config), "objective": base.objective.record()}
+    return {**asdict(base.config), "objective": (base.trained_objective or base.objective).record()}
 
 
 def _shapes(engine: Any) -> dict[str, tuple[int, ...]]:
@@ -104,9 +105,14 @@ def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) ->
             "same in another order: build the optimizer as it was built then"
         )
     then, now = saved.record["config"], _settings(base)
-    for name in sorted({*then, *now} if "objective" in then else {*then, *now} - {"objective"}):
-        if then.get(name) != now.get(name):
-            warn(f"{saved.folder} was saved with {name}={then.get(name)!r}; from here on {name}={now.get(name)!r}")
+    before = {
+        **asdict(RoseConfig()),
+        "objective": now["objective"],
+        **then,
+    }  # what was not there yet did as its default
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            warn(f"{saved.folder} was saved with {name}={before.get(name)!r}; from here on {name}={now.get(name)!r}")
 
 
 def compare_for_weights(engine: Any, saved: Saved, load_module_only: bool) -> None:
