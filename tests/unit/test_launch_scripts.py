@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,3 +215,87 @@ def test_constraints_that_any_build_of_torch_meets() -> None:
     pinned = [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
     assert "transformers" in pinned
     assert not [name for name in pinned if name in ("torch", "triton") or name.startswith("nvidia")]
+
+
+# --- what the scripts start ---
+
+_WORDS = ["--task", "sst2", "--include", "layer.*weight", "--accelerator_config", '{"a": true}', "--note", "two words"]
+
+
+def argv_of(tmp_path: Path, script: str, **variables: str) -> list[str]:
+    """The command that a script ends in, word by word, with programs that only write down how they were called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("torchrun", "accelerate", "deepspeed", "pdsh"):
+        (programs / name).write_text('#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >"$ARGV"\n')
+        (programs / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("# two of them\n\nnode1 slots=8\nnode2 slots=8\n")
+    env = {"PATH": f"{programs}:/usr/bin:/bin", "ARGV": str(tmp_path / "argv"), "HOSTFILE": str(tmp_path / "hosts")}
+    command = ["bash", str(LAUNCH / script), *_WORDS]
+    done = subprocess.run(command, cwd=ROOT, env={**env, **variables}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / "argv").read_text().split("\0")[:-1]
+
+
+_SLURM_TASK = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "RANKS_PER_NODE": "8", "MASTER_ADDR": "node1"}
+#: script, variables, and the command up to the flags
+STARTED: dict[str, tuple[str, dict[str, str], str]] = {
+    "torchrun": (
+        "cluster/torchrun_node.sh",
+        {"NODES": "1:2", "RANKS_PER_NODE": "8", "RENDEZVOUS": "node1:29400", "JOB": "mine", "RESTARTS": "2"},
+        "torchrun --nnodes 1:2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29400 --rdzv_id mine "
+        "--rdzv_conf  --max_restarts 2 -m rose_ds train",
+    ),
+    "a script of one's own": (
+        "cluster/torchrun_node.sh",
+        {
+            **{"NODES": "2", "RANKS_PER_NODE": "8", "RENDEZVOUS": "node1:29400"},
+            **{"PROGRAM": "-m rose_ds.run --rose strategy=first", "COMMAND": "run_glue.py"},
+        },
+        "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29400 --rdzv_id rose_ds "
+        "--rdzv_conf  --max_restarts 0 -m rose_ds.run --rose strategy=first run_glue.py",
+    ),
+    "accelerate": (
+        "cluster/accelerate_node.sh",
+        {"NODES": "2", "RANKS": "16", "NODE_RANK": "1", "MASTER_ADDR": "node1", "COMMAND": "doctor"},
+        "accelerate launch --config_file ds_configs/fsdp2_nodes.yaml --num_machines 2 --num_processes 16 "
+        "--machine_rank 1 --main_process_ip node1 --main_process_port 29500 -m rose_ds doctor",
+    ),
+    "deepspeed without ssh": (
+        "cluster/deepspeed_node.sh",
+        {"NODE_RANK": "1", "MASTER_PORT": "29511"},
+        "deepspeed --hostfile HOSTS --no_ssh --node_rank 1 --master_addr node1 --master_port 29511 --no_local_rank "
+        "--module rose_ds train",
+    ),
+    "deepspeed": (
+        "cluster/deepspeed_pdsh.sh",
+        {"MASTER_ADDR": "node1i"},
+        "deepspeed --hostfile HOSTS --launcher pdsh --force_multi --master_addr node1i --master_port 29500 "
+        "--no_local_rank --module rose_ds train",
+    ),
+    "slurm, torchrun": (
+        "slurm/torchrun_task.sh",
+        {**_SLURM_TASK, "MASTER_PORT": "24711"},
+        "torchrun --nnodes 2 --nproc_per_node 8 --node_rank 1 --master_addr node1 --master_port 24711 -m rose_ds train",
+    ),
+    "slurm, accelerate": (
+        "slurm/accelerate_task.sh",
+        {**_SLURM_TASK, "MASTER_PORT": "24711", "CONFIG": "mine.yaml"},
+        "accelerate launch --config_file mine.yaml --num_machines 2 --num_processes 16 --machine_rank 1 "
+        "--main_process_ip node1 --main_process_port 24711 -m rose_ds train",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", STARTED)
+def test_what_a_script_starts(which: str, tmp_path: Path) -> None:
+    """Every word of the flags as it was given; pdsh's remote shells take off a level of quotes, of words without a
+    space (DeepSpeed sees to the others).
+    """
+    script, variables, command = STARTED[which]
+    words = argv_of(tmp_path, script, **variables)
+    start, flags = words[: -len(_WORDS)], words[-len(_WORDS) :]
+    assert start == command.replace("HOSTS", str(tmp_path / "hosts")).split(" ")
+    if which == "deepspeed":
+        flags = [word if " " in word else shlex.split(word)[0] for word in flags]
+    assert flags == _WORDS
