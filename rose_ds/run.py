@@ -155,8 +155,9 @@ def run(command: Command) -> bool:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal trained
-            trained = True
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            trained = True  # and not where it was refused, whatever the script makes of that
+            return loss
 
     _start_deepspeed(arguments)
     # transformers makes itself anew while some of its parts are imported (processing_utils): the one that stays

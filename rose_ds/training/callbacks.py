@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -238,15 +239,33 @@ class StopOnSigterm(TrainerCallback):
 
 def outlive_sigterm(then: Callable[[int], Any] | None, worker: int) -> None:
     """When a data loader's worker starts: from now on only its parent ends it by SIGTERM, and no launcher or scheduler.
+    Processes that it starts get the signal as ever.
 
     Args:
         then: the worker_init_fn that was there.
         worker: its number.
     """
+    signal.signal(signal.SIGTERM, lambda *_: None)  # while it is let through, for a process that is started
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.register_at_fork(after_in_child=_hear_sigterm)
+    execute: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]  # which forks past register_at_fork
+
+    def execute_child(*args: Any, **kwargs: Any) -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        try:
+            return execute(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
     threading.Thread(target=_obey_parent, daemon=True).start()
     if then is not None:
         then(worker)
+
+
+def _hear_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _obey_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,14 @@ class CheckedTrainer(ResumableTrainer):
                 'first_order="halves" compares the two halves of a step\'s micro-batches: set '
                 "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
                 'first_order="fast"'
+            )
+        takes = inspect.signature(self.compute_loss).parameters
+        if (rose.compares_passes or self.rose_objective.compares) and not (
+            "return_outputs" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        ):
+            raise RefusedConfiguration(
+                f"{type(self).__name__}.compute_loss() has no return_outputs, and this method compares the logits of "
+                "two passes: take return_outputs=False, and return (loss, outputs) where it is True"
             )
         if self.args.use_liger_kernel and (rose.compares_passes or self.rose_objective.compares):
             wanted = self.args.liger_kernel_config or {}

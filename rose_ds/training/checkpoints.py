@@ -148,6 +148,17 @@ def not_written(what: Path | str, output_dir: Path, error: BaseException) -> Che
     )
 
 
+def follow_changes(folder: Path) -> None:
+    """Put the sizes of files that were written again, by callbacks once a checkpoint was saved, into its record."""
+    path = folder / FILE
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    sizes = {name: (folder / name).stat().st_size for name in content["files"] if (folder / name).is_file()}
+    if any(content["files"][name] != size for name, size in sizes.items()):
+        Record(**{**content, "files": {**content["files"], **sizes}}).write(folder)
+
+
 def gather(value: Any) -> list[Any]:
     """A value of every rank, by rank. Returns on a rank only when every rank has called it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

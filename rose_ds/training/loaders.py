@@ -53,7 +53,9 @@ class SteadyLoaders(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _SeededLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+            # Trainer's is made for one rank's batch, and its order would depend on how many there are
+            rows = self.get_total_train_batch_size(self.args)
+            return _SeededLengthSampler(rows, lengths=sampler.lengths, seed=seed)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

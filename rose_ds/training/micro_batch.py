@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -54,7 +55,8 @@ class MicroBatchTrainer(CheckedTrainer):
             )
             with self.compute_loss_context_manager(), watching as seen:
                 # outputs that nobody looks at may cost a pass more, or be refused
-                found = self.compute_loss(model, dict(inputs), return_outputs=compares, num_items_in_batch=count)
+                wanted = {"return_outputs": True} if compares else {}
+                found = self.compute_loss(model, dict(inputs), **wanted, num_items_in_batch=count)
             if looks:
                 engine.loss_overwrites = any(output.was_overwritten() for output in seen)
             loss, outputs = found if isinstance(found, tuple) else (found, None)
@@ -109,6 +111,7 @@ class MicroBatchTrainer(CheckedTrainer):
 
     def _losses_of_counts(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> list[float]:
         losses, now, core = [], RngState.now(), self.accelerator.unwrap_model(model)
+        kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL's, which an overridden compute_loss() adds to
         for times in (1, 1, 2):
             with torch.no_grad(), replay(now), still_statistics(core), self.compute_loss_context_manager():
                 try:
@@ -121,6 +124,8 @@ class MicroBatchTrainer(CheckedTrainer):
                 finally:
                     model.train()
             losses.append(float(found[0] if isinstance(found, tuple) else found))
+        if kept is not None:
+            self._metrics = kept
         return losses
 
     def _own_count(self, inputs: dict[str, Any]) -> Tensor | int | None:

@@ -126,6 +126,8 @@ def _is_causal(module: nn.Module) -> bool:
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False  # whose decoder's inputs are shifted
     kind = getattr(base, "loss_type", None) or type(base).__name__
+    if kind.endswith(("WithLMHeadModel", "XLNetLMHeadModel")):
+        return False  # XLM's, Flaubert's and XLNet's label what stands there
     return LOSS_MAPPING.get(kind) is ForCausalLMLoss or "ForCausalLM" in kind or kind.endswith("LMHeadModel")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
@@ -51,6 +51,7 @@ _FIXED = (
     "dataloader_drop_last",
     "neftune_noise_alpha",
 )
+_AT_ONCE = "rows of all ranks' micro-batches"
 _FREE = (
     "world_size",
     "per_device_train_batch_size",
@@ -98,6 +99,9 @@ class ResumableTrainer(SteadyLoaders):
         self.resumed_folder: Path | None = None
         """The checkpoint that the run under way goes on from."""
         self._resumed: checkpoints.Record | None = None
+        self._saved_step: int | None = None
+        """Of the last checkpoint that was written."""
+        self._saved_folder = Path()
         self._stop = StopOnSigterm()
         self.add_callback(self._stop)
         if self.args.enable_jit_checkpoint:
@@ -166,7 +170,10 @@ class ResumableTrainer(SteadyLoaders):
                     if self.args.save_only_model
                     else "resume with --resume auto"
                 )
-                logger.warning("SIGTERM received: checkpoint saved at step %d, %s", step, resume)
+                if self._saved_step == step:
+                    logger.warning("SIGTERM received: checkpoint saved at step %d, %s", step, resume)
+                else:
+                    logger.warning("SIGTERM received: stopped at step %d, and no checkpoint was saved", step)
             raise SystemExit(128 + signal.SIGTERM)  # the shell's code for it: a job that was stopped has not succeeded
         return result
 
@@ -191,12 +198,14 @@ class ResumableTrainer(SteadyLoaders):
 
     def _check_resumable(self, folder: Path) -> checkpoints.Record:
         record = checkpoints.read(folder)
+        self._refuse_lost_order(folder)
         if self.args.auto_find_batch_size:  # Trainer goes on with the batch size that had been found
             found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
             self._train_batch_size: int = found or self.args.train_batch_size
         fixed, free = self._settings()
         # a checkpoint of before there was a record of one says nothing about it
-        fixed = {name: value for name, value in fixed.items() if name in record.fixed or name not in _FIXED}
+        recent = (*_FIXED, _AT_ONCE)
+        fixed = {name: value for name, value in fixed.items() if name in record.fixed or name not in recent}
         # nor does one of before a setting of the masks was there, whose default does what was done then
         for name in fixed.keys() - record.fixed.keys():
             if name in RoseConfig.field_names() and fixed[name] == getattr(RoseConfig, name):
@@ -204,6 +213,19 @@ class ResumableTrainer(SteadyLoaders):
         for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
             logger.info("resuming with another setting: %s", change)
         return record
+
+    def _refuse_lost_order(self, folder: Path) -> None:
+        """Of an epoch whose order was drawn from the global random state, which Trainer restores too late."""
+        seedable = self.args.accelerator_config.use_seedable_sampler or self.args.ignore_data_skip
+        by_chance = self.args.train_sampling_strategy == "random" and has_length(self.train_dataset)
+        if seedable or not by_chance:
+            return
+        if ((TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch or 0.0) % 1) > 1e-9:
+            raise RefusedConfiguration(
+                f"{folder} was saved within an epoch whose rows come in an order that nobody can draw again, with "
+                "accelerator_config use_seedable_sampler=False: leave that out, go on from a checkpoint at an epoch's "
+                "end, or begin the epoch anew with ignore_data_skip=True"
+            )
 
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings that a resumed run must share, because it computes something else or silently keeps the old value
@@ -217,6 +239,8 @@ class ResumableTrainer(SteadyLoaders):
             "precision": precision_of(args),
             **{name: getattr(args, name) for name in _FIXED},
         }
+        if args.dataloader_drop_last:  # an epoch has as many steps as these leave
+            fixed[_AT_ONCE] = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
         free = {name: getattr(args, name) for name in _FREE}
         free["lr_scheduler_type"] = schedule_of(args)
         return fixed, free
@@ -292,6 +316,18 @@ class ResumableTrainer(SteadyLoaders):
         self.disagreements = list(torch.tensor(mine, device=self.args.device))
         self._globalstep_last_logged = record.logged_step
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's. After SIGTERM it saves, whatever callbacks have made of that since; and what these write into a
+        checkpoint once it is there is part of it.
+        """
+        before = self._saved_step
+        if self._stop.stopping and before != self.state.global_step:
+            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._saved_step != before and self.args.should_save:
+            checkpoints.follow_changes(self._saved_folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole, and only then are old ones deleted and is it pushed."""
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -305,7 +341,12 @@ class ResumableTrainer(SteadyLoaders):
                 with explaining_lost_ranks(lambda: f"saving {folder}"):
                     super()._save_checkpoint(model, trial)
                     self.save_method_state(folder)
+                arguments = folder / TRAINING_ARGS_NAME
+                if self.args.should_save and arguments.is_file():  # as they are, for whoever goes on with them
+                    with with_settings(self.args, save_total_limit=limit, push_to_hub=push):
+                        torch.save(self.args, arguments)
                 self._write_record(folder)
+                self._saved_step, self._saved_folder = self.state.global_step, folder
             except (RankLost, RefusedConfiguration):
                 raise
             except (Exception, CheckpointException) as error:

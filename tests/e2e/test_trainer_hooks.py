@@ -331,6 +331,120 @@ def test_a_stopped_run_that_saved_only_the_model_says_so(
     assert "checkpoint saved at step 1, only the model, so nothing can resume" in caplog.text
 
 
+class Policy(TrainerCallback):
+    """Says by itself when to save, whatever others have said."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = False
+
+
+def test_a_stop_saves_whatever_callbacks_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, more={"save_strategy": "steps", "max_steps": 5}, rose=SECOND)
+    made.add_callback(Policy())  # behind RoseTrainer's own
+    monkeypatch.setattr(made._stop, "_any_rank", lambda *_: True)
+    with caplog.at_level(logging.WARNING, logger="rose_ds"), pytest.raises(SystemExit):
+        made.train()
+    assert "checkpoint saved at step 1, resume with" in caplog.text
+    assert made.newest_checkpoint() == tmp_path / "checkpoint-1"
+
+
+class Annotating(TrainerCallback):
+    """Writes into each checkpoint."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mine": "x" * 100}))
+
+
+def test_what_callbacks_write_into_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    made = trainer(tmp_path, more=more, rose=SECOND, callbacks=[Annotating()])
+    made.train()
+    assert made.newest_checkpoint() == tmp_path / "checkpoint-2"
+    arguments = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 1  # and not what it was set to while the checkpoint was written
+
+
+def test_an_order_by_length_is_that_of_any_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank that makes four micro-batches, and of one of two that make two."""
+    data = [{"input_ids": torch.arange(1 + (7 * i) % 30), "labels": i % 2} for i in range(2000)]
+    more = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 4}
+    alone = trainer(tmp_path, data=data, more={**more, "gradient_accumulation_steps": 4}, rose=SECOND)
+    wanted = list(alone._get_train_sampler())
+    one_of_two = trainer(tmp_path, data=data, more={**more, "gradient_accumulation_steps": 2}, rose=SECOND)
+    monkeypatch.setattr(one_of_two, "get_total_train_batch_size", lambda args: 16)
+    assert list(one_of_two._get_train_sampler()) == wanted
+
+
+def test_resumes_that_would_go_through_other_rows(tmp_path: Path) -> None:
+    data = rows(40)
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": -1, "num_train_epochs": 2}
+    dropping = {
+        **more,
+        "dataloader_drop_last": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    trainer(tmp_path / "drop", data=data, more=dropping, rose=SECOND).train()
+    dropping |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    with pytest.raises(RefusedConfiguration, match="rows of all ranks' micro-batches 4 -> 8"):
+        trainer(tmp_path / "drop", data=data, more=dropping, rose=SECOND).train(
+            resume_from_checkpoint=str(tmp_path / "drop" / "checkpoint-2")
+        )
+    unseeded = {**more, "accelerator_config": {"use_seedable_sampler": False}, "per_device_train_batch_size": 8}
+    trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND).train()
+    again = trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND)
+    with pytest.raises(RefusedConfiguration, match="use_seedable_sampler=False"):
+        again.train(resume_from_checkpoint=str(tmp_path / "order" / "checkpoint-4"))
+    trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND).train(
+        resume_from_checkpoint=str(tmp_path / "order" / "checkpoint-10")  # an epoch's end
+    )
+
+
+class Short(RoseTrainer):
+    """Its compute_loss() has what Trainer's training needs, and no more."""
+
+    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # type: ignore[override]
+        return model(**inputs).loss
+
+
+def test_a_loss_that_returns_no_outputs(tmp_path: Path) -> None:
+    trainer(tmp_path, cls=Short, rose=SECOND).train()
+    with pytest.raises(RefusedConfiguration, match=r"Short\.compute_loss\(\) has no return_outputs"):
+        trainer(tmp_path, cls=Short, rose=RoseConfig(strategy="first"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "causal"), [("GPT2LMHeadModel", True), ("XLMWithLMHeadModel", False), ("XLNetLMHeadModel", False)]
+)
+def test_which_language_models_predict_the_next_token(kind: str, causal: bool) -> None:
+    model = type(kind, (nn.Module,), {})()
+    labels = torch.tensor([[-100, 5, -100]])
+    found = positions_of(labels, model)
+    assert found is not None and found.tolist() == ([[True, False, False]] if causal else [[False, True, False]])
+
+
+def test_a_script_that_swallows_its_failure_has_not_trained(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(f"""
+from pathlib import Path
+from habits import arguments, bert, rows
+from transformers import Trainer
+
+class Broken(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        raise ValueError("broken")
+
+try:
+    Broken(model=bert(), args=arguments(Path({str(tmp_path)!r})), train_dataset=rows()).train()
+except ValueError:
+    pass
+""")
+    assert not runner.run(runner.parse(["--rose", "strategy=second", str(path)]))
+
+
 def test_an_own_schedule_that_leaves_rose_out_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = RoseTrainer(bert(), arguments(tmp_path), rose=SECOND)
     made.is_deepspeed_enabled = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,40 @@ def test_only_their_parent_ends_them() -> None:
     assert workers[1].is_alive()
     with pytest.raises(RuntimeError, match="exited unexpectedly"):  # and that is noticed as ever
         list(batches)
+
+
+class Converting:
+    """A row of what another program makes of it, which is ended once there is enough."""
+
+    def __init__(self, fork: bool) -> None:
+        self.fork = fork
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        if self.fork:
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=False)
+            multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+            child.start()
+            child.terminate()
+            child.join(timeout=20)
+            return int(child.exitcode or 0)
+        program = subprocess.Popen(["sleep", "60"])
+        program.terminate()
+        return program.wait(timeout=20)
+
+
+@pytest.mark.parametrize("fork", [False, True], ids=["Popen", "fork"])
+def test_programs_that_they_start_hear_it(fork: bool) -> None:
+    """A blocked signal stays blocked in what a process starts."""
+    loader: DataLoader[int] = DataLoader(
+        Converting(fork),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=1,
+        worker_init_fn=partial(outlive_sigterm, None),
+    )
+    assert list(loader) == [-signal.SIGTERM] * 2
 
 
 def test_those_of_the_trainer(tmp_path: Path) -> None:
