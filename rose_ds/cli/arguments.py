@@ -138,9 +138,12 @@ class Parser(HfArgumentParser):
         names = [f.name for settings in self.dataclass_types for f in fields(settings) if f.init]
         namespace = vars(self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset))))
         found = {name: value for name, value in namespace.items() if value is not unset}
-        for why in dict.fromkeys(self._refused[name] for name in found.keys() & self._refused.keys()):
-            flags = sorted(f"--{name}" for name in found if self._refused.get(name) == why)
-            raise ValueError(f"{', '.join(flags)}: {why}")
+        wrong: dict[str, list[str]] = {}
+        for name in found:
+            if name in self._refused:
+                wrong.setdefault(self._refused[name], []).append(f"--{name}")
+        if wrong:
+            raise ValueError("; ".join(f"{', '.join(flags)}: {why}" for why, flags in wrong.items()))
         return found
 
     def settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:

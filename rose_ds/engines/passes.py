@@ -140,7 +140,7 @@ class ForwardPass:
         watched = engine.loss_overwrites is None and logits.dtype == torch.float32
         before = logits.detach().clone() if watched else None
         value = self.batch.loss_of(logits)
-        if before is not None:
+        if before is not None and logits._version == version:  # or it is seen, in each step anew
             engine.loss_overwrites = not torch.equal(before.view(torch.int32), logits.detach().view(torch.int32))
         self._changed |= logits._version != version or (engine.loss_overwrites or False)
         if not isinstance(value, Tensor) or value.dim() != 0:
