@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
-from rose_ds.training.resuming import precision_of, schedule_of
+from rose_ds.training.same_run import precision_of, schedule_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

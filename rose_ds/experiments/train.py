@@ -28,7 +28,7 @@ from rose_ds.experiments.saving import refuse_unsavable, save_result
 from rose_ds.experiments.settings import MethodSettings, RunSettings, recorded
 from rose_ds.objectives import Objective, resolve
 from rose_ds.training import checkpoints
-from rose_ds.training.resuming import precision_of, schedule_of
+from rose_ds.training.same_run import precision_of, schedule_of
 from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.trainer import RoseTrainer
 

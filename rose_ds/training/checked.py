@@ -13,7 +13,8 @@ from rose_ds.errors import RefusedConfiguration
 from rose_ds.hardware import slow_bf16
 from rose_ds.objectives import Objective, resolve
 from rose_ds.optimizer import RoseAdamW
-from rose_ds.training.resuming import ResumableTrainer, precision_of
+from rose_ds.training.resuming import ResumableTrainer
+from rose_ds.training.same_run import precision_of
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from rose_ds.engines.checkpointing import refuse_checkpointing
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.objectives import FreeLB, RDrop, Smart
 from rose_ds.training.predictions import labels_in, positions_of
-from rose_ds.training.resuming import precision_of
+from rose_ds.training.same_run import precision_of
 from rose_ds.training.trainer import RoseTrainer
 
 NONE, SECOND = RoseConfig(strategy="none"), RoseConfig(strategy="second")
