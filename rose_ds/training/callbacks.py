@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -239,15 +240,14 @@ class StopOnSigterm(TrainerCallback):
 
 def outlive_sigterm(then: Callable[[int], Any] | None, worker: int) -> None:
     """When a data loader's worker starts: from now on only its parent ends it by SIGTERM, and no launcher or scheduler.
-    Processes that it starts get the signal as ever.
+    What it starts by ``subprocess`` or by forking hears the signal as ever.
 
     Args:
         then: the worker_init_fn that was there.
         worker: its number.
     """
-    signal.signal(signal.SIGTERM, lambda *_: None)  # while it is let through, for a process that is started
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.register_at_fork(after_in_child=_hear_sigterm)
+    os.register_at_fork(after_in_child=partial(_hear_sigterm, os.getpid()))
     execute: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]  # which forks past register_at_fork
 
     def execute_child(*args: Any, **kwargs: Any) -> Any:
@@ -263,9 +263,10 @@ def outlive_sigterm(then: Callable[[int], Any] | None, worker: int) -> None:
         then(worker)
 
 
-def _hear_sigterm() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+def _hear_sigterm(worker: int) -> None:
+    """In a process that the worker has forked, and in none of that one's."""
+    if os.getppid() == worker:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _obey_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rose_ds.config import RoseConfig
@@ -63,10 +63,7 @@ class CheckedTrainer(ResumableTrainer):
                 "gradient_accumulation_steps to 2 or more (and per_device_train_batch_size to as much less), or use "
                 'first_order="fast"'
             )
-        takes = inspect.signature(self.compute_loss).parameters
-        if (rose.compares_passes or self.rose_objective.compares) and not (
-            "return_outputs" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        ):
+        if (rose.compares_passes or self.rose_objective.compares) and not _takes_return_outputs(self.compute_loss):
             raise RefusedConfiguration(
                 f"{type(self).__name__}.compute_loss() has no return_outputs, and this method compares the logits of "
                 "two passes: take return_outputs=False, and return (loss, outputs) where it is True"
@@ -172,3 +169,11 @@ class CheckedTrainer(ResumableTrainer):
                     f"the DeepSpeed config's RoseAdamW block says {used}, rose= says {self.rose}: keep one of them"
                 )
             self.rose = used
+
+
+def _takes_return_outputs(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # of compiled ones nobody knows
+        return True
+    return "return_outputs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

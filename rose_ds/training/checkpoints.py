@@ -8,6 +8,7 @@ with other files than it lists, was torn and is never resumed from.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,11 @@ import torch.distributed as dist
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import explaining_lost_ranks
 
+logger = logging.getLogger(__name__)
+
 FILE = "rose_checkpoint.json"
+#: Files that callbacks write again; of weights and states another size means that they are torn.
+_TEXT = (".json", ".jsonl", ".md", ".txt")
 
 #: Engines that read each other's files: a run may go on from one to another.
 _SAME_FILES = {"plain": "whole", "ddp": "whole", **dict.fromkeys(("zero1", "zero2", "zero3"), "partitions")}
@@ -149,14 +154,20 @@ def not_written(what: Path | str, output_dir: Path, error: BaseException) -> Che
 
 
 def follow_changes(folder: Path) -> None:
-    """Put the sizes of files that were written again, by callbacks once a checkpoint was saved, into its record."""
+    """Put the sizes of text files that callbacks have written again, once a checkpoint was saved, into its record."""
     path = folder / FILE
-    if not path.is_file():
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    sizes = {name: (folder / name).stat().st_size for name in content["files"] if (folder / name).is_file()}
-    if any(content["files"][name] != size for name, size in sizes.items()):
-        Record(**{**content, "files": {**content["files"], **sizes}}).write(folder)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        texts = [name for name in content["files"] if Path(name).suffix in _TEXT and (folder / name).is_file()]
+        sizes = {name: (folder / name).stat().st_size for name in texts}
+        changed = [name for name, size in sizes.items() if content["files"][name] != size]
+        if changed:
+            to_disk(folder / name for name in changed)
+            Record(**{**content, "files": {**content["files"], **sizes}}).write(folder)
+    except FileNotFoundError:
+        return  # a model alone has no record; or somebody has taken the checkpoint away
+    except OSError as error:
+        logger.warning("%s was changed by a callback, and its record could not follow (%s)", folder, error)
 
 
 def gather(value: Any) -> list[Any]:

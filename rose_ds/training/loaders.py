@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -45,14 +46,35 @@ class _SeededLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class _SeededRandomSampler(Sampler[int]):
+    """Each epoch's rows in an order that seed and epoch give, as accelerate's seedable sampler does."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self._rows, self._seed, self._epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[int]:
+        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
+        yield from torch.randperm(self._rows, generator=torch.Generator().manual_seed(int(key))).tolist()
+
+
 class SteadyLoaders(Trainer):
     """What RoseTrainer does about loaders."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; batches of similar length in an order that seed and epoch give, not the random state."""
+        """Trainer's; in an order that seed and epoch give, and not the random state."""
         sampler = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seedable = self.args.accelerator_config.use_seedable_sampler  # accelerate's own then takes its place
+        if type(sampler) is RandomSampler and sampler.generator is None and not seedable:
+            return _SeededRandomSampler(len(sampler), seed)
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             # Trainer's is made for one rank's batch, and its order would depend on how many there are
             rows = self.get_total_train_batch_size(self.args)
             return _SeededLengthSampler(rows, lengths=sampler.lengths, seed=seed)

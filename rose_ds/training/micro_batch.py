@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -111,22 +111,33 @@ class MicroBatchTrainer(CheckedTrainer):
 
     def _losses_of_counts(self, model: nn.Module, inputs: dict[str, Any], count: Tensor | int) -> list[float]:
         losses, now, core = [], RngState.now(), self.accelerator.unwrap_model(model)
-        kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL's, which an overridden compute_loss() adds to
-        for times in (1, 1, 2):
-            with torch.no_grad(), replay(now), still_statistics(core), self.compute_loss_context_manager():
-                try:
-                    model.eval()
-                    found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
-                except Exception:  # a model that has a loss in training alone; what is wrong there too is raised
-                    model.train()
-                    now.restore()
-                    found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
-                finally:
-                    model.train()
-            losses.append(float(found[0] if isinstance(found, tuple) else found))
-        if kept is not None:
-            self._metrics = kept
+        with self._without_metrics():
+            for times in (1, 1, 2):
+                with torch.no_grad(), replay(now), still_statistics(core), self.compute_loss_context_manager():
+                    try:
+                        model.eval()
+                        found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
+                    except Exception:  # a model that has a loss in training alone; what is wrong there too is raised
+                        model.train()
+                        now.restore()
+                        found = self.compute_loss(model, dict(inputs), num_items_in_batch=count * times)
+                    finally:
+                        model.train()
+                losses.append(float(found[0] if isinstance(found, tuple) else found))
         return losses
+
+    @contextmanager
+    def _without_metrics(self) -> Iterator[None]:
+        """Put aside what TRL's trainers collect in compute_loss(), by mode, and report as their metrics."""
+        kept, tokens = getattr(self, "_metrics", None), getattr(self, "_total_train_tokens", None)
+        theirs = isinstance(kept, dict) and kept.keys() == {"train", "eval"}
+        if theirs:
+            self._metrics: Any = {mode: defaultdict(list) for mode in ("train", "eval")}
+        try:
+            yield
+        finally:
+            if theirs:
+                self._metrics, self._total_train_tokens = kept, tokens
 
     def _own_count(self, inputs: dict[str, Any]) -> Tensor | int | None:
         """A micro-batch's own ``num_items_in_batch``, for a compute_loss_func that needs one. A collective."""

@@ -56,7 +56,8 @@ class ResumableTrainer(SameRunTrainer):
         """The checkpoint that the run under way goes on from."""
         self._saved_step: int | None = None
         """Of the last checkpoint that was written."""
-        self._saved_folder = Path()
+        self._just_saved: Path | None = None
+        """A checkpoint that callbacks may be writing into."""
         self._stop = StopOnSigterm()
         self.add_callback(self._stop)
         if self.args.enable_jit_checkpoint:
@@ -98,6 +99,7 @@ class ResumableTrainer(SameRunTrainer):
                 raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._resumed = None if folder is None else self._check_resumable(folder)
         self._counts_restored = False
+        self._saved_step = self._just_saved = None
         self.resumed_folder = folder
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
@@ -206,13 +208,16 @@ class ResumableTrainer(SameRunTrainer):
         """Trainer's. After SIGTERM it saves, whatever callbacks have made of that since; and what these write into a
         checkpoint once it is there is part of it.
         """
-        before = self._saved_step
-        if self._stop.stopping and before != self.state.global_step:
+        if self._stop.stopping and self._saved_step != self.state.global_step:
             self.control.should_save = self.control.should_training_stop = True
             self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self._saved_step != before and self.args.should_save:
-            checkpoints.follow_changes(self._saved_folder)
+        if self._just_saved is not None:  # on every rank
+            checkpoints.gather(None)  # callbacks have written on all of them
+            if self.args.should_save:
+                checkpoints.follow_changes(self._just_saved)
+            checkpoints.gather(None)
+            self._just_saved = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole, and only then are old ones deleted and is it pushed."""
@@ -232,7 +237,7 @@ class ResumableTrainer(SameRunTrainer):
                     with with_settings(self.args, save_total_limit=limit, push_to_hub=push):
                         torch.save(self.args, arguments)
                 self._write_record(folder)
-                self._saved_step, self._saved_folder = self.state.global_step, folder
+                self._saved_step, self._just_saved = self.state.global_step, folder
             except (RankLost, RefusedConfiguration):
                 raise
             except (Exception, CheckpointException) as error:

@@ -34,7 +34,7 @@ _FIXED = (
     "dataloader_drop_last",
     "neftune_noise_alpha",
 )
-_AT_ONCE = "rows of all ranks' micro-batches"
+_OF_AN_EPOCH = "rows of an epoch (dataloader_drop_last)"
 _FREE = (
     "world_size",
     "per_device_train_batch_size",
@@ -81,13 +81,12 @@ class SameRunTrainer(SteadyLoaders):
 
     def _check_resumable(self, folder: Path) -> checkpoints.Record:
         record = checkpoints.read(folder)
-        self._refuse_lost_order(folder)
         if self.args.auto_find_batch_size:  # Trainer goes on with the batch size that had been found
             found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
             self._train_batch_size: int = found or self.args.train_batch_size
         fixed, free = self._settings()
         # a checkpoint of before there was a record of one says nothing about it
-        recent = (*_FIXED, _AT_ONCE)
+        recent = (*_FIXED, _OF_AN_EPOCH)
         fixed = {name: value for name, value in fixed.items() if name in record.fixed or name not in recent}
         # nor does one of before a setting of the masks was there, whose default does what was done then
         for name in fixed.keys() - record.fixed.keys():
@@ -96,19 +95,6 @@ class SameRunTrainer(SteadyLoaders):
         for change in checkpoints.check_settings(folder, record, self.engine_name, fixed, free):
             logger.info("resuming with another setting: %s", change)
         return record
-
-    def _refuse_lost_order(self, folder: Path) -> None:
-        """Of an epoch whose order was drawn from the global random state, which Trainer restores too late."""
-        seedable = self.args.accelerator_config.use_seedable_sampler or self.args.ignore_data_skip
-        by_chance = self.args.train_sampling_strategy == "random" and has_length(self.train_dataset)
-        if seedable or not by_chance:
-            return
-        if ((TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch or 0.0) % 1) > 1e-9:
-            raise RefusedConfiguration(
-                f"{folder} was saved within an epoch whose rows come in an order that nobody can draw again, with "
-                "accelerator_config use_seedable_sampler=False: leave that out, go on from a checkpoint at an epoch's "
-                "end, or begin the epoch anew with ignore_data_skip=True"
-            )
 
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings that a resumed run must share, because it computes something else or silently keeps the old value
@@ -122,8 +108,9 @@ class SameRunTrainer(SteadyLoaders):
             "precision": precision_of(args),
             **{name: getattr(args, name) for name in _FIXED},
         }
-        if args.dataloader_drop_last:  # an epoch has as many steps as these leave
-            fixed[_AT_ONCE] = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
+        if args.dataloader_drop_last and fixed["rows"] is not None:
+            at_once = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
+            fixed[_OF_AN_EPOCH] = fixed["rows"] // at_once * at_once
         free = {name: getattr(args, name) for name in _FREE}
         free["lr_scheduler_type"] = schedule_of(args)
         return fixed, free

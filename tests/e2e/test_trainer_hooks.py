@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from habits import arguments, assert_same, bert, rows, train, trainer
+from spawn import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -351,20 +353,32 @@ def test_a_stop_saves_whatever_callbacks_say(
 
 
 class Annotating(TrainerCallback):
-    """Writes into each checkpoint."""
+    """Writes into each checkpoint, on every rank and slowly on all but the first."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json"
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "config.json"
+        time.sleep(0.2 * args.process_index)
         path.write_text(json.dumps({**json.loads(path.read_text()), "mine": "x" * 100}))
 
 
+def annotated(rank: int, world: int, folder: str) -> list[str]:
+    """The newest whole checkpoint after each of two trainings, and a third that goes on from it."""
+    more: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    more |= {"ddp_backend": "gloo"} if world > 1 else {}
+    made = trainer(Path(folder), more=more, rose=SECOND, callbacks=[Annotating()])
+    found = []
+    for _ in range(2):
+        made.train()
+        found.append(made.newest_checkpoint().name)
+    made.train(resume_from_checkpoint=True)
+    return found
+
+
 def test_what_callbacks_write_into_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
-    more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    made = trainer(tmp_path, more=more, rose=SECOND, callbacks=[Annotating()])
-    made.train()
-    assert made.newest_checkpoint() == tmp_path / "checkpoint-2"
-    arguments = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
-    assert arguments.save_total_limit == 1  # and not what it was set to while the checkpoint was written
+    assert annotated(0, 1, str(tmp_path / "alone")) == ["checkpoint-2"] * 2
+    arguments = torch.load(tmp_path / "alone" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 2  # and not what it was set to while the checkpoint was written
+    assert run_ranks(annotated, 2, str(tmp_path / "two"), process_group=False) == [["checkpoint-2"] * 2] * 2
 
 
 def test_an_order_by_length_is_that_of_any_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,29 +392,48 @@ def test_an_order_by_length_is_that_of_any_number_of_ranks(tmp_path: Path, monke
     assert list(one_of_two._get_train_sampler()) == wanted
 
 
-def test_resumes_that_would_go_through_other_rows(tmp_path: Path) -> None:
-    data = rows(40)
+def test_a_resume_that_would_be_a_shorter_run(tmp_path: Path) -> None:
+    """What is dropped at an epoch's end depends on the micro-batches; where nothing else is, they may be others."""
     more = {"save_strategy": "steps", "save_steps": 2, "max_steps": -1, "num_train_epochs": 2}
-    dropping = {
-        **more,
-        "dataloader_drop_last": True,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-    }
-    trainer(tmp_path / "drop", data=data, more=dropping, rose=SECOND).train()
-    dropping |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    with pytest.raises(RefusedConfiguration, match="rows of all ranks' micro-batches 4 -> 8"):
-        trainer(tmp_path / "drop", data=data, more=dropping, rose=SECOND).train(
-            resume_from_checkpoint=str(tmp_path / "drop" / "checkpoint-2")
-        )
-    unseeded = {**more, "accelerator_config": {"use_seedable_sampler": False}, "per_device_train_batch_size": 8}
-    trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND).train()
-    again = trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND)
-    with pytest.raises(RefusedConfiguration, match="use_seedable_sampler=False"):
-        again.train(resume_from_checkpoint=str(tmp_path / "order" / "checkpoint-4"))
-    trainer(tmp_path / "order", data=data, more=unseeded, rose=SECOND).train(
-        resume_from_checkpoint=str(tmp_path / "order" / "checkpoint-10")  # an epoch's end
-    )
+    more |= {"dataloader_drop_last": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    other = {**more, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    for count, refused in ((60, True), (64, False)):
+        folder = tmp_path / str(count)
+        trainer(folder, data=rows(count), more=more, rose=SECOND).train()
+        again = trainer(folder, data=rows(count), more=other, rose=SECOND)
+        with pytest.raises(RefusedConfiguration, match="rows of an epoch") if refused else nullcontext():
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+class Seeing(RoseTrainer):
+    """Notes the rows that it trains on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[int] = []
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        self.seen += inputs["input_ids"][:, 0].tolist()
+        return super().training_step(model, inputs, *args)
+
+
+@pytest.mark.parametrize("seedable", [True, False])
+def test_a_resumed_run_goes_through_the_rows_of_the_whole_one(seedable: bool, tmp_path: Path) -> None:
+    """From within an epoch and from its end; without accelerate's seedable sampler too, whose order was of the random
+    state.
+    """
+    data = [{"input_ids": torch.full((4,), i), "labels": i % 2} for i in range(40)]
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 3}
+    more |= {"per_device_train_batch_size": 8, "accelerator_config": {"use_seedable_sampler": seedable}}
+    whole = trainer(tmp_path, data=data, more=more, rose=SECOND, cls=Seeing)
+    whole.train()
+    epochs = [whole.seen[i : i + 40] for i in (0, 40, 80)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and epochs[0] != epochs[1]
+    for step in (5, 7):
+        torch.manual_seed(99)
+        again = trainer(tmp_path, data=data, more=more, rose=SECOND, cls=Seeing)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.seen == whole.seen[8 * step :]
 
 
 class Short(RoseTrainer):

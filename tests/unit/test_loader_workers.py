@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ class Converting:
             child.start()
             child.terminate()
             child.join(timeout=20)
-            return int(child.exitcode or 0)
+            return 0 if child.is_alive() else -signal.SIGTERM  # torch ends it with 0
         program = subprocess.Popen(["sleep", "60"])
         program.terminate()
         return program.wait(timeout=20)
@@ -80,6 +81,22 @@ def test_programs_that_they_start_hear_it(fork: bool) -> None:
         worker_init_fn=partial(outlive_sigterm, None),
     )
     assert list(loader) == [-signal.SIGTERM] * 2
+
+
+def with_a_thread(worker: int) -> None:
+    """As native libraries start theirs, before a worker is told anything; it blocks no signal."""
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    outlive_sigterm(None, worker)
+
+
+def test_a_worker_with_threads_of_before_is_ended(tmp_path: Path) -> None:
+    loader: DataLoader[int] = DataLoader(range(4), num_workers=1, worker_init_fn=with_a_thread)  # type: ignore[arg-type]
+    batches: Any = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode is not None
 
 
 def test_those_of_the_trainer(tmp_path: Path) -> None:
