@@ -18,7 +18,7 @@ from rose_ds.core.layout import Block
 from rose_ds.core.mask import BitMask
 from rose_ds.core.select import Rule
 from rose_ds.core.update import UpdateBatch
-from rose_ds.objectives import Objective, resolve
+from rose_ds.objectives import Objective, Task, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,6 @@ class RoseAdamW(torch.optim.Optimizer):
     """The same of a state that was loaded."""
     trained_objective: Objective | None = None
     """A stepper's, which a checkpoint records; ``objective`` is what one trains on unless it is told otherwise."""
-    needs_plan = False
-    """Whether every step must be planned by a stepper, also without masks: its objective is more than the loss."""
 
     def __init__(
         self,
@@ -204,6 +202,11 @@ class RoseAdamW(torch.optim.Optimizer):
         return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
 
     @property
+    def needs_plan(self) -> bool:
+        """Whether every step must be planned by a stepper: it makes masks, or its objective is more than the loss."""
+        return self.config.strategy != "none" or not isinstance(self.trained_objective, Task | None)
+
+    @property
     def skips(self) -> bool:
         """Whether the plan leaves everything as it is."""
         return self.plan is not None and self.plan.skip
@@ -229,7 +232,7 @@ class RoseAdamW(torch.optim.Optimizer):
                 loss = closure()
         plan = self.plan
         if plan is None:
-            if self.config.strategy != "none" or self.needs_plan:
+            if self.needs_plan:
                 if self._create_state_if_all_zero():
                     return loss
                 raise RuntimeError(

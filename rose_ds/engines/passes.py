@@ -63,9 +63,14 @@ class Output(NamedTuple):
     version: int
     copy: Tensor
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Output:
+        """As it is now."""
+        return cls(tensor, tensor._version, tensor.detach().clone())
+
     def was_overwritten(self) -> bool:
         """By something that autograd does not know of."""
-        as_bytes = [z.detach().contiguous().view(torch.uint8) for z in (self.tensor, self.copy)]
+        as_bytes = [z.detach().reshape(-1).view(torch.uint8) for z in (self.tensor, self.copy)]
         return self.tensor._version == self.version and not torch.equal(*as_bytes)
 
 
@@ -75,8 +80,8 @@ def last_outputs(module: nn.Module, count: int = 4) -> Iterator[deque[Output]]:
     outputs: deque[Output] = deque(maxlen=count)
 
     def keep(layer: nn.Module, args: object, out: object) -> None:
-        if type(out) is Tensor and out.dim():
-            outputs.append(Output(out, out._version, out.detach().clone()))
+        if type(out) is Tensor:
+            outputs.append(Output.of(out))
 
     handles = [m.register_forward_hook(keep) for m in module.modules() if isinstance(m, nn.Linear)]
     try:
@@ -138,10 +143,10 @@ class ForwardPass:
         version = logits._version
         # what is not fp32 has a leaf of its own; and a loss does in later steps what it did in the first
         watched = engine.loss_overwrites is None and logits.dtype == torch.float32
-        before = logits.detach().clone() if watched else None
+        before = Output.of(logits) if watched else None
         value = self.batch.loss_of(logits)
         if before is not None and logits._version == version:  # or it is seen, in each step anew
-            engine.loss_overwrites = not torch.equal(before.view(torch.int32), logits.detach().view(torch.int32))
+            engine.loss_overwrites = before.was_overwritten()
         self._changed |= logits._version != version or (engine.loss_overwrites or False)
         if not isinstance(value, Tensor) or value.dim() != 0:
             raise TypeError("loss(logits) must return a scalar tensor: the micro-batch's mean loss")

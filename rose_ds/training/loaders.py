@@ -27,41 +27,45 @@ def with_settings(args: TrainingArguments, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
-class _SeededLengthSampler(LengthGroupedSampler):
-    """transformers' draws each epoch's order from the global random state, which differs in a resumed run and may
-    differ between ranks. accelerate calls ``set_epoch`` at the start of each epoch.
+class _OfEpoch:
+    """An order that seed and epoch give, and not the global random state, which differs in a resumed run and may differ
+    between ranks. accelerate calls ``set_epoch`` at the start of each epoch.
     """
+
+    _seed, _epoch = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def _epochs_generator(self) -> torch.Generator:
+        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(key))
+
+
+class _SeededLengthSampler(_OfEpoch, LengthGroupedSampler):
+    """transformers', of an epoch."""
 
     def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self._seed, self._epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self._epoch = epoch
+        self._seed = seed
 
     def __iter__(self) -> Any:
-        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
-        self.generator = torch.Generator().manual_seed(int(key))
+        self.generator = self._epochs_generator()
         return super().__iter__()
 
 
-class _SeededRandomSampler(Sampler[int]):
-    """Each epoch's rows in an order that seed and epoch give, as accelerate's seedable sampler does."""
+class _SeededRandomSampler(_OfEpoch, Sampler[int]):
+    """All rows, as accelerate's seedable sampler draws them in an order of its own."""
 
     def __init__(self, rows: int, seed: int) -> None:
-        self._rows, self._seed, self._epoch = rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self._epoch = epoch
+        self._rows, self._seed = rows, seed
 
     def __len__(self) -> int:
         return self._rows
 
     def __iter__(self) -> Iterator[int]:
-        key = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1)[0]
-        yield from torch.randperm(self._rows, generator=torch.Generator().manual_seed(int(key))).tolist()
+        yield from torch.randperm(self._rows, generator=self._epochs_generator()).tolist()
 
 
 class SteadyLoaders(Trainer):

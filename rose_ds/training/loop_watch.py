@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from rose_ds.engines.base import Engine
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE = 64  # last micro-batches that a loop may announce before it steps
 _DROPPED = 8  # steps in a row that a loop may drop half-way
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """On this rank, which may hold nothing."""
+    return bool(torch.isfinite(get_total_norm([t for t in tensors if t.numel()], float("inf"))))
 
 
 class LoopWatch:
@@ -109,8 +116,7 @@ class LoopWatch:
     def gradients_are_finite(self) -> bool:
         """On this rank; of all that the optimizer holds here, which may be nothing."""
         held = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [grad for grad in map(local, held) if grad.numel()]
-        return bool(torch.isfinite(get_total_norm(grads, float("inf"))))
+        return all_finite(map(local, held))
 
     def tell(self, what: str, message: str) -> None:
         """Once a run."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from rose_ds.core.magnitudes import StepInputs
 from rose_ds.core.mask import FIRST, BitMask
@@ -18,6 +17,7 @@ from rose_ds.engines.base import Engine
 from rose_ds.masks import MaskPolicy
 from rose_ds.optimizer import Plan
 from rose_ds.training.halves import Halves
+from rose_ds.training.loop_watch import all_finite
 from rose_ds.training.mask_record import MaskRecorder
 from rose_ds.training.method_state import MethodState
 
@@ -146,8 +146,7 @@ class Masking:
 
     def _all_finite(self, grads: Sequence[Tensor]) -> bool:
         """On every rank. What is kept apart with another weight may overflow where their sum does not."""
-        here = [grad for grad in grads if grad.numel()]
-        return self.engine.agree(bool(torch.isfinite(get_total_norm(here, float("inf")))))
+        return self.engine.agree(all_finite(grads))
 
     def _check_zeros(self, selection: Selection) -> None:
         """A gradient that is zero everywhere ranks nothing: an error where a run begins so."""

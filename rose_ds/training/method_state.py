@@ -122,10 +122,9 @@ class MethodState:
         self._check_strategy(folder, part)
         wanted = {"mask": self.keeps_mask, "risk": self.risk is not None, "average": self.keeps_average}
         there = [name for name in wanted if name in part]
-        begun = part.get("begun")  # of before it was written: something of another kind tells
-        begun = (
-            dict.fromkeys(wanted, bool(there) and not any(wanted[name] for name in there)) if begun is None else begun
-        )
+        begun = part.get("begun")
+        if begun is None:  # of before it was written: something of another kind alone tells
+            begun = dict.fromkeys(wanted, bool(there) and not any(wanted[name] for name in there))
         missing = [name for name in wanted if wanted[name] and begun[name] and name not in there]
         if missing:
             raise RefusedConfiguration(

@@ -94,7 +94,6 @@ class Stepper:
         self._left_to_optimizer: list[RemovableHandle] = []
         several = self.config.compares_passes or not isinstance(self.objective, Task)
         self.optimizer.trained_objective = self.objective
-        self.optimizer.needs_plan = not isinstance(self.objective, Task)
         refuse_checkpointing(engine.module, twice=several)
         if several:
             refuse_overwriting(engine.module)

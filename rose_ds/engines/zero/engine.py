@@ -41,6 +41,7 @@ class ZeroEngine(Engine):
         self.retains_graphs = self.adapter.shares_graph
         self.replicated = isinstance(self.adapter, ReplicatedAdapter)
         self.tells_gradient_so_far = self.adapter.reduces_each_micro_batch
+        self._has_leaf_modules = any(hasattr(param, "ds_z3_leaf_module") for param in ds.module.parameters())
         self._locate()
         self.adapter.attach(self.adapter.find_slices(self.eligible))
         self.accumulating = False
@@ -120,7 +121,7 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        if any(hasattr(param, "ds_z3_leaf_module") for param in self.module.parameters()):
+        if self._has_leaf_modules:
             raise RefusedConfiguration(
                 "ZeRO-3's leaf modules (set_z3_leaf_modules, stage3_module_granularity_threshold) reduce in every "
                 "backward pass, also where SMART looks for a gradient of the embeddings alone: leave them out, or "

@@ -124,8 +124,9 @@ def _hard(c: Comparison) -> str:
 
 def _columns(c: Comparison, tasks: Sequence[str]) -> Columns:
     """The clean set of each task, and the hard one where some run was measured on it."""
-    measured = {run.task for _, run in c.every_run() if ACCURACY[_hard(c)](run) is not None}
-    return [(task, name) for task in tasks for name in ("clean", _hard(c)) if name == "clean" or task in measured]
+    hard = _hard(c)
+    measured = {run.task for _, run in c.every_run() if ACCURACY[hard](run) is not None}
+    return [(task, name) for task in tasks for name in ("clean", hard) if name == "clean" or task in measured]
 
 
 def _header(c: Comparison, columns: Columns, first: str = "method") -> tuple[str, ...]:

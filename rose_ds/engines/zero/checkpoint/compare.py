@@ -105,11 +105,8 @@ def compare(engine: Any, base: RoseAdamW, saved: Saved, load_scheduler: bool) ->
             "same in another order: build the optimizer as it was built then"
         )
     then, now = saved.record["config"], _settings(base)
-    before = {
-        **asdict(RoseConfig()),
-        "objective": now["objective"],
-        **then,
-    }  # what was not there yet did as its default
+    # a setting that was not there yet did as its default does
+    before = {**asdict(RoseConfig()), "objective": now["objective"], **then}
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             warn(f"{saved.folder} was saved with {name}={before.get(name)!r}; from here on {name}={now.get(name)!r}")
