@@ -29,9 +29,9 @@ def one_of_each(word: str, rng: random.Random) -> list[tuple[str, int]]:
     return [(new, cost) for new, cost in found if new != word]
 
 
-def internal(word: str, rng: random.Random) -> Iterator[str]:
+def internal(word: str) -> Iterator[str]:
     """Every edit of Pruthi et al. that leaves the first and the last letter: neighbours swapped, a letter dropped, one
-    replaced by a neighbour on the keyboard, and a random one added in each place.
+    replaced by a neighbour on the keyboard, and any of the alphabet added in each place.
     """
     for i in range(1, len(word) - 2):
         if word[i] != word[i + 1]:
@@ -41,4 +41,5 @@ def internal(word: str, rng: random.Random) -> Iterator[str]:
         for slip in NEIGHBOURS.get(word[i].lower(), ""):
             yield word[:i] + slip + word[i + 1 :]
     for i in range(1, len(word)):
-        yield word[:i] + rng.choice(string.ascii_lowercase) + word[i:]
+        for letter in string.ascii_lowercase:
+            yield word[:i] + letter + word[i:]

@@ -28,7 +28,7 @@ class _Active:
     """Of the texts as they are."""
     outcome: Outcome
     """So far."""
-    asked: list[Texts] = field(default_factory=list)
+    asked: Sequence[Texts] = ()
     """The search's last question, as far as the budget allows it."""
     unasked: int = 0
     """The rest of it."""
@@ -121,7 +121,8 @@ def _begin(
                 ended(_record(row, "wrong before", 1, kept, edits=[], texts=list(row["texts"])))
                 continue
             seed = settings.attack_seed * 2**32 + row["idx"]
-            search = SEARCHES[settings.search](Item(row["texts"], seed, settings.max_words))
+            item = Item(row["texts"], seed, float(_odds(logits)[row["label"]]), settings.max_words)
+            search = SEARCHES[settings.search](item)
             one = _Active(row, search, kept, Outcome(row["texts"]))
             if _advance(one, settings, ended):
                 yield one
@@ -137,8 +138,7 @@ def _round(active: list[_Active], ask: Predict, settings: AttackSettings, at_onc
         texts += part
         counts.append(len(part))
     logits = ask(texts)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    odds /= odds.sum(axis=1, keepdims=True)
+    odds = _odds(logits)
     going, start = [], 0
     for one, count in zip(active, counts, strict=True):
         own, label = slice(start, start := start + count), one.row["label"]
@@ -147,6 +147,12 @@ def _round(active: list[_Active], ask: Predict, settings: AttackSettings, at_onc
         if one.unanswered or _advance(one, settings, ended):
             going.append(one)
     return going
+
+
+def _odds(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits (..., classes)."""
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
 
 
 def _advance(one: _Active, settings: AttackSettings, ended: _Ended) -> bool:

@@ -82,8 +82,7 @@ class PlannedAttack:
                 found += [f"--{f.name}", str(value)]
         return [*found, "--max_eval_samples", str(self.items)]
 
-    def made(self, labels: Iterable[str]) -> bool:
-        """Whether one of the labels is of this search and limits. On whichever items: a dev set may have fewer than
-        are asked for, and an attack on all of them would never count.
-        """
-        return any(label.rpartition(", ")[0] == self.settings.name for label in labels)
+    def made(self, labels: Iterable[str], rows: int) -> bool:
+        """Whether one of the labels is of this attack, on as many items as a dev set of so many rows has for it."""
+        wanted = f"{self.settings.name}, {min(self.items, rows)} items "
+        return any(label.startswith(wanted) for label in labels)

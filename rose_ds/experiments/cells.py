@@ -17,7 +17,10 @@ from typing import Any
 import yaml
 
 from rose_ds.config import LOOKED_AT_BY, RoseConfig
+from rose_ds.data.tasks import get_task
+from rose_ds.experiments.cell_key import DEFAULTS, canonical, digest_of, known_by_content
 from rose_ds.experiments.methods import Method, method_named
+from rose_ds.experiments.presets import published
 from rose_ds.experiments.settings import MethodSettings, RunSettings, constant_flag
 from rose_ds.objectives import OBJECTIVES
 
@@ -27,20 +30,8 @@ Settings = Mapping[str, Any]
 _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoint", "objective_name", "strategy")
 #: Where things lie on a machine: no part of what a cell is.
 _PLACES = ("data",)
-#: Files that are known by their content, wherever they lie.
-_FILES = ("train_file", "validation_file", "adversarial_file")
 #: What says how own files are read.
 _OF_FILES = ("train_file", "validation_file", "text_columns", "label_column", "file_encoding")
-#: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
-_DEFAULTS = {
-    "save_strategy": "steps",
-    "save_steps": 100,
-    "save_total_limit": 1,
-    "eval_strategy": "steps",
-    "eval_steps": 100,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,7 @@ class Cell:
         """Twelve hexadecimal digits: the hash of all that the run's result depends on."""
         if self.recorded is not None:
             return self.recorded
-        known = {**self.portable, **self.digests}
-        text = json.dumps([self.task, self.method, self.seed, _whole(known)], sort_keys=True)
+        text = json.dumps([self.task, self.method, self.seed, canonical(self.portable)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -84,7 +74,7 @@ class Cell:
         """Arguments of ``rose-ds train``."""
         flags = ["--task", self.task, "--method", self.method, "--seed", str(self.seed)]
         flags += ["--output_dir", str(folder), "--resume", "auto"]
-        return flags + _words({**_DEFAULTS, **self.settings})
+        return flags + _words({**DEFAULTS, **self.settings})
 
     def source(self) -> list[str]:
         """Arguments that say where its dev set is, for commands that look at its finished run."""
@@ -134,8 +124,9 @@ class Sweep:
             if not isinstance(value, Mapping) or not value:
                 raise ValueError(f"{name}={value!r}: give names, e.g. {name}: [vanilla, rose-first]"[:300])
             object.__setattr__(self, name, {str(k): v or {} for k, v in value.items()})
-        if not self.seeds or not all(type(s) is int and s >= 0 for s in self.seeds):
-            raise ValueError(f"seeds={self.seeds!r} must be integers >= 0")
+        several = isinstance(self.seeds, (list, tuple)) and self.seeds
+        if not several or not all(type(s) is int and s >= 0 for s in self.seeds):
+            raise ValueError(f"seeds={self.seeds!r} must be a list of integers >= 0")
         if not (self.budget in (None, "full") or (type(self.budget) is int and self.budget > 0)):
             raise ValueError(f'budget={self.budget!r} must be a number of settings, or "full"')
         if isinstance(self.grid, str) and self.grid != "published":
@@ -173,7 +164,7 @@ class Sweep:
         Raises:
             ValueError: a setting is bad, a file is not there, or the methods would not try equally many settings.
         """
-        digest = functools.cache(_digest)
+        digest = functools.cache(digest_of)
         tried = {name: self._variants(method_named(name), own) for name, own in self.methods.items()}
         self._check_budget(tried)
         cells = []
@@ -185,7 +176,7 @@ class Sweep:
                     settings = {**general, **(own.get("settings") or {}), **varied}
                     settings = {key: settings[key] for key in sorted(settings) if settings[key] is not None}
                     _check_values(name, task, settings)
-                    digests = {flag: digest(str(settings[flag])) for flag in _FILES if flag in settings}
+                    digests = {flag: digest(str(settings[flag])) for flag in known_by_content(settings)}
                     cells += [Cell(task, name, seed, settings, varied, digests) for seed in self.seeds]
         return cells
 
@@ -245,22 +236,11 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     names = {f.name for f in fields(MethodSettings)}
     MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
     names = {f.name for f in fields(RunSettings)}
-    RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
-
-
-def _digest(path: str) -> str:
-    """Of a file's content, twelve hexadecimal digits; of a folder's files one after the other."""
-    try:
-        whole = Path(path)
-        files = sorted(p for p in whole.rglob("*") if p.is_file()) if whole.is_dir() else [whole]
-        digest = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as content:
-                for block in iter(lambda: content.read(1 << 20), b""):  # noqa: B023
-                    digest.update(block)
-    except OSError as error:
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
-    return digest.hexdigest()[:12]
+    run = RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
+    if not run.own_files:
+        get_task(task)
+    if "preset" in settings:
+        published(settings["preset"], method_named(method), task)
 
 
 def _words(settings: Settings) -> list[str]:
@@ -291,17 +271,3 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-def settings_key(settings: Settings) -> str:
-    """A text that is the same for the same settings."""
-    return json.dumps(_whole(settings), sort_keys=True)
-
-
-def _whole(value: Any) -> Any:
-    """100.0 and 100 are one setting."""
-    if isinstance(value, Mapping):
-        return {key: _whole(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_whole(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rose_ds.experiments.cells import Cell, settings_key
+from rose_ds.experiments.cell_key import settings_key
+from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.evaluation import TRAJECTORY, sound_lines
 
 JOURNAL = "halving.journal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ def write_whole(path: Path, text: str) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+class NewerVersion(ValueError):
+    """A record that a newer rose_ds has written, which may say what this one does not know."""
 
 
 @dataclass
@@ -89,16 +94,30 @@ class Metrics:
         """Read folder/metrics.json. Raises ValueError naming the file when it is missing, unreadable or not one."""
         path = folder / FILE
         try:
-            record = {"version": 1, **json.loads(path.read_text(encoding="utf-8"))}
-            if record["version"] not in range(1, VERSION + 1):
-                raise ValueError(f"version={record['version']!r} is not known here, only 1 to {VERSION} are")
-            metrics = cls(**record)
+            metrics = cls.of(json.loads(path.read_text(encoding="utf-8")))
             metrics._check()
+        except NewerVersion as error:
+            raise NewerVersion(f"{path}: {error}") from error
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a metrics file: {error}") from error
         return metrics
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Metrics:
+        """Of what was written, now or by an older version.
+
+        Raises:
+            NewerVersion: a newer one has written it.
+            TypeError, ValueError: it is no such record.
+        """
+        version = {"version": 1, **record}["version"]
+        if type(version) is int and version > VERSION:
+            raise NewerVersion(f"version={version} is of a newer rose_ds, 1 to {VERSION} are known here: upgrade")
+        if version not in range(1, VERSION + 1):
+            raise ValueError(f"version={version!r} is not known, only 1 to {VERSION} are")
+        return cls(**{**record, "version": version})
 
     def _check(self) -> None:
         """Every value has its field's type; numbers are finite, accuracies fractions. Raises ValueError."""

@@ -27,7 +27,7 @@ from rose_ds.attack.settings import AttackSettings
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.claims import Claim, is_claimed, lock
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, read_trajectory, sound_lines
-from rose_ds.experiments.metrics import FILE, Metrics, write_whole
+from rose_ds.experiments.metrics import FILE, Metrics, NewerVersion, write_whole
 from rose_ds.experiments.resumable import records_of
 
 PLAN = "plan.jsonl"
@@ -122,6 +122,8 @@ class Store:
             try:
                 record = json.loads(line)
                 found[record["cell"]] = of(record)
+            except NewerVersion as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number} is not {what} ({error}): delete it") from error
         self._read[name] = stamp, found
@@ -133,14 +135,7 @@ class Store:
         Raises:
             ValueError: they are not there, or damaged.
         """
-        path = self.root / "predictions" / f"{key}.jsonl"
-        try:
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return {record["set"]: record for record in records}
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return _answers(self.root / "predictions" / f"{key}.jsonl")
 
     def status(self, cell: Cell, results: Mapping[str, Any]) -> Status:
         """Of one cell; ``results``: those of ``results()``."""
@@ -195,6 +190,7 @@ class Store:
         known = cell.portable
         for name in metrics.config.keys() & {"data", *cell.digests}:  # nobody's folders
             metrics.config[name] = known.get(name) or Path(metrics.config[name] or "").name or None
+        metrics.model = known["model"] if "model" in cell.digests else metrics.model
         line = {
             "cell": cell.key,
             **_portable(cell),
@@ -213,7 +209,7 @@ class Store:
         with FileLock(self.cells / "results.lock"):
             if cell.key not in self.results():
                 _append(self.root / RESULTS, json.dumps(line, separators=(",", ":")) + "\n")
-        self.forgive(cell)
+        self.unmark(cell)
         self._delete_checkpoints(cell)
 
     def give_up(self, cell: Cell) -> None:
@@ -233,7 +229,7 @@ class Store:
 
     def _delete_checkpoints(self, cell: Cell) -> None:
         for checkpoint in self.run_folder(cell).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # NFS keeps the name of a file that is still open
 
     def fail(self, cell: Cell, exit_code: int) -> None:
         """Record that a cell's run failed, with its log's last lines."""
@@ -243,12 +239,43 @@ class Store:
         write_whole(self.folder(cell) / "failed.json", json.dumps(record, indent=2) + "\n")
 
     def forgive(self, cell: Cell) -> None:
-        """Let a failed cell be tried again."""
+        """Let a failed cell be tried again. Figures that cannot be read are set aside, and the run, from its last
+        checkpoint, measures again.
+        """
+        if self.finished(cell):
+            run = self.run_folder(cell)
+            try:
+                Metrics.read(run), read_trajectory(run)
+            except NewerVersion:
+                pass  # nothing is wrong with them
+            except ValueError:
+                (run / FILE).replace(run / f"{FILE}.damaged")
+        self.unmark(cell)
+
+    def unmark(self, cell: Cell) -> None:
+        """Forget that the cell has failed."""
         (self.folder(cell) / "failed.json").unlink(missing_ok=True)
+
+    def answered(self, cell: Cell) -> int:
+        """How many rows of the clean dev set the cell's run has answered."""
+        recorded = cell.key in self.results()
+        found = self.predictions(cell.key) if recorded else _answers(self.run_folder(cell) / PREDICTIONS)
+        return len(found["clean"]["label"]) if "clean" in found else 0
 
     def restart(self, cell: Cell) -> None:
         """Let a cell be trained from its beginning: nothing of its run stays."""
         shutil.rmtree(self.run_folder(cell), ignore_errors=True)
+
+
+def _answers(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a PREDICTIONS file by set. Raises ValueError where there is none, or it is damaged."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {record["set"]: record for record in records}
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _attacks(run: Path) -> Iterator[dict[str, Any]]:
@@ -279,7 +306,7 @@ def _planned(record: dict[str, Any]) -> Cell:
 
 
 def _finished(record: dict[str, Any]) -> dict[str, Any]:
-    Metrics(**record["metrics"])  # of fields that are known
+    Metrics.of(record["metrics"])
     return record
 
 

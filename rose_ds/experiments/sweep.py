@@ -126,13 +126,13 @@ class Runner:
         if self.attack is None:
             return
         done = [cell for cell in self.cells if cell.key in results]
-        made = self.attack.made
-        without = [cell for cell in done if not made(results[cell.key]["metrics"].get("under_attack", {}))]
+        attacked = {cell.key: results[cell.key]["metrics"].get("under_attack", {}) for cell in done}
+        without = [cell for cell in done if not self.attack.made(attacked[cell.key], self.store.answered(cell))]
         if without:
             tqdm.write(
-                f"{len(without)} finished cells were not attacked by {self.attack.settings.name} ({without[0].name}, "
-                f"...), and a sweep trains none again: take their lines out of {self.store.root / RESULTS} to train "
-                "and attack them"
+                f"{len(without)} finished cells were not attacked by {self.attack.settings.name}, {self.attack.items} "
+                f"items ({without[0].name}, ...), and a sweep trains none again: take their lines out of "
+                f"{self.store.root / RESULTS} to train and attack them"
             )
 
     # --- cells ---
@@ -145,23 +145,28 @@ class Runner:
         for cell in self._waiting():
             if len(self._running) >= self.jobs or self._stop:
                 break
-            claim = self.store.claim(cell)
-            if claim is None:  # another process's
-                if self.store.status(cell, self.store.results()) in _SETTLED:
-                    self._settled.add(cell.key)
-                continue
-            left, damage = self._left_of(cell)
-            if not left:  # by a process that was killed before it could record it
-                if damage is None:
+            claim = None
+            try:
+                claim = self.store.claim(cell)
+                if claim is None:  # another process's
+                    if self.store.status(cell, self.store.results()) in _SETTLED:
+                        self._settled.add(cell.key)
+                    continue
+                left, damage = self._left_of(cell)
+                if left:
+                    slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
+                    self._running.append(_Running(cell, claim, slot, *self._launch(left, cell, claim, slot)))
+                    started += 1
+                    continue
+                if damage is None:  # a process that was killed before it could record it
                     self.store.record(cell, None, keep_models=self.keep_models)
                 else:
                     self._failed(cell, 0, damage)
-                claim.release()
                 self._settled.add(cell.key)
-                continue
-            slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
-            self._running.append(_Running(cell, claim, slot, *self._launch(left, cell, claim, slot)))
-            started += 1
+            except OSError as error:
+                self._leave_alone(cell, error)
+            if claim is not None:
+                claim.release()
         else:  # all were tried, so what waits is others': not to be asked for again at once
             self._looked = time.monotonic()
         return started
@@ -177,7 +182,7 @@ class Runner:
         if not self.store.finished(cell):
             return ["train", *cell.flags(folder)]
         metrics, _ = Metrics.read(folder), read_trajectory(folder)  # or else recording it would find what is damaged
-        if self.attack is None or self.attack.made(metrics.under_attack):
+        if self.attack is None or self.attack.made(metrics.under_attack, self.store.answered(cell)):
             return []
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
@@ -186,12 +191,13 @@ class Runner:
         return ["attack", "--model", str(folder), *cell.source(), *self.attack.words()]
 
     def _left_of(self, cell: Cell) -> tuple[list[str], str | None]:
-        """The same, and what is wrong with the figures of a run that has ended; it is then left to be trained anew."""
+        """The same, and why the figures of a run that has ended cannot be read. The run stays as it is: they may be a
+        newer version's, or a file server's that does not answer.
+        """
         try:
             return self._left(cell), None
         except ValueError as error:
-            self.store.restart(cell)
-            return [], str(error)
+            return [], f"{error}; the run is left as it is, and --retry_failed goes on with it"
 
     def _launch(self, words: Sequence[str], cell: Cell, claim: Claim, slot: int) -> tuple[subprocess.Popen[bytes], Any]:
         """Start a ``rose-ds`` command; its process, and its log."""
@@ -219,30 +225,42 @@ class Runner:
         ended = [r for r in self._running if r.process.poll() is not None]
         ended = [r for r in ended if not r.given_up or self.launcher.has_ended(r.process)]
         for run in ended:
-            run.log.close()
-            code = run.process.returncode
-            trained = code == 0 and self.store.finished(run.cell)
-            left, damage = self._left_of(run.cell) if trained else ([], None)
-            if left and not self._stop:
-                run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
-                continue
-            self._running.remove(run)
             try:
-                if damage is not None:
-                    self._failed(run.cell, code, damage)
-                elif run.given_up and not trained:
-                    self.store.give_up(run.cell)
-                elif trained and not left:
-                    self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
-                elif not trained and code not in _STOPPED and not self._stop:
-                    self._failed(run.cell, code)
-                else:
-                    self._left_alone.add(run.cell.key)
+                if self._goes_on(run):
                     continue
-            finally:
-                run.claim.release()
-            self._settled.add(run.cell.key)
+            except OSError as error:
+                self._leave_alone(run.cell, error)
+            self._running.remove(run)
+            run.claim.release()
         return len(ended)
+
+    def _goes_on(self, run: _Running) -> bool:
+        """Whether a run whose command has ended has another one, which is started; or else record what came of it."""
+        run.log.close()
+        code = run.process.returncode
+        trained = code == 0 and self.store.finished(run.cell)
+        left, damage = self._left_of(run.cell) if trained else ([], None)
+        if left and not self._stop:
+            run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
+            return True
+        if damage is not None:
+            self._failed(run.cell, code, damage)
+        elif run.given_up and not trained:
+            self.store.give_up(run.cell)
+        elif trained and not left:
+            self.store.record(run.cell, time.monotonic() - run.started, keep_models=self.keep_models)
+        elif not trained and code not in _STOPPED and not self._stop:
+            self._failed(run.cell, code)
+        else:
+            self._left_alone.add(run.cell.key)
+            return False
+        self._settled.add(run.cell.key)
+        return False
+
+    def _leave_alone(self, cell: Cell, error: OSError) -> None:
+        """A full disk, or a file server that does not answer: what is there stays for a later sweep."""
+        self._left_alone.add(cell.key)
+        tqdm.write(f"left alone: {cell.name} ({error}); start the sweep again when that is mended")
 
     def _failed(self, cell: Cell, code: int, why: str | None = None) -> None:
         if why is not None:

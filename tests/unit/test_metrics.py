@@ -96,7 +96,8 @@ def test_an_older_file_is_read(tmp_path: Path) -> None:
 def test_a_newer_file_is_refused_for_being_newer(tmp_path: Path) -> None:
     newer = {"task": "sst2", "model": "m", "version": VERSION + 1, "something_new": 3}
     (tmp_path / FILE).write_text(json.dumps(newer))
-    with pytest.raises(ValueError, match=f"version={VERSION + 1} is not known here, only 1 to {VERSION} are"):
+    said = f"version={VERSION + 1} is of a newer rose_ds, 1 to {VERSION} are known here: upgrade"
+    with pytest.raises(ValueError, match=said):
         Metrics.read(tmp_path)
 
 

@@ -17,6 +17,7 @@ from rose_ds.cli import main
 from rose_ds.cli.arguments import Parser, RunArguments
 from rose_ds.cli.sweep import _cells, _grid, _parser, _sweep
 from rose_ds.experiments import sweep
+from rose_ds.experiments.cell_key import settings_key
 from rose_ds.experiments.cells import Cell, Sweep, applies
 from rose_ds.experiments.launchers import LAUNCHERS, places
 from rose_ds.experiments.methods import METHODS, method_named
@@ -140,6 +141,45 @@ def test_what_a_key_depends_on() -> None:
     assert len({one.key, *(other.key for other in others)}) == 6
 
 
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"model": "minilm"},
+        {"eval_steps": 100, "save_steps": 100.0, "eval_strategy": "steps"},
+        {"report_to": "tensorboard", "disable_tqdm": False, "save_total_limit": 3},
+    ],
+)
+def test_what_is_spelled_out_or_changes_nothing_is_no_other_cell(same: dict[str, Any]) -> None:
+    one = Cell("sst2", "vanilla", 0, {"max_steps": 100})
+    other = Cell("sst2", "vanilla", 0, {"max_steps": 100, **same})
+    assert one.key == other.key and settings_key(one.portable) == settings_key(other.portable)
+    assert Cell("sst2", "vanilla", 0, {"max_steps": 100, "eval_steps": 50}).key != one.key
+
+
+def test_configs_and_models_are_known_by_their_content(tmp_path: Path) -> None:
+    """Also on another machine, where they lie elsewhere; a model's folder by what the model consists of."""
+
+    def cell(where: str) -> Cell:
+        settings = {"deepspeed": str(tmp_path / where / "z2.json"), "model": str(tmp_path / where / "base")}
+        (one,) = Sweep(methods=["vanilla"], tasks=["sst2"], settings=settings).cells()
+        return one
+
+    for where in ("here", "there"):
+        (tmp_path / where / "base").mkdir(parents=True)
+        (tmp_path / where / "z2.json").write_text("{}")
+        (tmp_path / where / "base" / "config.json").write_text("{}")
+        (tmp_path / where / "base" / "model.safetensors").write_bytes(b"weights")
+    before = cell("here")
+    assert before.key == cell("there").key and str(tmp_path) not in json.dumps(before.portable)
+    (tmp_path / "there" / "base" / "metrics.json").write_text("{}")  # of the run that trained it
+    (tmp_path / "there" / "base" / ".DS_Store").write_text("")
+    assert before.key == cell("there").key
+    (tmp_path / "there" / "z2.json").write_text('{"bf16": {"enabled": true}}')
+    changed = cell("there").key
+    (tmp_path / "there" / "base" / "model.safetensors").write_bytes(b"others!")
+    assert len({before.key, changed, cell("there").key}) == 3
+
+
 def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     """Corrected labels are other cells; the same file elsewhere is none, and no setting to choose."""
     here, there = tmp_path / "reviews.csv", tmp_path / "moved" / "reviews.csv"
@@ -153,6 +193,9 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
 
     before = cell(here)
     assert before.key == cell(there).key and before.portable == cell(there).portable
+    renamed = there.rename(there.with_name("reviews-v1.csv"))
+    assert before.key == cell(renamed).key and settings_key(before.portable) == settings_key(cell(renamed).portable)
+    renamed.rename(there)
     assert str(tmp_path) not in json.dumps(before.portable)
     assert str(there) in cell(there).flags(Path("out"))
     here.write_text("text,label\ngood,1\nbad,1\n")
@@ -187,8 +230,11 @@ def test_a_folder_that_is_not_there_costs_no_run(tmp_path: Path, capsys: pytest.
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": [], "tasks": ["rte"]}, "methods=.*give names"),
     ({"methods": ["rose-third"], "tasks": ["rte"]}, "method='rose-third' is not one of"),
-    ({**SMALL, "seeds": [-1]}, "seeds=.* must be integers >= 0"),
-    ({**SMALL, "seeds": ["a"]}, "seeds=.* must be integers >= 0"),
+    ({**SMALL, "seeds": [-1]}, "seeds=.* must be a list of integers >= 0"),
+    ({**SMALL, "seeds": ["a"]}, "seeds=.* must be a list of integers >= 0"),
+    ({**SMALL, "seeds": 5}, "seeds=5 must be a list of integers >= 0"),
+    ({**SMALL, "tasks": ["sst3"]}, "unknown task 'sst3'; choose one of: sst2"),
+    ({**SMALL, "methods": ["random-mask"], "settings": {"preset": "paper-large"}}, "no published settings"),
     ({**SMALL, "budget": 0}, "budget=0 must be"),
     ({**SMALL, "grid": "all"}, 'or "published"'),
     ({**SMALL, "grid": {"learning_rate": 1e-4}}, "learning_rate: expected a list"),

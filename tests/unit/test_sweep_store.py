@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.fast
 
 CELL = Cell("sst2", "vanilla", 0, {"learning_rate": 1e-4, "data": "here"}, {"learning_rate": 1e-4})
 OTHER = Cell("sst2", "vanilla", 1, {"learning_rate": 1e-4})
+OTHER2 = Cell("sst2", "vanilla", 2, {})
 
 
 def finish(store: Store, cell: Cell) -> None:
@@ -255,6 +257,46 @@ def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch
     assert set(found.values()) == {Status.FAILED}
     assert "metrics.json" in store.failure(cells[0])["log"][-1]
     assert set(Runner(store, cells, retry_failed=True).run().values()) == {Status.FAILED}
+    assert (store.folder(cells[0]) / "starts").read_text() == "xx"  # what it measured was set aside, and measured again
+
+
+def test_a_run_of_a_newer_version_is_left_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package was brought up to date while an older process sweeps on."""
+    script = _RUN.replace('"version": 3', '"version": 99, "new": 1')
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(script))
+    assert Runner(store, [OTHER2]).run() == {OTHER2.key: Status.FAILED}
+    assert "version=99 is of a newer rose_ds" in store.failure(OTHER2)["log"][-1]
+    metrics = store.run_folder(OTHER2) / "metrics.json"
+    assert Runner(store, [OTHER2], retry_failed=True).run() == {OTHER2.key: Status.FAILED}
+    assert "99" in metrics.read_text()
+    metrics.write_text('{"task": "sst2", "model": "m", "version": 3}')  # as if this were the newer version
+    assert Runner(store, [OTHER2], retry_failed=True).run() == {OTHER2.key: Status.DONE}
+    assert (store.folder(OTHER2) / "starts").read_text() == "x"
+    with (store.root / RESULTS).open("a") as file:
+        file.write(json.dumps({"cell": "0", "metrics": {"task": "t", "model": "m", "version": 99, "new": 1}}) + "\n")
+    with pytest.raises(ValueError, match=rf"{RESULTS}:2: version=99 is of a newer rose_ds, .*: upgrade$"):
+        store.results()
+
+
+def test_a_full_disk_ends_no_sweep(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run fails for want of room, and so does the note of it."""
+    monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(_RUN))
+    cells = [Cell("sst2", "vanilla", seed, {}) for seed in range(3)]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fail, record = store.fail, store.record
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(store, "fail", no_room)
+    monkeypatch.setattr(store, "record", lambda cell, *a, **k: (no_room if cell.seed == 2 else record)(cell, *a, **k))
+    found = Runner(store, cells).run()
+    assert [found[cell.key] for cell in cells] == [Status.DONE, Status.INCOMPLETE, Status.INCOMPLETE]
+    monkeypatch.setattr(store, "fail", fail)
+    monkeypatch.setattr(store, "record", record)
+    found = Runner(store, cells).run()
+    assert [found[cell.key] for cell in cells] == [Status.DONE, Status.FAILED, Status.DONE]
+    assert (store.folder(cells[2]) / "starts").read_text() == "x"
 
 
 def test_the_deepspeed_launchers_ranks_are_told_to_stop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rose_ds.experiments.cells import Cell, settings_key
+from rose_ds.experiments.cell_key import settings_key
+from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.metrics import Metrics
 
 

@@ -1,0 +1,96 @@
+"""Which cells are one: by all that a run's result depends on, and by nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rose_ds.experiments.settings import RunSettings
+
+Settings = Mapping[str, Any]
+
+#: Files and folders that are known by their content, wherever they lie, where they are on this machine: a model may be
+#: the hub's, an accelerator_config may be written out.
+_FILES = ("train_file", "validation_file", "adversarial_file")
+_MAYBE_FILES = ("model", "deepspeed", "fsdp_config", "accelerator_config")
+#: What of a model's folder it consists of; other files come and go.
+_OF_MODELS = ("config.json", "*.safetensors", "*.bin", "*.model", "vocab*", "merges.txt", "*token*.json")
+#: What no result depends on.
+_NEUTRAL = ("report_to", "disable_tqdm", "save_total_limit")
+#: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
+DEFAULTS = {
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def known_by_content(settings: Settings) -> list[str]:
+    """Those of the settings that name files or folders, of which ``digest_of`` the content counts."""
+    return [flag for flag in _FILES if flag in settings] + [f for f in _MAYBE_FILES if _is_there(settings.get(f))]
+
+
+def _is_there(value: Any) -> bool:
+    return isinstance(value, str) and not value.startswith("{") and Path(value).exists()
+
+
+def digest_of(path: str) -> str:
+    """Of a file's content, twelve hexadecimal digits; of a folder's files one after the other, without hidden ones, and
+    without those of a model's folder that are no part of the model.
+    """
+    try:
+        whole = Path(path)
+        if (whole / "config.json").is_file():
+            files = sorted({file for part in _OF_MODELS for file in whole.glob(part)})
+        elif whole.is_dir():
+            files = sorted(p for p in whole.rglob("*") if p.is_file() and not p.name.startswith("."))
+        else:
+            files = [whole]
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as content:
+                for block in iter(lambda: content.read(1 << 20), b""):  # noqa: B023
+                    digest.update(block)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+    return digest.hexdigest()[:12]
+
+
+def settings_key(settings: Settings) -> str:
+    """A text that is the same for the same settings, as ``Cell.portable`` has them."""
+    return json.dumps(canonical(settings), sort_keys=True)
+
+
+def canonical(settings: Settings) -> dict[str, Any]:
+    """Portable settings without what changes no result: a default that is spelled out, a file's name, who is told."""
+    known: dict[str, Any] = {"eval_steps": DEFAULTS["eval_steps"], "save_steps": DEFAULTS["save_steps"]}
+    if "preset" not in settings:
+        known["model"] = RunSettings.model
+    known |= {name: value for name, value in settings.items() if value is not None}
+    for name in ("eval_strategy", "save_strategy"):
+        if known.get(name) == DEFAULTS[name]:
+            del known[name]
+    for name in (*_FILES, *_MAYBE_FILES):
+        if isinstance(known.get(name), str) and _DIGESTED.search(known[name]):
+            known[name] = known[name][-12:]
+    return {name: _whole(value) for name, value in known.items() if name not in _NEUTRAL}
+
+
+_DIGESTED = re.compile(r" [0-9a-f]{12}$")
+
+
+def _whole(value: Any) -> Any:
+    """100.0 and 100 are one setting."""
+    if isinstance(value, Mapping):
+        return {key: _whole(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
