@@ -33,44 +33,76 @@ _SECTIONS = (
     "communication_data_type",
 )
 
+#: Old names of sections, a true or false each, that DeepSpeed still reads (deepspeed/runtime/zero/config.py).
+_OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 
-def check_config(path: str, world_size: int, *, here: bool = True) -> tuple[list[Finding], dict[str, Any]]:
+
+def check_config(
+    path: str, world_size: int, *, here: bool = True, flag: str | None = None
+) -> tuple[list[Finding], dict[str, Any]]:
     """Everything that is wrong with a config file, and the config; it is empty where it cannot be read.
 
     Args:
         path: of the JSON file.
         world_size: of the job.
         here: it is going to run on hosts like this one.
+        flag: bf16 or fp16, where the run has that flag.
     """
     try:
         config = read(path, "--deepspeed")
     except RefusedConfiguration as error:
         return [Finding("config", "failed", str(error), "compare with the files in ds_configs/")], {}
-    wrong = [
-        *_parsed(config),
+    wrong = _parsed(config)
+    config = _renamed(config)
+    wrong += [
         *refused_by_file(config),
         *_optimizer(config),
         *_unsavable(config),
         *_batch(config, world_size),
     ]
     odd = _misspelt(config)
-    (wrong if here else odd).extend(_machine(config))
+    (wrong if here else odd).extend(_machine(precision_of(config, flag)))
     findings = [Finding("config", "failed", f"{path}: {text}", mend) for text, mend in map(_split, wrong)]
     findings += [Finding("config", "warning", f"{path}: {text}", mend) for text, mend in map(_split, odd)]
     if not findings:
         stage = config.get("zero_optimization", {}).get("stage", 0)
-        findings = [Finding("config", "ok", f"{path}: ZeRO-{stage}, {_precision(config)}, nothing that is refused")]
+        precision = _with_flags(config, precision_of(config, flag))
+        findings = [Finding("config", "ok", f"{path}: ZeRO-{stage}, {precision}, nothing that is refused")]
     return findings, config
 
 
-def half_of(config: Mapping[str, Any]) -> bool:
-    """Whether weights are kept in bf16 or fp16."""
-    return _precision(config) != "fp32"
+def precision_of(config: Mapping[str, Any], flag: str | None) -> str:
+    """bf16, fp16 or fp32.
+
+    Args:
+        config: DeepSpeed's.
+        flag: bf16 or fp16, where the run has that flag. It decides where the section says "auto" or is not there
+            (accelerate/utils/dataclasses.py, DeepSpeedPlugin.set_mixed_precision).
+    """
+    enabled = {name: config.get(name, {"enabled": "auto"}).get("enabled") for name in ("bf16", "fp16")}
+    fixed = [name for name, value in enabled.items() if value is True]
+    if fixed:
+        return fixed[0]
+    return flag if flag is not None and enabled[flag] == "auto" else "fp32"
 
 
-def _precision(config: Mapping[str, Any]) -> str:
-    enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
-    return enabled[0] if enabled else "fp32"
+def _with_flags(config: Mapping[str, Any], precision: str) -> str:
+    """The precision, and the flags that it follows."""
+    follows = [f"--{name}" for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") == "auto"]
+    if f"--{precision}" in follows:
+        return f'{precision} ("auto" follows --{precision})'
+    if precision == "fp32" and follows:
+        return f'fp32 ("auto" follows {" and ".join(follows)}, which the doctor was not given)'
+    return precision
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as DeepSpeed is going to read it, without its old names."""
+    zero = dict(config.get("zero_optimization", {}))
+    for old, new in _OLD_NAMES.items():
+        if zero.pop(old, None) is True:
+            zero.setdefault(new, {"device": "cpu"})
+    return {**config, "zero_optimization": zero}
 
 
 def _split(message: str) -> tuple[str, str]:
@@ -138,9 +170,9 @@ def _unsavable(config: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _machine(config: Mapping[str, Any]) -> list[str]:
+def _machine(precision: str) -> list[str]:
     wrong = []
-    precision, cuda = _precision(config), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     if precision == "fp16" and not cuda:
         wrong.append("fp16 is not there on CPU ranks: use bf16 or fp32")
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():

@@ -17,12 +17,14 @@ import torch.distributed as dist
 import rose_ds
 from rose_ds.config import RoseConfig
 from rose_ds.doctor import disk, environment, memory, ranks
-from rose_ds.doctor.config import check_config, half_of
+from rose_ds.doctor.config import check_config, precision_of
 from rose_ds.doctor.finding import Finding, merged
 from rose_ds.eligible import eligible_names
-from rose_ds.experiments.methods import method_named
+from rose_ds.experiments.methods import Method, method_named
 from rose_ds.experiments.models import ModelError, parameter_shapes
 from rose_ds.experiments.provenance import commit
+from rose_ds.masks import policy_of
+from rose_ds.objectives import resolve
 
 
 @dataclass
@@ -40,7 +42,13 @@ class Questions:
     include: list[str] | None = field(
         default=None, metadata={"help": "What may be masked, as the run's --include: @blocks where a model needs it."}
     )
-    bf16: bool = field(default=False, metadata={"help": "Weights in bf16; --deepspeed says it by itself."})
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "The run has --bf16. A DeepSpeed config that enables it, and not by auto, says so by itself."
+        },
+    )
+    fp16: bool = field(default=False, metadata={"help": "The run has --fp16, as above."})
     output_dir: str = field(default=".", metadata={"help": "Where the run is going to write. It is not created."})
     world_size: int | None = field(
         default=None,
@@ -58,7 +66,14 @@ class Questions:
             raise ValueError(f"world_size={self.world_size} must be at least 1")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout={self.timeout} must be a number of seconds above 0")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both given: a run has one of them")
         method_named(self.method)
+
+    @property
+    def precision(self) -> str | None:
+        """bf16 or fp16, where the run has that flag."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
 
 
 def examine(asked: Questions, variables: Mapping[str, str]) -> tuple[list[Finding], int]:
@@ -117,15 +132,16 @@ def _local(asked: Questions, variables: Mapping[str, str], launch: ranks.Launch 
     planned = asked.world_size or (1 if launch is None else launch.world_size)
     config: dict[str, Any] | None = None
     if asked.deepspeed is not None:
-        findings, config = check_config(asked.deepspeed, planned, here=here)
+        findings, config = check_config(asked.deepspeed, planned, here=here, flag=asked.precision)
         found += findings
-    half = asked.bf16 or half_of(config or {})
+    half = precision_of(config or {}, asked.precision) != "fp32"
     parameters = 0
     if asked.model is not None:
         findings, parameters = _check_model(asked, config, half, planned, variables)
         found += findings if here else [_of_this_host(f) for f in findings]
-    checkpoint = memory.checkpoint_bytes(parameters, half) if parameters else None
-    return found + disk.check_disk(Path(asked.output_dir), checkpoint, (2 if half else 4) * parameters)
+    low = half and bool(config)  # without DeepSpeed what is saved is fp32
+    checkpoint = memory.checkpoint_bytes(parameters, low) if parameters else None
+    return found + disk.check_disk(Path(asked.output_dir), checkpoint, (2 if low else 4) * parameters)
 
 
 def _check_model(
@@ -133,7 +149,8 @@ def _check_model(
 ) -> tuple[list[Finding], int]:
     assert asked.model is not None
     chosen = {} if asked.include is None else {"include": tuple(asked.include)}
-    rose = RoseConfig.from_mapping({**method_named(asked.method).rose, **chosen})
+    method = method_named(asked.method)
+    rose = RoseConfig.from_mapping({**method.rose, **chosen})
     try:
         shapes = parameter_shapes(asked.model)
         eligible = [] if rose.strategy == "none" else eligible_names(rose, shapes)
@@ -143,16 +160,41 @@ def _check_model(
         return [Finding("model", "failed", str(error), "the doctor and rose-ds train take --include")], 0
     parameters = sum(math.prod(shape) for shape in shapes.values())
     masked = sum(math.prod(shapes[name]) for name in eligible)
-    zero = (config or {}).get("zero_optimization", {})
-    stages = [zero.get("stage", 0)] if config else [0, 1, 2, 3] if world > 1 else [0]
-    offloaded = [
-        isinstance(zero.get(name), dict) and zero[name].get("device") == "cpu"
-        for name in ("offload_optimizer", "offload_param")
-    ]
-    risks = rose.uses_first + rose.keeps_risk
-    plans = [memory.Plan(stage, world, half, bool(eligible), risks, *offloaded) for stage in stages]
+    alone = memory.Plan(0, world, half, deepspeed=False, masks=bool(eligible), risks=_risks(method, rose))
     there = memory.machine(memory.ranks_on_host(variables, world), memory.local_rank(variables))
-    return memory.check_memory(parameters, masked, plans, there), parameters
+    return memory.check_memory(parameters, masked, _plans(alone, config), there), parameters
+
+
+def _risks(method: Method, rose: RoseConfig) -> int:
+    """How many fp32 values a method keeps for each eligible element."""
+    policy = policy_of(rose)
+    # where the objective trains on the KL too, what ranks the task's gradient keeps the KL's apart (engines/batch.py)
+    apart = resolve(method.objective).trains_on_risk and policy is not None and policy.ranks_task
+    return (rose.uses_first or apart) + rose.keeps_risk
+
+
+def _plans(alone: memory.Plan, config: dict[str, Any] | None) -> list[memory.Plan]:
+    """What a config says, or all that a launcher may choose among. ``alone``: without DeepSpeed and shards."""
+    if config:
+        zero = config.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+        offloaded = {
+            name: isinstance(zero.get(name), dict) and zero[name].get("device") == "cpu"
+            for name in ("offload_optimizer", "offload_param")
+        }
+        return [
+            replace(
+                alone,
+                stage=stage,
+                deepspeed=True,
+                # DeepSpeed passes over what a stage has nothing for
+                offload_optimizer=offloaded["offload_optimizer"] and stage >= 1,
+                offload_parameters=offloaded["offload_param"] and stage == 3,
+            )
+        ]
+    if alone.ranks == 1:
+        return [alone]
+    return [alone, *(replace(alone, stage=stage, deepspeed=True) for stage in range(4)), replace(alone, stage=3)]
 
 
 def _of_this_host(finding: Finding) -> Finding:

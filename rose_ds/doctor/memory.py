@@ -24,7 +24,8 @@ class Plan:
     """ZeRO stage; 0 also for one process and DDP, 3 also for FSDP."""
     ranks: int
     half: bool
-    """Weights in bf16 or fp16, with fp32 masters."""
+    """In bf16 or fp16. DeepSpeed keeps the weights in it, and fp32 masters; all others keep fp32 weights alone."""
+    deepspeed: bool = True
     masks: bool = True
     risks: int = 1
     """fp32 values kept for each eligible element: of a second gradient that is ranked, of an average of risks."""
@@ -60,10 +61,16 @@ def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
     """
     part = math.ceil(parameters / plan.ranks) if plan.stage >= 1 else parameters
     eligible_part = math.ceil(eligible / plan.ranks) if plan.stage >= 1 else eligible
-    stored = 2 if plan.half else 4
-    masters = plan.half or plan.stage >= 1  # DeepSpeed keeps a flat fp32 copy in fp32 training too
+    stored = 2 if plan.half and plan.deepspeed else 4
+    # DeepSpeed keeps a flat fp32 copy in fp32 training too
+    masters = plan.deepspeed and (plan.half or plan.stage >= 1)
+    # gradient_as_bucket_view=False, the default of DDP and of accelerate: what is reduced is a copy
+    buckets = plan.ranks > 1 and plan.stage == 0 and not plan.deepspeed
     weights = {"weights": stored * (part if plan.stage == 3 else parameters)}
-    gradients = {"gradients": stored * (part if plan.stage >= 2 else parameters)}
+    gradients = {
+        "gradients": stored * (part if plan.stage >= 2 else parameters),
+        "DDP's buckets": 4 * parameters * buckets,
+    }
     states = {
         "fp32 masters": 4 * part * masters,
         "AdamW's states": 8 * part,
@@ -71,9 +78,12 @@ def estimate(parameters: int, eligible: int, plan: Plan) -> Estimate:
         "masks": eligible_part * plan.masks,
         "first-order risk": 4 * eligible_part * plan.risks,
     }
+    # A partition of the gradient lies where the optimizer does (deepspeed/runtime/zero/stage3.py,
+    # grad_partitions_flat_buffer; stage_1_and_2.py, copy_grads_in_partition). Before stage 2 it is whole on the device.
+    follow = plan.offload_optimizer and plan.stage >= 2
     device: dict[str, int] = {}
     host: dict[str, int] = {}
-    for group, offloaded in ((weights, plan.offload_parameters), (gradients, False), (states, plan.offload_optimizer)):
+    for group, offloaded in ((weights, plan.offload_parameters), (gradients, follow), (states, plan.offload_optimizer)):
         (host if offloaded else device).update({what: size for what, size in group.items() if size})
     return Estimate(device, host)
 
@@ -180,15 +190,31 @@ def check_memory(parameters: int, eligible: int, plans: Sequence[Plan], there: M
         return [Finding("memory", "ok", text)]
     if fit:
         return [Finding("memory", "warning", text, f"what fits with room for activations: {', '.join(fit)}")]
-    worst = min(ratios.values())
-    mend = "a higher ZeRO stage, more ranks, bf16, offload (ds_configs/zero3_offload.json), or a smaller model"
+    nearest = min(plans, key=lambda plan: ratios[_name(plan)])
+    worst, mend = ratios[_name(nearest)], _ways_out(nearest, estimates[_name(nearest)], there)
     if worst <= 1:
         return [Finding("memory", "warning", f"{text}: activations may not fit beside it", mend)]
     return [Finding("memory", "failed", f"{text}: {worst:.1f} times what is free", mend)]
 
 
+def _ways_out(plan: Plan, needed: Estimate, there: Machine) -> str:
+    """What makes it less, of what the plan has not got yet."""
+    # offload only moves to the host: it helps where the GPU is what is short of memory
+    full = there.device_free is not None and needed.device_bytes > _TIGHT * there.device_free
+    ways = {
+        "a higher ZeRO stage": plan.stage < 3,
+        "more ranks": True,
+        "bf16": not plan.half,
+        "offload_optimizer (ds_configs/zero2_offload.json)": full and not plan.offload_optimizer,
+        "offload_param (ds_configs/zero3_offload.json)": full and not plan.offload_parameters,
+    }
+    return f"{', '.join(way for way, left in ways.items() if left)}, or a smaller model"
+
+
 def _name(plan: Plan) -> str:
-    return {0: "ZeRO-0/DDP", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3/FSDP"}[plan.stage] if plan.ranks > 1 else "one rank"
+    if plan.ranks == 1:
+        return "one rank"
+    return f"ZeRO-{plan.stage}" if plan.deepspeed else "FSDP" if plan.stage == 3 else "DDP"
 
 
 def _spelled(needed: Estimate) -> str:

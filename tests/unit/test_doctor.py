@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from packaging.requirements import Requirement
 from transformers import GPT2Config
 
 from rose_ds.cli import main
+from rose_ds.config import RoseConfig
 from rose_ds.doctor import disk, environment, examine, memory, ranks
 from rose_ds.doctor.config import check_config
 from rose_ds.doctor.finding import Finding, merged, record
+from rose_ds.experiments.methods import method_named
 from rose_ds.kernels import build
 
 pytestmark = pytest.mark.fast
@@ -163,6 +166,20 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "DeepSpeedCPUAdam",
         '"zero_force_ds_cpu_optimizer" to false',
     ),
+    "force, by an old name": (
+        {"zero_optimization": {"cpu_offload": True}},
+        "DeepSpeedCPUAdam",
+        '"zero_force_ds_cpu_optimizer" to false',
+    ),
+    "both names": (
+        {
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"cpu_offload_param": True, "offload_param": {"device": "cpu"}},
+        },
+        "'cpu_offload_param' and replacing parameter 'offload_param' together",
+        "correct or remove it",
+    ),
+    "no name": ({"zero_optimization": {"cpu_offload_params": True}}, "cpu_offload_params", "correct or remove it"),
     "deepcompile": ({"compile": {"deepcompile": True}}, "deepcompile", "set it to false"),
     "accumulation": ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", "set it to true"),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast", '"bf16"'),
@@ -220,23 +237,84 @@ def test_a_rose_block_and_misspelt_names(tmp_path: Path) -> None:
     assert (found.status, config) == ("failed", {}) and "is not JSON" in found.text
 
 
+def test_auto_follows_the_flags(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+
+    def told(config: dict[str, Any], flag: str | None) -> str:
+        path.write_text(json.dumps(config))
+        (found,), _ = check_config(str(path), 1, here=False, flag=flag)
+        return found.text.removeprefix(f"{path}: ZeRO-0, ").removesuffix(", nothing that is refused")
+
+    auto, on, off = ({"enabled": enabled} for enabled in ("auto", True, False))
+    both = {"bf16": auto, "fp16": auto}
+    assert told(both, None) == 'fp32 ("auto" follows --bf16 and --fp16, which the doctor was not given)'
+    assert told(both, "bf16") == 'bf16 ("auto" follows --bf16)'
+    assert told({"bf16": auto}, "bf16") == 'bf16 ("auto" follows --bf16)'
+    assert told({"bf16": on, "fp16": auto}, "bf16") == "bf16"
+    assert told({}, "bf16") == "bf16", "accelerate adds the section"
+    assert told({"bf16": off}, "bf16") == "fp32"
+    path.write_text(json.dumps(both))
+    (found,), _ = check_config(str(path), 1, flag="fp16")
+    assert found.text == f"{path}: fp16 is not there on CPU ranks"
+
+
+def test_the_flag_of_a_run_without_deepspeed_and_with(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"bf16": {"enabled": "auto"}}')
+
+    def found(**asked: Any) -> dict[str, str]:
+        return {f.check: f.text for f in examine._local(examine.Questions(model="minilm", **asked), {}, None)}
+
+    config = str(path)
+    assert "bf16" in found(deepspeed=config, bf16=True)["config"]
+    assert "weights 0.04," in found(deepspeed=config, bf16=True)["memory"]
+    assert "weights 0.08," in found(deepspeed=config)["memory"]
+    assert "weights 0.08," in found(bf16=True)["memory"], "autocast"
+    size = "checkpoints of 0.42 GiB and the model: 0.93 GiB"  # of fp32 weights
+    assert size in found(bf16=True)["disk"] and size not in found(deepspeed=config, bf16=True)["disk"]
+
+
+def test_old_names_of_offload(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    old = {"cpu_offload": True, "cpu_offload_param": False}
+    path.write_text(json.dumps({"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero | old}))
+    (found,), config = check_config(str(path), 1)
+    assert found.status == "ok"
+    assert config["zero_optimization"] == zero | {"offload_optimizer": {"device": "cpu"}}
+
+
 # --- memory and disk ---
 
 
-def measured() -> list[dict[str, Any]]:
+def measured(engine: str) -> list[dict[str, Any]]:
     runs = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["runs"]
-    return [run for run in runs.values() if run["model"] == "roberta-large"]
+    return [run for run in runs.values() if run["engine"].startswith(engine)]
 
 
-@pytest.mark.parametrize("run", measured(), ids=lambda run: f"{run['strategy']}-x{run['ranks']}")
+def estimated(run: dict[str, Any]) -> int:
+    plan = memory.Plan(
+        run["stage"],
+        run["ranks"],
+        half=run["precision"] == "bf16",
+        deepspeed=run["engine"] == "zero",
+        masks=run["strategy"] != "none",
+        risks=int(run["strategy"] in ("first", "ensemble")),
+    )
+    return memory.estimate(run["parameters"], run["eligible"], plan).device_bytes
+
+
+@pytest.mark.parametrize("run", measured("zero"), ids=lambda run: f"{run['strategy']}-x{run['ranks']}")
 def test_the_estimate_is_near_what_was_measured(run: dict[str, Any]) -> None:
     """RoBERTa-large at ZeRO-3 in bf16: the highest rank's peak, which has activations of one sentence in it."""
-    masks = run["strategy"] != "none"
-    first = run["strategy"] in ("first", "ensemble")
-    plan = memory.Plan(run["stage"], run["ranks"], half=run["precision"] == "bf16", masks=masks, risks=int(first))
-    needed = memory.estimate(run["parameters"], run["eligible"], plan).device_bytes
     peak = max(phase["peak"] for phases in run["ranks_phases"] for phase in phases.values())
-    assert needed == pytest.approx(peak, rel=0.15)
+    assert estimated(run) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("run", measured("fsdp"), ids=lambda run: f"{run['engine']}-{run['strategy']}")
+def test_the_estimate_of_fsdp_is_near_what_was_measured(run: dict[str, Any]) -> None:
+    """RoBERTa-base's step. Its backward pass takes more: a third of this model is the embedding, gathered in it."""
+    assert estimated(run) == pytest.approx(max(phases["step"]["peak"] for phases in run["ranks_phases"]), rel=0.05)
 
 
 def test_memory_falls_with_the_stage_and_the_ranks() -> None:
@@ -244,11 +322,97 @@ def test_memory_falls_with_the_stage_and_the_ranks() -> None:
         return memory.estimate(1000, 800, memory.Plan(stage, ranks, half=True)).device_bytes
 
     assert bytes_of(0, 4) == bytes_of(0, 1) > bytes_of(1, 4) > bytes_of(2, 4) > bytes_of(3, 4) > bytes_of(3, 8)
-    offloaded = memory.estimate(
-        1000, 800, memory.Plan(3, 4, half=True, offload_optimizer=True, offload_parameters=True)
+
+
+def test_what_is_offloaded() -> None:
+    """Gradients too, where a rank has only its part of them."""
+    everything = {"offload_optimizer": True, "offload_parameters": True}
+    for stage, changes, left in (
+        (1, {"offload_optimizer": True}, {"weights": 2000, "gradients": 2000}),
+        (2, {"offload_optimizer": True}, {"weights": 2000}),
+        (3, {"offload_optimizer": True}, {"weights": 500}),
+        (3, everything, {}),
+    ):
+        plan = memory.Plan(stage, 4, half=True)
+        offloaded = memory.estimate(1000, 800, replace(plan, **changes))
+        assert dict(offloaded.on_device) == left
+        assert offloaded.device_bytes + offloaded.host_bytes == memory.estimate(1000, 800, plan).device_bytes
+    seven = memory.Plan(3, 1, half=True, **everything)
+    there = memory.Machine(1, 2**38, 12 * 2**30)
+    assert memory.check_memory(7 * 10**9, 6 * 10**9, [seven], there)[0].status == "ok"
+
+
+def test_what_torchs_own_wrappers_hold() -> None:
+    """fp32 weights, gradients and two moments, whatever passes are made in; DDP also the buckets that it reduces."""
+    for half in (False, True):
+        for plan, each in (
+            (memory.Plan(0, 1, half, deepspeed=False), 16),
+            (memory.Plan(0, 4, half, deepspeed=False), 20),
+            (memory.Plan(3, 4, half, deepspeed=False), 4),
+        ):
+            assert memory.estimate(1000, 0, plan).device_bytes == 1000 * each
+    fp32 = [memory.estimate(1000, 0, memory.Plan(stage, 4, half=False)).device_bytes for stage in (0, 3)]
+    assert fp32 == [16 * 1000, 24 * 1000 // 4], "DeepSpeed: at stage 3 masters and a step's gradient too"
+
+
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [
+        ("r-drop", 0),
+        ("rose-second", 0),
+        ("rose-ensemble", 1),
+        ("r-drop+rose-first", 1),
+        ("r-drop+rose-ensemble", 1),
+        ("r-drop+rose-second", 1),
+        ("r-drop+gradient-mask", 1),
+        ("r-drop+gallop", 1),
+        ("r-drop+cautious", 0),
+        ("smart+rose-second", 0),
+    ],
+)
+def test_how_many_gradients_a_method_keeps_apart(method: str, kept: int) -> None:
+    chosen = method_named(method)
+    assert examine._risks(chosen, RoseConfig.from_mapping(chosen.rose)) == kept
+
+
+def test_risks_that_outlive_a_step() -> None:
+    chosen = method_named("rose-first")
+    assert examine._risks(chosen, RoseConfig.from_mapping({**chosen.rose, "risk_ema": 0.9})) == 2
+
+
+def test_the_plans_of_a_config() -> None:
+    alone = memory.Plan(0, 4, half=True, deepspeed=False)
+    assert [memory._name(plan) for plan in examine._plans(alone, None)] == [
+        *("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP")
+    ]
+    assert examine._plans(replace(alone, ranks=1), None) == [replace(alone, ranks=1)]
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    found = []
+    for stage in range(4):
+        (plan,) = examine._plans(alone, {"zero_optimization": {"stage": stage, **offload}})
+        found.append((plan.deepspeed, plan.stage, plan.offload_optimizer, plan.offload_parameters))
+    assert found == [(True, 0, False, False), (True, 1, True, False), (True, 2, True, False), (True, 3, True, True)]
+
+
+def test_what_is_on_already_is_no_advice() -> None:
+    gpu, cpu = memory.Machine(1, 2**60, 1), memory.Machine(1, 1, None)
+    first = memory.Plan(1, 2, half=False)
+    zero2, zero3 = memory.Plan(2, 2, half=True, offload_optimizer=True), memory.Plan(3, 2, half=True)
+    whole = replace(zero3, offload_optimizer=True, offload_parameters=True)
+    optimizer, parameters = (
+        "offload_optimizer (ds_configs/zero2_offload.json)",
+        "offload_param (ds_configs/zero3_offload.json)",
     )
-    assert offloaded.device_bytes + offloaded.host_bytes == bytes_of(3, 4)
-    assert dict(offloaded.on_device) == {"gradients": 500}
+    for plan, there, ways in (
+        (first, gpu, ["a higher ZeRO stage", "more ranks", "bf16", optimizer, parameters]),
+        (zero2, gpu, ["a higher ZeRO stage", "more ranks", parameters]),
+        (zero3, gpu, ["more ranks", optimizer, parameters]),
+        (replace(zero3, offload_parameters=True), gpu, ["more ranks", optimizer]),
+        (zero3, cpu, ["more ranks"]),
+        (whole, memory.Machine(1, 1, 2**60), ["more ranks"]),
+    ):
+        (found,) = memory.check_memory(10**6, 10**6, [plan], there)
+        assert (found.status, found.mend) == ("failed", f"{', '.join(ways)}, or a smaller model")
 
 
 def test_what_does_not_fit_is_said_with_what_does() -> None:
@@ -256,7 +420,7 @@ def test_what_does_not_fit_is_said_with_what_does() -> None:
     needs = [memory.estimate(10**6, 10**6, plan).device_bytes for plan in plans]
     one = memory.Machine(1, int(needs[3] / 0.7), None)
     (found,) = memory.check_memory(10**6, 10**6, plans, one)
-    assert (found.status, found.mend) == ("warning", "what fits with room for activations: ZeRO-3/FSDP")
+    assert (found.status, found.mend) == ("warning", "what fits with room for activations: ZeRO-3")
     (found,) = memory.check_memory(10**6, 10**6, plans[3:], memory.Machine(1, int(needs[3] / 0.9), None))
     assert found.status == "warning" and "activations may not fit" in found.text
     (found,) = memory.check_memory(10**6, 10**6, plans, memory.Machine(4, needs[3], None))
@@ -380,6 +544,7 @@ def test_bad_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--timeout", "0"], "timeout=0.0 must be"),
         (["--world_size", "0"], "world_size=0 must be at least 1"),
         (["--method", "roze"], "method='roze' is not one of"),
+        (["--bf16", "--fp16"], "bf16 and fp16 are both given"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["doctor", *flags])
