@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rose_ds.attack.searches import SEARCHES, Item, Outcome, Scores, Search, Texts
 from rose_ds.attack.settings import AttackSettings
-from rose_ds.experiments.evaluation import expected_calibration_error
+from rose_ds.experiments.evaluation import answers, expected_calibration_error
 from rose_ds.experiments.resumable import ResumableLog, records_of
 
 Predict = Callable[[Sequence[Texts]], np.ndarray]
@@ -117,7 +117,7 @@ def _begin(
     while part := list(islice(rows, at_once)):
         for row, logits in zip(part, ask([row["texts"] for row in part]), strict=True):
             kept = [round(value, 4) for value in logits.tolist()]
-            if logits.argmax() != row["label"]:
+            if answers(logits) != row["label"]:
                 ended(_record(row, "wrong before", 1, kept, edits=[], texts=list(row["texts"])))
                 continue
             seed = settings.attack_seed * 2**32 + row["idx"]
@@ -142,7 +142,7 @@ def _round(active: list[_Active], ask: Predict, settings: AttackSettings, at_onc
     going, start = [], 0
     for one, count in zip(active, counts, strict=True):
         own, label = slice(start, start := start + count), one.row["label"]
-        flipped = logits[own].argmax(axis=1) != label
+        flipped = answers(logits[own]) != label
         one.scores += zip(odds[own, label].tolist(), flipped.tolist(), strict=True)
         if one.unanswered or _advance(one, settings, ended):
             going.append(one)
@@ -209,5 +209,5 @@ _OUTCOMES = ("wrong before", "broken", "held", "budget")
 def _calibration_error(records: Sequence[Mapping[str, Any]]) -> float | None:
     if not all("logits" in r for r in records):
         return None
-    labels = np.array([r["label"] for r in records])
-    return expected_calibration_error(np.array([r["logits"] for r in records]), labels)
+    labels, logits = np.array([r["label"] for r in records]), np.array([r["logits"] for r in records])
+    return expected_calibration_error(logits, labels) if np.isfinite(logits).all() else None

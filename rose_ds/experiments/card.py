@@ -11,6 +11,7 @@ from typing import Any
 
 import rose_ds
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.settings import RunSettings
 
 CARD = "README.md"
 _SETS = (
@@ -40,6 +41,8 @@ def card(metrics: Metrics, labels: Sequence[str], command: Sequence[str]) -> str
         "base_model": metrics.model,
         "tags": ["rose_ds", "adversarial-robustness"],
     }
+    if metrics.model == RunSettings.model or Path(metrics.model).exists():  # the hub knows its own models' names alone
+        del front["base_model"]
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     shown = [(text, *(getattr(metrics, f"{key}_{s}") for s in ("accuracy", "ece"))) for text, key in _SETS]
     rows = "\n".join(f"| {text} | {_percent(a)} | {_percent(e)} |" for text, a, e in shown if a is not None)

@@ -31,16 +31,23 @@ ECE_BINS = 15
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
+def answers(logits: _Array) -> _Array:
+    """Of logits (..., classes) the ids (...) of the likeliest class; -1, which is right for no item, where one of an
+    item's is not finite.
+    """
+    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1)
+
+
 def expected_calibration_error(logits: _Array, labels: _Array) -> float:
     """Mean |accuracy - confidence| over ECE_BINS bins of the confidence, weighted by their counts; a fraction.
 
     Args:
-        logits: (items, classes).
+        logits: (items, classes), finite.
         labels: (items,) ids.
     """
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     confidence = shifted.max(axis=1) / shifted.sum(axis=1)
-    hit = logits.argmax(axis=1) == labels
+    hit = answers(logits) == labels
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = [abs(hit[bins == b].sum() - confidence[bins == b].sum()) for b in np.unique(bins)]
     return float(sum(gaps) / len(labels))
@@ -60,11 +67,15 @@ class Predictions:
     @property
     def hit(self) -> _Array:
         """(items,) whether each is right."""
-        return np.asarray(self.logits.argmax(axis=1) == self.labels)
+        return np.asarray(answers(self.logits) == self.labels)
 
-    def scores(self) -> dict[str, float]:
-        """Accuracy and calibration, fractions."""
-        return {"accuracy": float(self.hit.mean()), "ece": expected_calibration_error(self.logits, self.labels)}
+    def scores(self) -> dict[str, float | None]:
+        """Accuracy and calibration, fractions. Logits that are not finite are a wrong answer, and nobody can say how
+        sure it is: there is no calibration then.
+        """
+        sound = np.isfinite(self.logits).all()
+        ece = expected_calibration_error(self.logits, self.labels) if sound else None
+        return {"accuracy": float(self.hit.mean()), "ece": ece}
 
     def record(self, name: str) -> dict[str, Any]:
         """As PREDICTIONS has it, a line a set; logits to four decimals."""
@@ -72,7 +83,7 @@ class Predictions:
             "set": name,
             "idx": self.idx,
             "label": self.labels.tolist(),
-            "prediction": self.logits.argmax(axis=1).tolist(),
+            "prediction": answers(self.logits).tolist(),
             "logits": np.round(self.logits.astype(np.float64), 4).tolist(),
         }
 
@@ -108,7 +119,10 @@ class Evaluator:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         labels = self._in_task_order(prediction.label_ids)
         self._latest = np.asarray(logits, dtype=np.float32)[:, self._ids], labels
-        return Predictions([], self._latest[1], self._latest[0]).scores()
+        if odd := int((~np.isfinite(self._latest[0]).all(axis=1)).sum()):
+            logger.warning("logits of %d items of %d are not finite: they count as wrong", odd, len(labels))
+        scores = Predictions([], self._latest[1], self._latest[0]).scores()
+        return {name: value for name, value in scores.items() if value is not None}
 
     def measure(self, trainer: Any, *, clean_is_latest: bool = False) -> dict[str, Predictions]:
         """Answers on every set. Every rank calls it. Training goes on with the random numbers that it would have had.
@@ -181,7 +195,8 @@ class TrajectoryCallback(TrainerCallback):
         elif step and args.eval_strategy == "epoch":
             due = args.eval_delay <= state.epoch and float(state.epoch).is_integer()
         if checkpoints.gather(due and all(old["step"] != step for old in kept))[0]:
-            self._add(state, self.evaluator.measure(self.trainer))
+            # as Trainer does after a step: for the best checkpoint, for who stops early, for a rate that waits
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the clean set's evaluation."""

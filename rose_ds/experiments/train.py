@@ -112,6 +112,7 @@ def _build(run: RunSettings, method: MethodSettings, args: TrainingArguments) ->
     """Everything that training needs; what can be refused before, is."""
     _refuse_mixing(method, args)
     refuse_unsavable(args)
+    _refuse_unmeasured(args)
     set_seed(args.seed)
     tokenizer = load_tokenizer(run.model)
     check_length(run.model, tokenizer, run.max_length)
@@ -159,10 +160,9 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     Raises:
         DataError, ModelError: the data or model cannot be loaded or do not fit each other.
     """
-    if Path(args.output_dir).resolve() == Path(run.model).resolve():
-        raise ValueError(
-            f"--output_dir {args.output_dir} is the model's own folder, whose record of its training stays"
-        )
+    if (Path(args.output_dir) / "config.json").is_file():
+        raise ValueError(f"--output_dir {args.output_dir} is a model's own folder, whose record of its training stays")
+    _refuse_unmeasured(args)
     labels = label_names(run.model) if run.own_files else None
     data = load_data(run, ("validation", "adversarial"), labels)
     tokenizer = load_tokenizer(run.model)
@@ -219,6 +219,13 @@ def _check_engine(wanted: str, trainer: RoseTrainer) -> None:
             f"--engine {wanted} was asked for, but this run is on {actual}: start it with "
             f"{how.get(wanted[:2], 'one process' if wanted == 'plain' else 'torchrun')}, or use --engine auto"
         )
+
+
+def _refuse_unmeasured(args: TrainingArguments) -> None:
+    """What would leave a finished run without its answers."""
+    for name, bad in (("prediction_loss_only", True), ("eval_do_concat_batches", False)):
+        if getattr(args, name) is bad:
+            raise RefusedConfiguration(f"--{name} {str(bad).lower()} leaves no answers to count: leave it out")
 
 
 def _refuse_mixing(method: MethodSettings, args: TrainingArguments) -> None:

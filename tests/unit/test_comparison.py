@@ -69,7 +69,7 @@ def column(table: Table, name: str) -> list[str]:
 
 
 def named(store: Store, key: str, **options: Any) -> Table:
-    return next(table for table in tables(gather([store], **options)) if table.key == key)
+    return next(table for table in tables(gather([store], **options)) if table.key == key and table.rows)
 
 
 def test_a_collapsed_run_is_named(store: Store) -> None:
@@ -84,6 +84,17 @@ def test_a_collapsed_run_is_named(store: Store) -> None:
         write_lines(store.root / "predictions" / f"{run.key}.jsonl", [line])
     table = named(store, "collapsed")
     assert table.rows == [("sst2", "vanilla", "defaults", "0", "98.0", "60.00", "25.00", "50.00")]
+
+
+def test_who_is_right_on_one_sided_data_has_not_collapsed(store: Store) -> None:
+    """Nearly all items have one label; to give it to all of them is what learning nothing is."""
+    for seed in (0, 1):
+        add(store, Cell("sst2", "vanilla", seed, {}), "1" * 200, None)
+    for run, right in zip(gather([store]).entries["sst2", "vanilla"].runs, (True, False), strict=True):
+        label = [0] * 3 + [1] * 197
+        line = {"set": "clean", "idx": list(range(200)), "label": label, "prediction": label if right else [1] * 200}
+        write_lines(store.root / "predictions" / f"{run.key}.jsonl", [line])
+    assert column(named(store, "collapsed"), "seed") == ["1"]
 
 
 def test_means_deviations_average_and_delta(store: Store) -> None:
@@ -454,6 +465,44 @@ def test_what_was_measured_on_other_items_is_left_out_and_named(store: Store) ->
     assert gather([store]).entries["sst2", "r-drop"].chosen.label == "max_eval_samples=default"
 
 
+def test_runs_on_other_data_stand_apart(store: Store) -> None:
+    """The labels of a file were corrected in the middle of a sweep."""
+    before, after = {"train_file": "r.csv 000000000000"}, {"train_file": "r.csv 111111111111"}
+    for method, settings, hits in (
+        ("vanilla", before, "1111"),
+        ("vanilla", after, "1100"),
+        ("smart", after, "1110"),
+        ("r-drop", before, "1111"),
+    ):
+        for seed in range(2 if settings is after else 1):
+            add(store, Cell("mine", method, seed, settings), hits, None)
+    table = accuracy(gather([store]))
+    rows = {row[0]: row[1] for row in table.rows}
+    assert rows == {"vanilla": "50.00 ± 0.00", "smart": "75.00 ± 0.00", "r-drop": "-"}
+    apart = named(store, "other_data")
+    assert [(row[1], row[3]) for row in apart.rows] == [("vanilla", "100.00"), ("r-drop", "100.00")]
+    assert len(named(store, "seeds").rows) == 6
+    assert [row[2] for row in named(store, "choices").rows] == ["1", "1"]
+    held_out = {"validation_file": "d.csv 222222222222"}  # another training file is then a setting like others
+    for seed in range(3):
+        add(store, Cell("mine", "vanilla", seed, {**held_out, **before}), "1111", None)
+        add(store, Cell("mine", "vanilla", seed, {**held_out, **after}), "1110", None)
+    chosen = gather([store]).entries["mine", "vanilla"].chosen
+    assert "train_file=r.csv 000000000000" in chosen.label and len(named(store, "other_data").rows) == 4
+
+
+def test_many_items_take_little_time_and_no_other_interval() -> None:
+    """What items are is nothing to the bootstrap: alike ones are counted."""
+    random = np.random.default_rng(0)
+    ours, base = random.random((5, 200)) < 0.8, random.random((5, 200)) < 0.75
+    few, many = compare(ours, base), compare(np.tile(ours, 2000), np.tile(base, 2000), resamples=1000)
+    assert many.points == pytest.approx(few.points)
+    gain = 100 * (ours.mean(axis=1) - base.mean(axis=1))
+    draws = random.integers(5, size=(20_000, 4))  # with so many items what is left is the seeds
+    low, high = np.quantile(gain[draws].mean(axis=1), (0.025, 0.975))
+    assert (many.low, many.high) == (pytest.approx(low, abs=0.3), pytest.approx(high, abs=0.3))
+
+
 def test_accuracy_under_attack_is_compared_item_by_item(store: Store) -> None:
     label = "pruthi, 4 items 0123"
     for method, right in (("vanilla", [True, False, False, False]), ("smart", [True, True, False, True])):
@@ -487,6 +536,19 @@ def test_seeds_are_paired_and_items_must_agree(store: Store) -> None:
 
 
 # --- files ---
+
+
+def test_no_table_of_an_earlier_report_stays(store: Store, tmp_path: Path) -> None:
+    first, second = Cell("sst2", "vanilla", 0, {}), Cell("sst2", "vanilla", 1, {})
+    store.add_to_plan([first, second])
+    out = tmp_path / "out"
+    for cell, there in ((first, True), (second, False)):
+        add(store, cell, "10", None)
+        main(["report", "--store", str(store.root), "--output_dir", str(out)])
+        assert (out / "unfinished.csv").exists() == there
+    add(store, Cell("sst2", "smart", 0, {"model": "other"}), "10", None)
+    main(["report", "--store", str(store.root), "--output_dir", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["1-minilm", "2-other"]
 
 
 class Page(HTMLParser):

@@ -35,8 +35,10 @@ ACCURACY: dict[str, Callable[[Run], float | None]] = {
     "AdvGLUE": lambda run: run.metrics.advglue_accuracy,
     "perturbed": lambda run: run.metrics.perturbed_accuracy,
 }
-#: Settings of how a run is measured, not of how it is trained.
-_OF_MEASURING = ("validation_file", "adversarial_file", "max_eval_samples", "perturb_seed")
+#: Settings of what a run is measured on, not of how it is trained.
+_OF_MEASURING = ("validation_file", "adversarial_file", "dataset", "max_eval_samples", "perturb_seed")
+#: And of how own files are read.
+_OF_READING = ("text_columns", "label_column", "file_encoding", "drop_unlabelled")
 #: And its calibration error.
 CALIBRATION: dict[str, Callable[[Run], float | None]] = {
     "clean": lambda run: run.metrics.glue_ece,
@@ -78,8 +80,7 @@ class Entry:
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     """Of highest mean accuracy on the clean dev set; the first of equals. Only settings with the most finished seeds
-    can be chosen, so that none wins by the luck of the few it has; none that was given up, where one was not; and of
-    those that were measured on different rows the kind with the most runs.
+    can be chosen, so that none wins by the luck of the few it has; and none that was given up, where one was not.
     """
     oracle: Candidate | None
     """The same by AdvGLUE, which no user could know: the largest it could be, shown apart."""
@@ -112,16 +113,28 @@ def candidates_of(runs: Sequence[Run], planned: Sequence[Cell], given_up: Collec
     return found
 
 
-def entry_of(candidates: Sequence[Candidate], planned: Sequence[Cell]) -> Entry:
-    """With the choice made."""
-    tried = {settings_key(cell.portable) for cell in planned}
-    tried |= {settings_key(run.settings) for candidate in candidates for run in candidate.runs}
-    kinds: dict[str, list[Candidate]] = {}
+def data_of(settings: Mapping[str, Any]) -> str:
+    """A text that is the same for settings under which accuracies may stand beside each other."""
+    names = [*_OF_MEASURING, *_OF_READING]
+    if "validation_file" not in settings:  # a part of it is the dev set
+        names.append("train_file")
+    return settings_key({name: settings.get(name) for name in names})
+
+
+def commonest_data(candidates: Sequence[Candidate]) -> str | None:
+    """That of most runs, the first of equals; None where there are none."""
+    count: Counter[str] = Counter()
     for candidate in candidates:
-        measured_on = {name: candidate.runs[0].settings.get(name) for name in _OF_MEASURING}
-        kinds.setdefault(settings_key(measured_on), []).append(candidate)
-    alike = max(kinds.values(), key=lambda kind: sum(len(c.runs) for c in kind))
-    alike = [c for c in alike if not c.given_up] or alike
+        count[data_of(candidate.runs[0].settings)] += len(candidate.runs)
+    return count.most_common(1)[0][0] if count else None
+
+
+def entry_of(candidates: Sequence[Candidate], planned: Sequence[Cell]) -> Entry:
+    """With the choice made. All candidates are of the same data."""
+    data = data_of(candidates[0].runs[0].settings)
+    tried = {settings_key(cell.portable) for cell in planned if data_of(cell.portable) == data}
+    tried |= {settings_key(run.settings) for candidate in candidates for run in candidate.runs}
+    alike = [c for c in candidates if not c.given_up] or candidates
     most = max(len(c.runs) for c in alike)
     eligible = [c for c in alike if len(c.runs) == most]
     by_adversary = [c for c in eligible if c.mean("AdvGLUE") is not None]

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from rose_ds.experiments.cells import Cell
-from rose_ds.experiments.comparison.choice import ACCURACY, RECORDED, Candidate, Entry, Run, candidates_of, entry_of
+from rose_ds.experiments.comparison.choice import (
+    ACCURACY,
+    RECORDED,
+    Candidate,
+    Entry,
+    Run,
+    candidates_of,
+    commonest_data,
+    data_of,
+    entry_of,
+)
 from rose_ds.experiments.comparison.statistics import Difference, compare
 from rose_ds.experiments.metrics import ADVERSARIAL, Metrics
 from rose_ds.experiments.presets import PRESETS
@@ -30,12 +40,14 @@ class Comparison:
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     entries: Mapping[tuple[str, str], Entry]
-    """(task, method) -> entry, where at least one run is finished."""
+    """(task, method) -> entry, where at least one run is finished, on the data that most of the task's runs are on."""
+    apart: Sequence[Candidate]
+    """Those that were measured on, or trained from, other data than their task's others."""
     unfinished: Sequence[tuple[str, Status, str]]
     """Name, status, and a failed one's last line."""
     baseline: str | None
     _read: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Answers by run and set, once they were read: without the logits."""
+    """Answers by run and set, as arrays, once they were read: without the logits."""
 
     @property
     def hostile(self) -> str:
@@ -69,20 +81,19 @@ class Comparison:
         if not records or len(records) < len(measured):
             return None
         for run, record in zip(measured, records, strict=True):
-            if any(record[what] != records[0][what] for what in ("idx", "label")):
+            if not all(np.array_equal(record[what], records[0][what]) for what in ("idx", "label")):
                 raise ValueError(
                     f"{task}: run {run.key} ({run.method}, seed {run.seed}) was measured on other "
                     f"{self.shown(name)} items than "
                     f"run {measured[0].key}: compare runs with the same data and --max_eval_samples"
                 )
-        hits = [np.asarray(record["right"]) for record in records]
+        hits = [record["right"] for record in records]
         return compare(np.stack(hits[::2]), np.stack(hits[1::2]))
 
     def every_run(self) -> Iterator[tuple[Candidate, Run]]:
         """All finished runs, also of settings that were not chosen."""
-        for entry in self.entries.values():
-            for candidate in entry.candidates:
-                yield from ((candidate, run) for run in candidate.runs)
+        for candidate in [*(one for entry in self.entries.values() for one in entry.candidates), *self.apart]:
+            yield from ((candidate, run) for run in candidate.runs)
 
     def commonest_answer(self, run: Run) -> float | None:
         """The share of the clean items that get a run's most frequent answer; None where they have but one label."""
@@ -92,8 +103,14 @@ class Comparison:
         return float(np.unique(record["prediction"], return_counts=True)[1].max() / len(record["label"]))
 
     def has_collapsed(self, run: Run) -> bool:
-        """Whether it gives nearly all clean items one answer."""
-        return (self.commonest_answer(run) or 0.0) >= ONE_ANSWER
+        """Whether it gives nearly all clean items one answer, and knows next to none of the others: where nearly all
+        items have one label, to give it to them is right.
+        """
+        record = self._answers(run, "clean")
+        if record is None or (self.commonest_answer(run) or 0.0) < ONE_ANSWER:
+            return False
+        commonest = np.unique(record["label"], return_counts=True)[1].max() / len(record["label"])
+        return float(np.mean(record["right"]) - commonest) < 0.1 * (1 - commonest)
 
     def _answers(self, run: Run, name: str) -> Mapping[str, Any] | None:
         if run.key not in self._read:
@@ -101,9 +118,9 @@ class Comparison:
             for part, record in self.stores[run.key].predictions(run.key).items():
                 right = record.get("right")  # of an attack; of a set, the answers themselves
                 if right is None:
-                    right = np.equal(record["prediction"], record["label"]).tolist()
-                kept = {name: record.get(name) for name in ("idx", "label", "prediction")}
-                self._read[run.key][part] = {**kept, "right": right}
+                    right = np.equal(record["prediction"], record["label"])
+                kept = {name: np.asarray(value) for name, value in record.items() if name not in ("set", "logits")}
+                self._read[run.key][part] = {**kept, "right": np.asarray(right)}
         return self._read[run.key].get(RECORDED.get(name, name))
 
 
@@ -145,13 +162,19 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
     tasks = tuple(dict.fromkeys([cell.task for cell in plan] + [run.task for run in runs]))
     methods = tuple(dict.fromkeys([cell.method for cell in plan] + [run.method for run in runs]))
     given_up = {key for store in stores for key in store.given_up()} - results.keys()
-    wanted, entries = baseline or "vanilla", {}
+    wanted, entries, apart = baseline or "vanilla", dict[tuple[str, str], Entry](), list[Candidate]()
     for task in tasks:
-        for method in methods:
-            planned = [cell for cell in plan if (cell.task, cell.method) == (task, method)]
-            finished = [run for run in runs if (run.task, run.method) == (task, method)]
-            if candidates := candidates_of(finished, planned, given_up):
-                entries[task, method] = entry_of(candidates, planned)
+        planned = {method: [cell for cell in plan if (cell.task, cell.method) == (task, method)] for method in methods}
+        found = {
+            method: candidates_of([run for run in runs if (run.task, run.method) == (task, method)], cells, given_up)
+            for method, cells in planned.items()
+        }
+        data = commonest_data([candidate for candidates in found.values() for candidate in candidates])
+        for method, candidates in found.items():
+            apart += [candidate for candidate in candidates if data_of(candidate.runs[0].settings) != data]
+            alike = [candidate for candidate in candidates if data_of(candidate.runs[0].settings) == data]
+            if alike:
+                entries[task, method] = entry_of(alike, planned[method])
     unfinished = []
     for cell in plan:
         store = planned_in[cell.key][1]
@@ -165,6 +188,7 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
         tasks,
         methods,
         entries,
+        apart,
         unfinished,
         wanted if wanted in methods else None,
     )

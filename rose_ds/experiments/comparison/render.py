@@ -30,9 +30,11 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         ValueError: ``folder`` cannot be written, or answers do not fit each other.
     """
-    made = tables(comparison)
+    every = tables(comparison)
+    made = [table for table in every if table.rows]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clear(folder, every)
         for table in made:
             with (folder / f"{table.key}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([table.header, *table.rows])
@@ -43,6 +45,12 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
     written = [folder / "report.md", folder / "report.html", *([chart] if chart else [])]
     return written + [folder / f"{table.key}.csv" for table in made]
+
+
+def clear(folder: Path, every: Sequence[Table]) -> None:
+    """Delete what an earlier report has left of tables that may not be there any more."""
+    for name in ("report.md", "report.html", "report.png", *(f"{table.key}.csv" for table in every)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def markdown(table: Table) -> str:

@@ -13,8 +13,8 @@ from rose_ds.experiments.comparison.table import Table, percent
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Those that the store has something for."""
-    made = [
+    """All; of those that the store has nothing for, there are no rows."""
+    return [
         accuracy(comparison),
         combined(comparison),
         by_gamma(comparison),
@@ -26,10 +26,10 @@ def tables(comparison: Comparison) -> list[Table]:
         choices(comparison),
         oracle(comparison),
         every_setting(comparison),
+        other_data(comparison),
         every_seed(comparison),
         unfinished(comparison),
     ]
-    return [table for table in made if table.rows]
 
 
 def attacked(c: Comparison) -> Table:
@@ -109,14 +109,14 @@ def collapsed(c: Comparison) -> Table:
     header = ("task", "method", "setting", "seed", "one answer (%)", *map(c.shown, RECORDED))
     rows = []
     for candidate, run in c.every_run():
-        share = c.commonest_answer(run)
-        if share is not None and share >= ONE_ANSWER:
+        if c.has_collapsed(run) and (share := c.commonest_answer(run)) is not None:
             cells = [percent([ACCURACY[name](run)]) for name in RECORDED]
             rows.append((run.task, run.method, candidate.label, str(run.seed), f"{100 * share:.1f}", *cells))
     note = (
-        f"They give one answer to {100 * ONE_ANSWER:.0f}% of the clean items or more, and are in the tables above all "
-        "the same. AdvGLUE's items are those that fooled trained models: a run that guesses can be right on more of "
-        "them than one that has learned, so a gain there that comes from such runs is none."
+        f"They give one answer to {100 * ONE_ANSWER:.0f}% of the clean items or more, and are hardly better than the "
+        "commonest label given to all; they are in the tables above all the same. AdvGLUE's items are those that "
+        "fooled trained models: a run that guesses can be right on more of them than one that has learned, so a gain "
+        "there that comes from such runs is none."
     )
     return Table("collapsed", "Collapsed runs", note, header, rows)
 
@@ -163,7 +163,7 @@ def choices(c: Comparison) -> Table:
         )
     note = (
         "Settings are chosen by the mean accuracy on the clean dev set alone, among those with the most finished seeds "
-        "that were measured on the same rows and not given up."
+        "that were not given up."
     )
     if any(entry.chosen.given_up for entry in c.entries.values()):
         note += (
@@ -203,6 +203,21 @@ def every_setting(c: Comparison) -> Table:
             count = f"{len(candidate.runs)} of {candidate.planned}"
             rows.append((task, method, candidate.label, *cells, average, count))
     return Table("settings", "Every setting tried", f"Avg: of clean and {c.hostile} accuracy.", header, rows)
+
+
+def other_data(c: Comparison) -> Table:
+    """What cannot stand beside the rest."""
+    header = ("task", "method", "setting", *_with_ece(c), "seeds")
+    rows = [
+        (candidate.runs[0].task, candidate.runs[0].method, candidate.label, *_accuracy_and_ece(c, candidate.runs))
+        + (str(len(candidate.runs)),)
+        for candidate in c.apart
+    ]
+    note = (
+        "Of other rows than most of their task's runs (another file, columns, or number of rows), so that no table but "
+        "this one and that of every run has them."
+    )
+    return Table("other_data", "Runs on other data", note, header, rows)
 
 
 def every_seed(c: Comparison) -> Table:
