@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,12 @@ from datasets import Dataset
 
 from rose_ds.data.errors import DataError
 from rose_ds.data.glue_folder import UNTEXT, read_adversarial, task_features
-from rose_ds.data.held_out import in_validation
+from rose_ds.data.held_out import set_aside
 from rose_ds.data.hub import load_named
+from rose_ds.data.labels import class_ids, classes_in, labelled
 from rose_ds.data.loading import SPLITS, TaskData
 from rose_ds.data.tables import Rows, read_rows, rows_of
-from rose_ds.data.tasks import TaskSpec, find_task, loosely_spelled
+from rose_ds.data.tasks import TaskSpec, find_task
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +34,6 @@ USUAL_TEXTS = (
 )
 #: What the texts are called from here on: a column of a file may have any name, also "label" or "idx".
 OWN_TEXTS = ("text", "text_pair")
-_WHOLE = re.compile(r"([+-]?[0-9]{1,1000})(?:\.0*)?")
-_TOO_MANY = 50
-"""With more labels than this, half as many labels as rows are no classes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,8 @@ class Files:
     text_columns: tuple[str, ...] | None = None
     label_column: str = "label"
     encoding: str = "utf-8"
+    drop_unlabelled: bool = False
+    """Rows with no label, or the label -1, are left out, in all of these sets but AdvGLUE's."""
 
 
 def load_files(
@@ -78,7 +75,7 @@ def load_files(
         named = Path(files.dataset.partition(":")[0])
         splits_of = load_named(files.dataset)
         train, validation = (
-            rows_of(splits_of[name], Path(f"{files.dataset}[{name}]"), files.label_column)
+            _kept(rows_of(splits_of[name], Path(f"{files.dataset}[{name}]"), files.label_column), files)
             if name in splits_of
             else None
             for name in ("train", "validation")
@@ -96,7 +93,7 @@ def load_files(
     if glue is not None:
         spec = TaskSpec(glue.name, glue.fields, glue.labels, adv_key=glue.adv_key)
     else:
-        known = _label_names(first, files.label_column) if labels is None else tuple(labels)
+        known = classes_in(first, files.label_column) if labels is None else tuple(labels)
         spec = TaskSpec(task or named.stem, OWN_TEXTS[: len(columns)], known)
     ids = glue is not None or labels is not None
     found: dict[str, Dataset | None] = {}
@@ -105,7 +102,7 @@ def load_files(
     if json_sets and files.adversarial is not None:
         found["adversarial"] = read_adversarial(spec, files.adversarial)
     if found["validation"] is None and found["train"] is not None:
-        found["train"], found["validation"] = _split(found["train"], spec, first.path)
+        found["train"], found["validation"] = set_aside(found["train"], spec, first.path, columns)
     return TaskData(spec, **{name: rows for name, rows in found.items() if name in splits})
 
 
@@ -125,7 +122,11 @@ def with_adversarial(data: TaskData, files: Files) -> TaskData:
 
 
 def _read(path: Path | None, files: Files) -> Rows | None:
-    return None if path is None else read_rows(path, files.encoding, files.label_column)
+    return None if path is None else _kept(read_rows(path, files.encoding, files.label_column), files)
+
+
+def _kept(rows: Rows, files: Files) -> Rows:
+    return labelled(rows, files.label_column) if files.drop_unlabelled else rows
 
 
 def _is_advglue(files: Files) -> bool:
@@ -171,79 +172,13 @@ def _columns(files: Files, rows: Rows, known: TaskSpec | None) -> tuple[str, ...
     )
 
 
-def _label_names(rows: Rows, column: str) -> tuple[str, ...]:
-    """The classes in a file."""
-    if rows.label_names is not None:
-        return tuple(rows.label_names)
-    values = list(map(_plain, _labels(rows, column)))
-    numbers = [_number(value) for value in values]
-    if all(number is not None for number in numbers):
-        for (line, _), value, number in zip(rows.rows, values, numbers, strict=True):
-            if number is not None and not number.is_integer():
-                raise DataError(
-                    f"{rows.where(line)}: the labels in {column!r} are numbers such as {value}: regression is not "
-                    "supported, for ROSE compares the distributions over classes of two passes (Eq. 1), and a number "
-                    "has none. Make classes of them, or choose another --label_column"
-                )
-    distinct = set(values)
-    if len(distinct) > _TOO_MANY and 2 * len(distinct) > len(values):
-        raise DataError(
-            f"{rows.path}: {column!r} has {len(distinct)} different values in {len(values)} rows, which are no classes "
-            "(numbers to predict are regression, which is not supported): choose another --label_column"
-        )
-    if len(distinct) < 2:
-        raise DataError(f"{rows.path}: {column!r} is {values[0]!r} in every row; a classifier needs two labels")
-    return tuple(sorted(distinct, key=lambda v: ((_number(v) or 0.0) if None not in numbers else 0.0, v)))
-
-
-def _labels(rows: Rows, column: str) -> list[str]:
-    """Each row's label as a text."""
-    at, found = rows.column(column), []
-    for number, cells in rows.rows:
-        value = cells[at]
-        if value is None or value != value or not str(value).strip():  # a NaN is not itself
-            raise DataError(f"{rows.where(number)}: no label in {column!r}")
-        if isinstance(value, (list, dict)):
-            raise DataError(f"{rows.where(number)}: expected one label in {column!r}, found {value!r:.80}")
-        if rows.label_names is not None:
-            if not 0 <= value < len(rows.label_names):  # -1 is how data sets of the hub mark an unlabelled row
-                raise DataError(f"{rows.where(number)}: no label in {column!r} ({value}): leave such rows out")
-            found.append(rows.label_names[value])
-            continue
-        found.append(str(value).lower() if isinstance(value, bool) else str(value).strip())
-    return found
-
-
-def _plain(label: str) -> str:
-    """1, 01, +1 and 1.0 as one text, whatever the size; any other label as it is, 1e1 too."""
-    whole = _WHOLE.fullmatch(label)
-    return str(int(whole[1])) if whole else label
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    if "_" in text:  # a number to Python alone
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec, *, ids: bool) -> Dataset:
     """``ids``: the file may have the labels' ids in place of their names."""
+    columns: dict[str, list[Any]] = {name: [] for name in spec.fields}
+    columns["label"] = class_ids(rows, label_column, spec.labels, ids=ids)
+    columns["idx"] = list(range(len(rows.rows)))
     at = [rows.column(name) for name in texts]
-    columns: dict[str, list[Any]] = {name: [] for name in (*spec.fields, "label", "idx")}
-    values = _labels(rows, label_column)
-    id_of = _ids(spec.labels)
-    if ids and all(id_of(value) is None for value in values):
-        id_of = _ids([str(i) for i in range(len(spec.labels))])
-    for (number, cells), value in zip(rows.rows, values, strict=True):
-        label = id_of(value)
-        if label is None:
-            raise DataError(
-                f"{rows.where(number)}: label {value!r} is not one of {', '.join(map(repr, spec.labels)):.300}"
-            )
+    for number, cells in rows.rows:
         for field, column, position in zip(spec.fields, texts, at, strict=True):
             text = cells[position]
             if not isinstance(text, str) or not text.strip():
@@ -251,36 +186,4 @@ def _dataset(rows: Rows, texts: Sequence[str], label_column: str, spec: TaskSpec
             if UNTEXT.search(text):
                 raise DataError(f"{rows.where(number)}: {column!r} has a NUL or half a surrogate pair: {text!r:.80}")
             columns[field].append(text)
-        columns["label"].append(label)
-        columns["idx"].append(len(columns["idx"]))
     return Dataset.from_dict(columns, features=task_features(spec))
-
-
-def _ids(labels: Sequence[str]) -> Callable[[str], int | None]:
-    """A label's id by its name; else as a whole number, else in another spelling, where that is of one label alone."""
-    tables: list[tuple[Callable[[str], str], dict[str, int]]] = []
-    for spelling in (str, _plain, loosely_spelled):
-        names = [spelling(name) for name in labels]
-        times = Counter(names)
-        tables.append((spelling, {name: i for i, name in enumerate(names) if times[name] == 1}))
-
-    def id_of(value: str) -> int | None:
-        return next((ids[name] for spelling, ids in tables if (name := spelling(value)) in ids), None)
-
-    return id_of
-
-
-def _split(rows: Dataset, spec: TaskSpec, path: Path) -> tuple[Dataset, Dataset]:
-    """Training rows, and those set aside for validation."""
-    sides: tuple[list[int], list[int]] = ([], [])
-    for i, row in enumerate(rows):
-        sides[in_validation(*(row[field] for field in spec.fields))].append(i)
-    train, validation = sides
-    if not train or not validation:
-        raise DataError(
-            f"{path} has too few rows ({len(rows)}) to set some aside for validation: give --validation_file"
-        )
-    logger.info(
-        "no validation file: %d of %d rows are set aside for it, by a hash of the text", len(validation), len(rows)
-    )
-    return rows.select(train), rows.select(validation)

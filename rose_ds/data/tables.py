@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 #: One field of a CSV file may be a long document.
 _FIELD_LIMIT = 2**27
 _QUOTED = re.compile('"[^"]*(?:"|$)')
-_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+#: Excel's first line of a CSV file, which says the delimiter.
+_SEP = re.compile('sep=([^"\r\n\0])\r?\n')
+_BOMS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be", codecs.BOM_UTF8: "utf-8"}
+_UNSAID = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ class Rows:
         return self.names.index(name)
 
 
-def read_rows(path: Path, encoding: str = "utf-8", label_column: str | None = None) -> Rows:
+def read_rows(path: Path, encoding: str = _UNSAID, label_column: str | None = None) -> Rows:
     """Read a file by its ending: .csv, .tsv, .jsonl, .json, .parquet.
 
     Args:
-        encoding: of a text file. A byte-order mark goes before it.
+        encoding: of a text file. A byte-order mark goes before it, unless the content contradicts the mark.
         label_column: whose names of ids are wanted.
 
     Raises:
@@ -89,10 +92,21 @@ def read_rows(path: Path, encoding: str = "utf-8", label_column: str | None = No
 
 def _text(path: Path, encoding: str) -> str:
     content = path.read_bytes()
-    for mark, marked in _BOMS.items():
-        if content.startswith(mark):
-            encoding = marked
-            break
+    mark = next((mark for mark in _BOMS if content.startswith(mark)), None)
+    if mark is None:
+        return _decoded(path, content, encoding)
+    content, marked = content.removeprefix(mark), _BOMS[mark]
+    try:
+        return _decoded(path, content, marked)
+    except DataError as error:
+        if encoding == _UNSAID:
+            raise DataError(f"{error} (its byte-order mark says {marked}, which its content contradicts)") from error
+    text = _decoded(path, content, encoding)
+    logger.warning("%s: its byte-order mark says %s, which its content contradicts: read as %s", path, marked, encoding)
+    return text
+
+
+def _decoded(path: Path, content: bytes, encoding: str) -> str:
     try:
         return content.decode(encoding)
     except LookupError as error:
@@ -100,7 +114,8 @@ def _text(path: Path, encoding: str) -> str:
             f"file_encoding={encoding!r} is no encoding that Python knows, such as utf-8 or latin-1"
         ) from error
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        # counted in the text before the bad byte, for in UTF-16 the byte 0x0a is a part of other characters too
+        line = content[: error.start].decode(encoding, "replace").count("\n") + 1
         raise DataError(
             f"{path}:{line}: byte 0x{content[error.start]:02x} is not {encoding}: say what it is with --file_encoding, "
             "e.g. latin-1 or cp1252"
@@ -108,14 +123,19 @@ def _text(path: Path, encoding: str) -> str:
 
 
 def _csv(path: Path, text: str) -> Rows:
-    """RFC 4180: fields with commas, quotes or line ends stand in quotes. Or the same with semicolons, as spreadsheets
-    write it where the comma is the decimal sign.
+    """RFC 4180: fields with commas, quotes or line ends stand in quotes. Or the same with the delimiter that a line
+    "sep=;" before the header says; or with semicolons, as spreadsheets write it where the comma is the decimal sign.
     """
-    header = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
-    bare = _QUOTED.sub("", header)
-    delimiter = ";" if ";" in bare and "," not in bare else ","  # a file of one column has no texts with labels
-    if delimiter == ";":
-        logger.info("%s: the header has semicolons and no comma: columns are separated by ';'", path)
+    if said := _SEP.match(text):
+        delimiter = said[1]
+        text = "\n" + text[said.end() :]  # an empty line in its place: the others keep their numbers
+        logger.info("%s: columns are separated by %r, as its first line says", path, delimiter)
+    else:
+        header = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+        bare = _QUOTED.sub("", header)
+        delimiter = ";" if ";" in bare and "," not in bare else ","  # a file of one column has no texts with labels
+        if delimiter == ";":
+            logger.info("%s: the header has semicolons and no comma: columns are separated by ';'", path)
     csv.field_size_limit(_FIELD_LIMIT)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     return _checked(path, _numbered(path, reader), delimiter)

@@ -31,7 +31,7 @@ _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoin
 #: Where things lie on a machine: no part of what a cell is.
 _PLACES = ("data",)
 #: What says how own files are read.
-_OF_FILES = ("train_file", "validation_file", "text_columns", "label_column", "file_encoding")
+_OF_FILES = ("train_file", "validation_file", "text_columns", "label_column", "drop_unlabelled", "file_encoding")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rose_ds.data import TaskData, assign_families, perturb, tokenize
 from rose_ds.engines.rng import RngState, replay
 from rose_ds.experiments.metrics import write_whole
 from rose_ds.experiments.settings import RunSettings
-from rose_ds.training import checkpoints
 from rose_ds.training.records import may_be_lost
 
 logger = logging.getLogger(__name__)
@@ -181,22 +180,11 @@ class TrajectoryCallback(TrainerCallback):
         self.trainer, self.evaluator, self.path = trainer, evaluator, folder / TRAJECTORY
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take out the lines of another run of the folder, and of steps that come again. Make up for the evaluation of
-        a step that SIGTERM ended.
-        """
-        step, kept = state.global_step, list[dict[str, Any]]()
+        """Take out the lines of another run of the folder, and of steps that come again."""
         if state.is_world_process_zero and self.path.is_file():
             with may_be_lost(self.path):
-                kept = [old for old in sound_lines(self.path) if step and old["step"] <= step]
-                write_lines(self.path, kept)
-        due = False
-        if step and args.eval_strategy == "steps":
-            due = step >= args.eval_delay and (step % state.eval_steps == 0 or step == state.max_steps)
-        elif step and args.eval_strategy == "epoch":
-            due = args.eval_delay <= state.epoch and float(state.epoch).is_integer()
-        if checkpoints.gather(due and all(old["step"] != step for old in kept))[0]:
-            # as Trainer does after a step: for the best checkpoint, for who stops early, for a rate that waits
-            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+                step = state.global_step
+                write_lines(self.path, [old for old in sound_lines(self.path) if step and old["step"] <= step])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the clean set's evaluation."""

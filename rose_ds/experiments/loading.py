@@ -35,6 +35,7 @@ def load_data(run: RunSettings, splits: Sequence[str] = SPLITS, labels: Sequence
         None if run.text_columns is None else tuple(run.text_columns),
         run.label_column,
         run.file_encoding,
+        run.drop_unlabelled,
     )
     if run.own_files:
         if run.data is not None and find_task(run.task_name or "") is not None:
@@ -70,6 +71,7 @@ _SOURCE = (
     "dataset",
     "text_columns",
     "label_column",
+    "drop_unlabelled",
     "file_encoding",
 )
 #: Fields that thin a run's own rows out.

@@ -63,6 +63,10 @@ class RunSettings:
         ),
     )
     label_column: str = field(default="label", metadata=_help("The column with the labels, names or whole numbers."))
+    drop_unlabelled: bool = field(
+        default=False,
+        metadata=_help("Leave out rows of your own whose label is empty or -1, as data sets of the hub mark them."),
+    )
     file_encoding: str = field(default="utf-8", metadata=_help("Of your own text files, e.g. latin-1."))
     model: str = field(
         default="minilm",

@@ -28,6 +28,7 @@ from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import StepMeter, StopOnSigterm
 from rose_ds.training.loaders import with_settings
+from rose_ds.training.missed_evaluation import MissedEvaluation
 from rose_ds.training.same_run import SameRunTrainer
 from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.step_report import StepReport
@@ -60,6 +61,7 @@ class ResumableTrainer(SameRunTrainer):
         """A checkpoint that callbacks may be writing into."""
         self._stop = StopOnSigterm()
         self.add_callback(self._stop)
+        self.add_callback(MissedEvaluation(self))
         if self.args.enable_jit_checkpoint:
             signal.signal(signal.SIGTERM, handler)  # Trainer has already put its own there
             raise RefusedConfiguration(

@@ -24,8 +24,8 @@ FLAGS = ["--max_length", "16", "--disable_tqdm", "true", "--report_to", "none", 
 def test_pairs_of_ones_own_from_two_sweeps_to_the_report(two_layers: str, tmp_path: Path) -> None:
     """Trained, attacked and compared; started twice on one store, each of its cells is made once."""
     data, store = tmp_path / "answers.jsonl", tmp_path / "store"
-    answers = [("Who came?", f"{i} friends came.", "yes") for i in range(30)]
-    answers += [("Who came?", f"It rained for {i} days.", "no") for i in range(30)]
+    answers = [(f"Who came {i}?", f"{i} friends came.", "yes") for i in range(30)]
+    answers += [(f"Who came {i}?", f"It rained for {i} days.", "no") for i in range(30)]
     lines = [
         {"question": q, "answer": a, "fits": y, **({"note": "x"} if i % 2 else {})}
         for i, (q, a, y) in enumerate(answers)

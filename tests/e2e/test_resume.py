@@ -101,10 +101,13 @@ def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> 
 def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) -> None:
     """It is left out, since SIGKILL may follow soon, and made up for when the run goes on; also after the last step."""
     flags = ["--model", two_layers, "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--save_steps", "2", "--load_best_model_at_end", "true", "--metric_for_best_model", "ece", "--greater_is_better", "true"]
     undisturbed = tmp_path / "whole"
     main(["train", *FLAGS, *flags, "--output_dir", str(undisturbed)])
     expected = read_trajectory(undisturbed)
     assert [line["step"] for line in expected] == [2, 4]
+    state = json.loads((undisturbed / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 4  # which a run that was stopped there would not know
     for pause in (3, 1):  # the step after so many
         out = tmp_path / str(pause) / "run"
         out.parent.mkdir()
@@ -113,7 +116,7 @@ def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) 
         assert [line["step"] for line in read_trajectory(out)] == [2][: pause // 2]
         code, log, _ = process(out, {}, *flags, "--resume", "auto")
         assert code == 0, log[-4000:]
-        assert read_trajectory(out) == expected and same_weights(out, undisturbed)
+        assert read_trajectory(out) == expected and same_weights(out, undisturbed)  # those of the best step
         metrics = Metrics.read(out)
         assert metrics.step_seconds and metrics.peak_memory_bytes
 

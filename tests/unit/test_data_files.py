@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 from torch.nn import functional as F
 
-from rose_ds.data import DataError, perturb
+from rose_ds.data import DataError
 from rose_ds.data.files import Files, load_files
 from rose_ds.data.tables import read_rows
 from rose_ds.experiments.loading import load_data, settings_of
@@ -63,6 +63,10 @@ SAME = (["good film", "bad film"], [1, 0], ("neg", "pos"))
         ("semicolons-bom.csv", b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode()),
         ("semicolons-quoted.csv", '"text";"label";"a, b"\n"good film";"pos";"1,5"\nbad film;neg;1,5\n'),
         ("semicolon-in-a-name.csv", '"a;b",text,label\n1,good film,pos\n2,bad film,neg\n'),
+        ("sep.csv", "sep=;\r\n" + CSV.replace(",", ";").replace("\n", "\r\n")),
+        ("sep-bom.csv", b"\xef\xbb\xbfsep=|\n" + CSV.replace(",", "|").encode()),
+        ("sep-tab.csv", "sep=\t\n" + CSV.replace(",", "\t")),
+        ("sep-comma.csv", 'sep=,\ntext,label,"c;d"\ngood film,pos,1\nbad film,neg,1\n'),
         ("semicolon-in-the-only-line.csv", '"label","a;\nb","text"\npos,1,good film\nneg,2,bad film\n'),
         ("a.jsonl", '{"text": "good film", "label": "pos"}\n\n{"label": "neg", "text": "bad film"}\n'),
         ("a.json", '[{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}]'),
@@ -91,6 +95,26 @@ def test_latin_1_is_said_and_then_read(tmp_path: Path) -> None:
     assert read(path, encoding="latin-1")[0] == ["fine", "café"]
     with pytest.raises(DataError, match="file_encoding='klingon' is no encoding"):
         read(path, encoding="klingon")
+
+
+def test_a_byte_order_mark_that_the_content_contradicts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An editor's mark on top of another program's rows: what the user says is tried, and told."""
+    mark, rows = b"\xef\xbb\xbf", "text,label\nschön,1\nsüß,0\n".encode("cp1252")
+    path = write(tmp_path / "a.csv", mark + rows)
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: byte 0xf6 is not utf-8: .* \(its byte-order mark says utf-8, which"
+    ):
+        read(path)
+    assert read(path, encoding="cp1252")[0] == ["schön", "süß"]
+    assert "a.csv: its byte-order mark says utf-8, which its content contradicts: read as cp1252" in caplog.text
+    with pytest.raises(DataError, match=r"a\.csv:3: byte 0x81 is not cp1252: "):
+        read(write(path, mark + rows.replace(b"\xfc", b"\x81")), encoding="cp1252")
+    caplog.clear()
+    assert read(write(path, mark + "text,label\nschön,1\nb,0\n".encode()), encoding="cp1252")[0] == ["schön", "b"]
+    assert not caplog.records
+    wide = "text,label\n\u0a0a,1\nb,0\n".encode("utf-16")  # three lines, with five bytes 0x0a
+    with pytest.raises(DataError, match=r"a\.csv:4: byte 0x78 is not utf-16-le: .*mark says utf-16-le"):
+        read(write(path, wide + b"x"))
 
 
 def test_parquet_with_and_without_names(tmp_path: Path) -> None:
@@ -183,7 +207,7 @@ def test_usual_names_are_whole_pairs_first(
     names = header.split(",")
     rows = "".join(",".join([*(f"{name} {i}" for name in names[:-1]), str(i)]) + "\n" for i in range(2))
     path = write(tmp_path / "a.csv", f"{header}\n{rows}")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "rose_ds.data.files"):
         data = load_files(Files(validation=path, adversarial=path))
     assert data.validation is not None
     assert tuple(data.validation[0][field] for field in data.spec.fields) == tuple(f"{name} 0" for name in texts)
@@ -191,17 +215,19 @@ def test_usual_names_are_whole_pairs_first(
         f"{path}: the texts are {' and '.join(map(repr, texts))}; others with --text_columns"
     ]
     caplog.clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "rose_ds.data.files"):
         read(path, text_columns=texts)
     assert not caplog.records
 
 
-def test_semicolons_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_delimiters_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         read_rows(write(tmp_path / "a.csv", CSV))
         assert not caplog.records
         read_rows(write(tmp_path / "b.csv", CSV.replace(",", ";")))
+        read_rows(write(tmp_path / "c.csv", "sep=|\n" + CSV.replace(",", "|")))
     assert "b.csv: the header has semicolons and no comma: columns are separated by ';'" in caplog.text
+    assert "c.csv: columns are separated by '|', as its first line says" in caplog.text
 
 
 BAD: list[tuple[str, str, dict[str, Any], str]] = [
@@ -227,6 +253,8 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, r"a\.jsonl:2: no label in 'label'"),
     ("a.jsonl", '{"label": 1}\n{"text": "b", "label": 0}\n', {}, r"a\.jsonl:1: expected a text in 'text', found None"),
     ("a.csv", "text;label\na;b;1\n", {}, r"a\.csv:2: 3 columns, but the header has 2 \(separated by ';'\)"),
+    ("a.csv", "sep=;\ntext;label\na,b;1\nc\n", {}, r"a\.csv:4: 1 columns, but the header has 2 \(separated by ';'\)"),
+    ("a.csv", "sep=;", {}, r"a\.csv has no rows"),
     ("a.jsonl", '{"text": "a", "label": 1}\n["b", 0]\n', {}, r"a\.jsonl:2: expected an object"),
     ("a.jsonl", '{"text": "a", "text": "b", "label": 1}\n', {}, r"a\.jsonl:1: .*a field occurs twice"),
     (
@@ -315,25 +343,6 @@ def test_names_that_look_like_other_numbers(tmp_path: Path) -> None:
     assert data.validation is not None and data.validation["label"] == [1, 0]
 
 
-def test_a_part_is_set_aside_by_the_text(tmp_path: Path) -> None:
-    rows = [(f"text {i % 300}", i % 3) for i in range(600)]  # each text twice
-    path = write(tmp_path / "train.csv", "text,label\n" + "".join(f"{t},{y}\n" for t, y in rows))
-    data = load_files(Files(train=path))
-    assert data.train is not None
-    assert data.validation is not None
-    assert len(data.train) + len(data.validation) == 600
-    assert 20 < len(data.validation) < 110
-    assert not set(data.train["text"]) & set(data.validation["text"])
-    more = load_files(Files(train=write(tmp_path / "more.csv", path.read_text() + "new,1\n")))
-    assert more.validation is not None
-    assert set(data.validation["text"]) <= set(more.validation["text"])
-    only = load_files(Files(train=path), splits=("validation",))
-    assert only.train is None
-    assert perturb(data.validation, data.spec.fields, seed=0)["text"] != data.validation["text"]
-    with pytest.raises(DataError, match="too few rows"):
-        load_files(Files(train=write(tmp_path / "few.csv", CSV)))
-
-
 def test_a_spacing_that_meets_the_orders_period_is_refused(tmp_path: Path) -> None:
     """Rows in pairs of a positive and a negative one: every second row has one label."""
     path = write(tmp_path / "pairs.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(400)))
@@ -413,8 +422,11 @@ def test_a_finished_run_says_what_its_data_is(tmp_path: Path) -> None:
     run = settings_of(str(tmp_path), {"adversarial_file": "hard.csv", "data": "elsewhere"})  # of the same task
     assert (run.task, run.data, run.adversarial_file, run.max_eval_samples) == ("sst2", "elsewhere", "hard.csv", 7)
     config = {"train_file": "a.csv", "validation_file": "a-dev.csv", "file_encoding": "latin-1", "task": "mine"}
+    config |= {"drop_unlabelled": True}
     Metrics(task="mine", model="minilm", config=config).write(tmp_path)
     assert settings_of(str(tmp_path), {"text_columns": ["body"]}).file_encoding == "latin-1"
+    assert settings_of(str(tmp_path), {"text_columns": ["body"]}).drop_unlabelled
+    assert not settings_of(str(tmp_path), {"validation_file": "b.csv"}).drop_unlabelled
     config |= {"data": "glue"}  # of a sweep with other tasks
     Metrics(task="mine", model="minilm", config=config).write(tmp_path)
     assert settings_of(str(tmp_path), {}).data is None

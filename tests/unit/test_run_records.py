@@ -47,8 +47,7 @@ def test_a_trajectory_begins_where_its_run_does(step: int, kept: list[int], tmp_
     unused: Any = None
     callback = TrajectoryCallback(unused, unused, tmp_path)
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=step)
-    args: Any = SimpleNamespace(eval_strategy="no", eval_delay=0)
-    callback.on_train_begin(args, state, unused)
+    callback.on_train_begin(unused, state, unused)
     assert [line["step"] for line in read_trajectory(tmp_path)] == kept
 
 
