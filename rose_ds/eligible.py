@@ -12,6 +12,7 @@ from rose_ds.errors import RefusedConfiguration
 
 #: A list of blocks counts beside the largest one from this share of its weights on: an encoder and a decoder, say.
 _BLOCKS_FROM = 0.2
+_DEFAULTS = (DEFAULT_INCLUDE, RoseConfig(strategy="child-tuning").include)
 #: The default must find this share of the weights in the model's blocks, or it does not fit the model's names.
 _FITS_FROM = 0.9
 
@@ -25,7 +26,8 @@ def eligible_names(config: RoseConfig, shapes: Mapping[str, Sequence[int]]) -> l
 
     Raises:
         RefusedConfiguration: a pattern matches nothing, nothing is left, or the default finds norms but not the weight
-            matrices, as in models whose blocks have other names. The message has the setting that does.
+            matrices, as in models whose blocks have other names, or it finds embeddings, whose names have "layer" in
+            them too. The message has the setting that does.
     """
     blocks = block_patterns(shapes)
     if BLOCKS in config.include:
@@ -41,6 +43,14 @@ def eligible_names(config: RoseConfig, shapes: Mapping[str, Sequence[int]]) -> l
         names = config.eligible(shapes)
     except ValueError as error:
         raise RefusedConfiguration(f"{error}; or {advice}" if advice else str(error)) from None
+    if config.include in _DEFAULTS and blocks:
+        outside = [name for name in names if len(shapes[name]) > 1 and not re.search(r"\.\d+\.", name)]
+        if outside:
+            raise RefusedConfiguration(
+                f"the default include={list(config.include)} would mask what is in none of this model's blocks "
+                f"({', '.join(outside[:4])}{', ...' if len(outside) > 4 else ''}), since it is "
+                f"named like them: set {advice}"
+            )
     if config.include == DEFAULT_INCLUDE and blocks:
         inside = [n for n in config.eligible(shapes, include=blocks) if len(shapes[n]) > 1]
         chosen = set(names)

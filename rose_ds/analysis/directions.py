@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 Weights = dict[str, Tensor]
 
@@ -32,26 +33,34 @@ def drawn_for(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def row_lengths(tensor: Tensor) -> Tensor:
-    """The L2 norm of what belongs to each first index, fp32."""
-    return tensor.detach().float().flatten(1).norm(dim=1)
+def filter_lengths(tensor: Tensor, *, by_column: bool) -> Tensor:
+    """The L2 norm of what belongs to each first index, or of each column, fp32."""
+    weights = tensor.detach().float()
+    return weights.norm(dim=0) if by_column else weights.flatten(1).norm(dim=1)
+
+
+def filtered_by_column(module: nn.Module) -> set[str]:
+    """Names of the matrices whose columns are the output neurons: GPT-2 stores them the other way round."""
+    return {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Conv1D)}
 
 
 def filter_normalised(module: nn.Module, seed: int) -> Weights:
     """A Gaussian direction, filter by filter as long as the weights (Li et al., NeurIPS 2018; Eq. 6).
 
-    A filter is a row of a matrix (one output neuron; of an embedding, one token or position), or the first index of a
-    tensor with more dimensions. Biases and norms, vectors all, are zero: they do not move. Each tensor's numbers come
-    from the seed and its name, so two models of one architecture get the same draw, scaled to each.
+    A filter is one output neuron's row of a matrix (``filtered_by_column``: its column; of an embedding, one token or
+    position), or the first index of a tensor with more dimensions. Biases and norms, vectors all, are zero: they do not
+    move. Each tensor's numbers come from the seed and its name, so two models of one architecture get the same draw,
+    scaled to each.
     """
-    direction = {}
+    direction, columns = {}, filtered_by_column(module)
     for name, p in module.named_parameters():
         if p.dim() < 2:
             direction[name] = torch.zeros_like(p)
             continue
         drawn = drawn_for(name, p.shape, seed).to(p.device)
-        scale = row_lengths(p) / row_lengths(drawn).clamp_min(1e-12)
-        direction[name] = drawn.mul_(scale.view(-1, *[1] * (p.dim() - 1))).to(p.dtype)
+        by_column = name in columns
+        scale = filter_lengths(p, by_column=by_column) / filter_lengths(drawn, by_column=by_column).clamp_min(1e-12)
+        direction[name] = drawn.mul_(scale if by_column else scale.view(-1, *[1] * (p.dim() - 1))).to(p.dtype)
     return direction
 
 

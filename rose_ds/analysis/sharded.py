@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import rose_ds
-from rose_ds.analysis.directions import Weights, drawn_for, row_lengths
+from rose_ds.analysis.directions import Weights, drawn_for, filter_lengths, filtered_by_column
 from rose_ds.analysis.load import Batch, loss_and_right
 from rose_ds.analysis.movable import Movable, WholeModel
 from rose_ds.engines.base import Engine
@@ -57,27 +57,30 @@ class ShardedModel(Movable):
         self.engine, self._forward = engine, forward
         self._exchange = group_exchange(None)
         self._slices = {piece.name: piece for piece in engine.trainable_slices()}
+        self._by_column = filtered_by_column(engine.module)
         self._shapes = {name: engine.shape(param) for name, param in engine.named_parameters()}
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         return ((name, piece.view(piece.param)) for name, piece in self._slices.items())
 
     def direction(self, seed: int) -> Weights:
-        """A collective: a row's length is that of all its parts."""
+        """A collective: a filter's length is that of all its parts."""
         found = {name: torch.zeros_like(weights) for name, weights in self.named_parameters()}
         for name, shape in self._shapes.items():  # every rank, also one that has nothing of this parameter
             if len(shape) < 2:
                 continue
-            width, squares = shape[1:].numel(), torch.zeros(shape[0], dtype=torch.float64)
+            width, by_column = shape[1:].numel(), name in self._by_column
+            squares = torch.zeros(shape[1 if by_column else 0], dtype=torch.float64)
             piece = self._slices.get(name)
             if piece is not None:
                 positions = piece.block.positions()
-                squares.index_add_(0, positions // width, piece.view(piece.param).double().square().cpu())
+                filters = positions % width if by_column else positions // width
+                squares.index_add_(0, filters, piece.view(piece.param).double().square().cpu())
             lengths = self._exchange(squares).sum(0).sqrt().float().cpu()
             if piece is not None:
                 drawn = drawn_for(name, shape, seed)  # whole, so that it does not depend on who holds what
-                scale = lengths / row_lengths(drawn).clamp_min(1e-12)
-                found[name].copy_(drawn.view(-1)[positions] * scale[positions // width])
+                scale = lengths / filter_lengths(drawn, by_column=by_column).clamp_min(1e-12)
+                found[name].copy_(drawn.view(-1)[positions] * scale[filters])
         return found
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from rose_ds.experiments.models import (
     load_model,
     load_tokenizer,
 )
+from rose_ds.experiments.settings import RunSettings
 from rose_ds.hardware import default_device
 
 Texts = tuple[str, ...]
@@ -49,7 +50,9 @@ class Classifier:
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        max_length = settings_of(model, {}).max_length if max_length is None else max_length
+        if max_length is None:
+            trained_here = (Path(model) / METRICS).is_file()
+            max_length = settings_of(model, {}).max_length if trained_here else RunSettings.max_length
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 8)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")

@@ -36,8 +36,9 @@ class EmbeddingShift:
         self.calls, self.used = 0, False
         self._seed = 0
         self._attention: Tensor | None = None
+        self._ids: Tensor | None = None
         _HOOKS[module] = [
-            module.register_forward_pre_hook(self._look_for_attention_mask, with_kwargs=True),
+            module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True),
             embeddings.register_forward_hook(self._add),
         ]
 
@@ -66,9 +67,10 @@ class EmbeddingShift:
         assert shift is None or isinstance(shift, Tensor)
         return shift
 
-    def _look_for_attention_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+    def _look_at_inputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", args[0] if args else None)
         self._attention = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
     def _add(self, embeddings: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         self.calls += 1
@@ -79,6 +81,11 @@ class EmbeddingShift:
             )
         if self.shift is None:
             return None
+        if self._ids is not None and args and _is_turned(args[0], self._ids):
+            raise RefusedConfiguration(
+                "the model embeds its tokens as (length, batch) and not as (batch, length), as XLNet does: objectives "
+                "smart and freelb would take a position of the whole batch for a text"
+            )
         if callable(self.shift):
             real = self._attention.bool() if self._attention is not None else self._not_padding(args, out)
             generator = torch.Generator(out.device).manual_seed(self._seed)
@@ -92,3 +99,10 @@ class EmbeddingShift:
         if args and self.padding_idx is not None and args[0].shape == out.shape[:-1]:
             return args[0] != self.padding_idx
         return torch.ones(out.shape[:-1], dtype=torch.bool, device=out.device)
+
+
+def _is_turned(embedded: Tensor, ids: Tensor) -> bool:
+    """Whether ids (batch, length) were turned before they were embedded."""
+    if embedded.shape != ids.shape[::-1]:
+        return False
+    return ids.shape[0] != ids.shape[1] or bool(torch.equal(embedded, ids.T) and not torch.equal(embedded, ids))

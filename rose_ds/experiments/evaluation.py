@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +102,22 @@ class Evaluator:
         self._order: dict[str, _Array] = {}
         self.rows: dict[str, Any] = {}
         """Set -> what a Trainer evaluates on."""
+        read: dict[str, list[list[int]]] = {}
         for name in self._idx:
             tokens = tokenize(sets[name], data.spec, tokenizer, run.max_length, order)
+            read[name] = list(tokens["input_ids"])
             self._order[name] = np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable")
             self.rows[name] = tokens.select(self._order[name])
         self._labels = {name: self._in_task_order(rows["labels"]) for name, rows in self.rows.items()}
+        same = sum(map(operator.eq, read.get("clean", []), read.get("perturbed", [])))
+        if same:
+            logger.warning(
+                "%d of %d perturbed texts are to the model what they were: they were changed beyond --max_length %d, "
+                "or in what its tokenizer evens out",
+                same,
+                len(read["clean"]),
+                run.max_length,
+            )
         self._latest: Any = None
         self._at_step: tuple[int, dict[str, Predictions]] | None = None
 

@@ -86,7 +86,7 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
     adversarial file or a column does not.
 
     Raises:
-        ValueError: metrics.json cannot be read.
+        ValueError: metrics.json cannot be read; or there is none, and nothing given says what to look at.
     """
     names, known = {f.name for f in fields(RunSettings)}, dict[str, Any]()
     if (Path(folder) / FILE).is_file():
@@ -96,6 +96,11 @@ def settings_of(folder: str, given: Mapping[str, Any]) -> RunSettings:
         if any(config.get(name) is not None for name in _FILES):
             wanted -= {"data"}  # which a run of files does not read
         known = {name: value for name, value in config.items() if name in wanted}
+    elif not set(given) & set(_NAMED):
+        raise ValueError(
+            f"{folder} has no {FILE} that says what it was trained on: give --task, or the rows with --validation_file "
+            "or --dataset"
+        )
     return RunSettings(**{**known, **{k: v for k, v in given.items() if k in names}, "model": folder})
 
 

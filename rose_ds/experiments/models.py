@@ -60,8 +60,9 @@ def check_length(model: str, tokenizer: Any, max_length: int) -> None:
             f"the tokenizer of {model} has no padding token, and batches are padded: set one that the text does not "
             "use (often tokenizer.pad_token = tokenizer.eos_token, and config.pad_token_id with it) and save both"
         )
-    positions = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or max_length
-    limit = min(int(tokenizer.model_max_length), positions)  # RoBERTa keeps two positions for itself: the tokenizer's
+    positions = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or 0
+    # RoBERTa keeps two positions for itself: the tokenizer's; XLNet says -1, as it has no limit
+    limit = min(int(tokenizer.model_max_length), positions if positions > 0 else max_length)
     if max_length > limit:
         raise ModelError(f"--max_length {max_length} is more than the {limit} tokens that {model} takes")
 
@@ -113,9 +114,10 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: 
                 names[at] = label
         except ModelError as error:
             logger.warning("%s; the head goes on as the task's", error)
-    return _load(
+    network = _load(
         AutoModelForSequenceClassification,
         model,
+        problem_type="single_label_classification",  # whatever the one was that it was trained for before
         dtype=torch.float32,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
@@ -123,6 +125,9 @@ def load_model(model: str, spec: TaskSpec, *, trained: bool = False, attention: 
         **({} if attention is None else {"attn_implementation": attention}),
         ignore_mismatched_sizes=config.num_labels != len(names),
     )
+    if getattr(network.config, "pad_token_id", None) is None:  # a decoder looks for the last token before the padding
+        network.config.pad_token_id = load_tokenizer(model).pad_token_id
+    return network
 
 
 def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:

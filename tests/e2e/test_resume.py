@@ -101,7 +101,8 @@ def test_terminated_within_an_epoch_and_resumed(whole: Path, tmp_path: Path) -> 
 def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) -> None:
     """It is left out, since SIGKILL may follow soon, and made up for when the run goes on; also after the last step."""
     flags = ["--model", two_layers, "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2"]
-    flags += ["--save_steps", "2", "--load_best_model_at_end", "true", "--metric_for_best_model", "ece", "--greater_is_better", "true"]
+    flags += ["--save_steps", "2", "--load_best_model_at_end", "true"]
+    flags += ["--metric_for_best_model", "ece", "--greater_is_better", "true"]
     undisturbed = tmp_path / "whole"
     main(["train", *FLAGS, *flags, "--output_dir", str(undisturbed)])
     expected = read_trajectory(undisturbed)

@@ -11,6 +11,7 @@ import torch
 from spawn import run_ranks
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 from zero_jobs import quiet
 
 from rose_ds.analysis.directions import weights_of
@@ -24,11 +25,14 @@ WORLD, PLANE, LINE = 2, Plane(points=3, radius=0.5), Line(points=3, first=0.0, l
 
 
 def make_model(seed: int = 0) -> nn.Module:
-    """Odd sizes: a rank's part of a parameter ends in the middle of a row."""
+    """Odd sizes: a rank's part of a parameter ends in the middle of a row. One matrix is stored as GPT-2 does."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 31, "hidden_size": 9, "intermediate_size": 13, "max_position_embeddings": 7}
     config = BertConfig(**sizes, num_attention_heads=3, num_hidden_layers=2, num_labels=3, initializer_range=0.4)
-    return BertForSequenceClassification(config).eval()
+    model = BertForSequenceClassification(config)
+    model.bert.encoder.layer[0].intermediate.dense = turned = Conv1D(13, 9)
+    nn.init.normal_(turned.weight, std=0.4)
+    return model.eval()
 
 
 def batches() -> list[dict[str, Tensor]]:

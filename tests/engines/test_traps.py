@@ -102,6 +102,16 @@ class Shared(Tiny):
         return super().forward(ids) + super().forward(ids.flip(1))
 
 
+class Turned(Tiny):
+    """Embeds positions first, as XLNet."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.dropout(self.embeddings(ids.T).mean(0))
+        for block in self.layer:
+            x = block(x)
+        return self.head(x)
+
+
 class Nameless(Tiny):
     """Does not say which its embeddings are."""
 
@@ -111,10 +121,11 @@ class Nameless(Tiny):
 @pytest.mark.fast
 @pytest.mark.parametrize("objective", [Smart(), FreeLB()], ids=lambda o: o.name)
 def test_shifts_that_would_be_lost(objective: Objective) -> None:
-    """Embeddings that are recomputed without their shift, that run twice, or that nobody can find."""
+    """Embeddings that are recomputed without their shift, that run twice or turned, or that nobody can find."""
     for kind, words in (
         (Checkpointed, "run again inside the backward pass .activation checkpointing includes them"),
         (Shared, "ran the input embeddings 2 times"),
+        (Turned, "as .length, batch. and not as .batch, length."),
         (Nameless, r"Nameless has no get_input_embeddings\(\)"),
     ):
         model = kind(Case())

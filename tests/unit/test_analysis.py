@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rose_ds.analysis import landscape, load, pictures
 from rose_ds.analysis.directions import blend, filter_normalised, move, restored, weights_of
@@ -72,6 +73,17 @@ def test_filters_are_as_long_as_the_weights(model: Tiny) -> None:
     with torch.no_grad():
         scaled.first.weight.mul_(2)
     torch.testing.assert_close(filter_normalised(scaled, 3)["first.weight"], 2 * direction["first.weight"])
+
+
+def test_a_filter_of_gpt2_is_a_column() -> None:
+    """Its matrices are (inputs, outputs)."""
+    config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2, num_labels=2)
+    network = GPT2ForSequenceClassification(config)
+    direction, weights = filter_normalised(network, 3), weights_of(network)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert weights[name].shape == (8, 32)
+    torch.testing.assert_close(direction[name].norm(dim=0), weights[name].norm(dim=0))
+    torch.testing.assert_close(direction["score.weight"].norm(dim=1), weights["score.weight"].norm(dim=1))
 
 
 def test_weights_are_restored_to_the_bit(model: Tiny) -> None:

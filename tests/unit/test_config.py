@@ -189,6 +189,22 @@ def test_settings_that_do_not_fit_together(settings: dict[str, Any], words: str)
         RoseConfig(**settings)
 
 
+def test_the_default_masks_no_embeddings_that_are_named_like_blocks() -> None:
+    """Rows that a batch does not touch have no risk at all, and would fill what is kept."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "bert_layer.embeddings.word_embeddings.weight": (100, 8),
+        "bert_layer.embeddings.LayerNorm.weight": (8,),
+        "bert_layer.encoder.layer.0.dense.weight": (8, 8),
+        "bert_layer.encoder.layer.0.dense.bias": (8,),
+        "bert_layer.pooler.dense.weight": (8, 8),
+    }
+    for strategy in ("first", "child-tuning"):
+        with pytest.raises(RefusedConfiguration, match='pooler.dense.weight.*set include="@blocks"'):
+            eligible_names(RoseConfig(strategy=strategy), shapes)
+    assert eligible_names(RoseConfig(include=("@blocks",)), shapes) == ["bert_layer.encoder.layer.0.dense.weight"]
+    assert len(eligible_names(RoseConfig(include=("layer.*weight$",)), shapes)) == 4  # who says so gets it
+
+
 def test_the_default_is_measured_against_a_models_names_with_exclude_too() -> None:
     """BLOOM's blocks have layer norms whose names it finds, and matrices whose names it does not."""
     shapes: dict[str, tuple[int, ...]] = {"transformer.word_embeddings_layernorm.weight": (8,)}
