@@ -165,13 +165,17 @@ def _ask(texts: Sequence[Texts], outcome: Outcome) -> Generator[Question, Scores
     return (yield texts, outcome)
 
 
+#: Alike texts of two batches may differ by such a part of how unsure the answer is, or of how sure.
+_ROUNDING = 1e-4
+
+
 def _read(words: Sequence[_Word], of_word: Mapping[_Word, Sequence[float]]) -> list[_Word]:
     """The words without those at a text's end that change nothing in the text up to them: it is cut before them."""
     read: list[_Word] = []
     last = set[int]()
     for word in reversed(words):
         to, before, _, _ = of_word[word]
-        if to != before or word.text in last:
+        if abs(to - before) > _ROUNDING * min(to, 1 - to) or word.text in last:
             last.add(word.text)
             read.append(word)
     return read[::-1]

@@ -9,6 +9,9 @@ from typing import ClassVar
 from rose_ds.attack.searches import SEARCHES
 from rose_ds.experiments.resumable import digest
 
+#: Of searches that have changed: accuracies under one stand beside none under the other.
+VERSIONS = {"pruthi": 2}
+
 
 @dataclass
 class AttackSettings:
@@ -42,13 +45,17 @@ class AttackSettings:
 
     def key(self, rows: str) -> str:
         """Of files: the search with a digest of its limits and of the rows."""
-        return f"{self.search}-{digest([[rows, *asdict(self).values()]])}"
+        parts = [rows, *asdict(self).values()]
+        if self.search in VERSIONS:
+            parts.append(VERSIONS[self.search])
+        return f"{self.search}-{digest([parts])}"
 
     @property
     def name(self) -> str:
         """The search and what limits it, as labels begin."""
         told = {"max_words": self.max_words, "query_budget": self.query_budget, "seed": self.attack_seed or None}
-        return self.search + "".join(f", {name} {value}" for name, value in told.items() if value is not None)
+        limits = "".join(f", {name} {value}" for name, value in told.items() if value is not None)
+        return self.search + (f" {VERSIONS[self.search]}" if self.search in VERSIONS else "") + limits
 
     def label(self, items: int, rows: str) -> str:
         """What accuracies are comparable under, the key in ``Metrics.under_attack``: the name, and the rows, by their
@@ -73,14 +80,16 @@ class PlannedAttack:
         if self.items < 1:
             raise ValueError(f"attack_items={self.items} must be at least 1")
 
-    def words(self) -> list[str]:
-        """Flags of ``rose-ds attack``; those that are at their defaults are left out, but for the search."""
+    def words(self, rows: int) -> list[str]:
+        """Flags of ``rose-ds attack`` for a dev set of so many rows; those that are at their defaults are left out, but
+        for the search.
+        """
         found = ["--search", self.settings.search]
         for f in fields(self.settings):
             value = getattr(self.settings, f.name)
             if f.name != "search" and value != f.default:
                 found += [f"--{f.name}", str(value)]
-        return [*found, "--max_eval_samples", str(self.items)]
+        return [*found, "--max_eval_samples", str(min(self.items, rows))]
 
     def made(self, labels: Iterable[str], rows: int) -> bool:
         """Whether one of the labels is of this attack, on as many items as a dev set of so many rows has for it."""

@@ -61,7 +61,7 @@ def _report_stores(folders: Sequence[Path], baseline: str | None, output: Path) 
     from rose_ds.experiments.comparison import render
     from rose_ds.experiments.comparison.gather import gather, models_in
     from rose_ds.experiments.comparison.published import accuracy
-    from rose_ds.experiments.comparison.tables import tables, unfinished
+    from rose_ds.experiments.comparison.tables import unfinished
     from rose_ds.experiments.store import Store
 
     stores = [Store(folder) for folder in folders]
@@ -72,8 +72,8 @@ def _report_stores(folders: Sequence[Path], baseline: str | None, output: Path) 
     for model in models or [None]:
         comparison = gather(stores, baseline, model)
         own = output if len(models) < 2 else output / f"{models.index(model) + 1}-{_plain(str(model))}"
-        if own != output and output.is_dir():  # of when there was one
-            render.clear(output, tables(comparison))
+        if own != output:
+            render.clear(output)  # of when there was one
         written = render.write(comparison, own)
         missing = unfinished(comparison)
         for shown in [accuracy(comparison), *([missing] if missing.rows else [])]:

@@ -19,27 +19,17 @@ _FILES = ("train_file", "validation_file", "adversarial_file")
 _MAYBE_FILES = ("model", "deepspeed", "fsdp_config", "accelerator_config")
 #: What of a model's folder it consists of; other files come and go.
 _OF_MODELS = ("config.json", "*.safetensors", "*.bin", "*.model", "vocab*", "merges.txt", "*token*.json")
-#: What no result depends on.
-_NEUTRAL = ("report_to", "disable_tqdm", "save_total_limit")
-#: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
-DEFAULTS = {
-    "save_strategy": "steps",
-    "save_steps": 100,
-    "save_total_limit": 1,
-    "eval_strategy": "steps",
-    "eval_steps": 100,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 
 
 def known_by_content(settings: Settings) -> list[str]:
     """Those of the settings that name files or folders, of which ``digest_of`` the content counts."""
-    return [flag for flag in _FILES if flag in settings] + [f for f in _MAYBE_FILES if _is_there(settings.get(f))]
+    there = [flag for flag in _MAYBE_FILES if isinstance(settings.get(flag), str) and _is_there(flag, settings[flag])]
+    return [flag for flag in _FILES if flag in settings] + there
 
 
-def _is_there(value: Any) -> bool:
-    return isinstance(value, str) and not value.startswith("{") and Path(value).exists()
+def _is_there(flag: str, value: str) -> bool:
+    packaged = flag == "model" and value == RunSettings.model  # whatever else has this name here
+    return not packaged and not value.startswith("{") and Path(value).expanduser().exists()
 
 
 def digest_of(path: str) -> str:
@@ -47,7 +37,7 @@ def digest_of(path: str) -> str:
     without those of a model's folder that are no part of the model.
     """
     try:
-        whole = Path(path)
+        whole = Path(path).expanduser()
         if (whole / "config.json").is_file():
             files = sorted({file for part in _OF_MODELS for file in whole.glob(part)})
         elif whole.is_dir():
@@ -70,18 +60,12 @@ def settings_key(settings: Settings) -> str:
 
 
 def canonical(settings: Settings) -> dict[str, Any]:
-    """Portable settings without what changes no result: a default that is spelled out, a file's name, who is told."""
-    known: dict[str, Any] = {"eval_steps": DEFAULTS["eval_steps"], "save_steps": DEFAULTS["save_steps"]}
-    if "preset" not in settings:
-        known["model"] = RunSettings.model
-    known |= {name: value for name, value in settings.items() if value is not None}
-    for name in ("eval_strategy", "save_strategy"):
-        if known.get(name) == DEFAULTS[name]:
-            del known[name]
+    """Portable settings with files by their content alone, whatever they are called."""
+    known = {name: _whole(value) for name, value in settings.items()}
     for name in (*_FILES, *_MAYBE_FILES):
         if isinstance(known.get(name), str) and _DIGESTED.search(known[name]):
             known[name] = known[name][-12:]
-    return {name: _whole(value) for name, value in known.items() if name not in _NEUTRAL}
+    return known
 
 
 _DIGESTED = re.compile(r" [0-9a-f]{12}$")

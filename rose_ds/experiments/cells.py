@@ -18,7 +18,7 @@ import yaml
 
 from rose_ds.config import LOOKED_AT_BY, RoseConfig
 from rose_ds.data.tasks import get_task
-from rose_ds.experiments.cell_key import DEFAULTS, canonical, digest_of, known_by_content
+from rose_ds.experiments.cell_key import canonical, digest_of, known_by_content
 from rose_ds.experiments.methods import Method, method_named
 from rose_ds.experiments.presets import published
 from rose_ds.experiments.settings import MethodSettings, RunSettings, constant_flag
@@ -32,6 +32,18 @@ _OWN = ("task", "method", "seed", "output_dir", "resume", "resume_from_checkpoin
 _PLACES = ("data",)
 #: What says how own files are read.
 _OF_FILES = ("train_file", "validation_file", "text_columns", "label_column", "drop_unlabelled", "file_encoding")
+
+
+#: A cell's, where a sweep says nothing: it survives being killed, and is measured along its way.
+_DEFAULTS = {
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Cell:
         """Arguments of ``rose-ds train``."""
         flags = ["--task", self.task, "--method", self.method, "--seed", str(self.seed)]
         flags += ["--output_dir", str(folder), "--resume", "auto"]
-        return flags + _words({**DEFAULTS, **self.settings})
+        return flags + _words({**_DEFAULTS, **self.settings})
 
     def source(self) -> list[str]:
         """Arguments that say where its dev set is, for commands that look at its finished run."""
@@ -124,7 +136,7 @@ class Sweep:
             if not isinstance(value, Mapping) or not value:
                 raise ValueError(f"{name}={value!r}: give names, e.g. {name}: [vanilla, rose-first]"[:300])
             object.__setattr__(self, name, {str(k): v or {} for k, v in value.items()})
-        several = isinstance(self.seeds, (list, tuple)) and self.seeds
+        several = isinstance(self.seeds, Sequence) and self.seeds
         if not several or not all(type(s) is int and s >= 0 for s in self.seeds):
             raise ValueError(f"seeds={self.seeds!r} must be a list of integers >= 0")
         if not (self.budget in (None, "full") or (type(self.budget) is int and self.budget > 0)):
@@ -240,7 +252,7 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     if not run.own_files:
         get_task(task)
     if "preset" in settings:
-        published(settings["preset"], method_named(method), task)
+        published(settings["preset"], method_named(method), task if run.own_files else get_task(task).name)
 
 
 def _words(settings: Settings) -> list[str]:

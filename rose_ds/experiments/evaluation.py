@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ class Evaluator:
         if odd := int((~np.isfinite(self._latest[0]).all(axis=1)).sum()):
             logger.warning("logits of %d items of %d are not finite: they count as wrong", odd, len(labels))
         scores = Predictions([], self._latest[1], self._latest[0]).scores()
-        return {name: value for name, value in scores.items() if value is not None}
+        # a metric_for_best_model has to be there
+        return {name: math.nan if value is None else value for name, value in scores.items()}
 
     def measure(self, trainer: Any, *, clean_is_latest: bool = False) -> dict[str, Predictions]:
         """Answers on every set. Every rank calls it. Training goes on with the random numbers that it would have had.

@@ -245,11 +245,12 @@ class Store:
         if self.finished(cell):
             run = self.run_folder(cell)
             try:
-                Metrics.read(run), read_trajectory(run)
+                Metrics.read(run), read_trajectory(run), _answers(run / PREDICTIONS)
             except NewerVersion:
                 pass  # nothing is wrong with them
-            except ValueError:
-                (run / FILE).replace(run / f"{FILE}.damaged")
+            except ValueError as error:
+                if not isinstance(error.__cause__, OSError):  # of which nobody knows what is wrong with them
+                    (run / FILE).replace(run / f"{FILE}.damaged")
         self.unmark(cell)
 
     def unmark(self, cell: Cell) -> None:

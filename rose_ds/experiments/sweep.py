@@ -37,6 +37,8 @@ class _Running:
     cell: Cell
     claim: Claim
     slot: int
+    words: list[str]
+    """The command that it is at."""
     process: subprocess.Popen[bytes]
     log: Any
     started: float = field(default_factory=time.monotonic)
@@ -126,8 +128,7 @@ class Runner:
         if self.attack is None:
             return
         done = [cell for cell in self.cells if cell.key in results]
-        attacked = {cell.key: results[cell.key]["metrics"].get("under_attack", {}) for cell in done}
-        without = [cell for cell in done if not self.attack.made(attacked[cell.key], self.store.answered(cell))]
+        without = [cell for cell in done if not self._attacked(cell, results[cell.key]["metrics"])]
         if without:
             tqdm.write(
                 f"{len(without)} finished cells were not attacked by {self.attack.settings.name}, {self.attack.items} "
@@ -136,6 +137,14 @@ class Runner:
             )
 
     # --- cells ---
+
+    def _attacked(self, cell: Cell, metrics: Mapping[str, Any]) -> bool:
+        """Whether a recorded cell was; one whose answers are gone was."""
+        assert self.attack is not None
+        try:
+            return self.attack.made(metrics.get("under_attack", {}), self.store.answered(cell))
+        except ValueError:
+            return True
 
     def _start(self) -> int:
         """Start cells in free places; how many."""
@@ -155,7 +164,7 @@ class Runner:
                 left, damage = self._left_of(cell)
                 if left:
                     slot = min(set(range(self.jobs)) - {r.slot for r in self._running})
-                    self._running.append(_Running(cell, claim, slot, *self._launch(left, cell, claim, slot)))
+                    self._running.append(_Running(cell, claim, slot, left, *self._launch(left, cell, claim, slot)))
                     started += 1
                     continue
                 if damage is None:  # a process that was killed before it could record it
@@ -182,13 +191,14 @@ class Runner:
         if not self.store.finished(cell):
             return ["train", *cell.flags(folder)]
         metrics, _ = Metrics.read(folder), read_trajectory(folder)  # or else recording it would find what is damaged
-        if self.attack is None or self.attack.made(metrics.under_attack, self.store.answered(cell)):
+        rows = self.store.answered(cell)
+        if self.attack is None or self.attack.made(metrics.under_attack, rows):
             return []
         if not list(folder.glob("*.safetensors")):  # of a cell whose line was taken out of the results
             self.store.restart(cell)
             return ["train", *cell.flags(folder)]
         # its run may have been another machine's, with other folders
-        return ["attack", "--model", str(folder), *cell.source(), *self.attack.words()]
+        return ["attack", "--model", str(folder), *cell.source(), *self.attack.words(rows)]
 
     def _left_of(self, cell: Cell) -> tuple[list[str], str | None]:
         """The same, and why the figures of a run that has ended cannot be read. The run stays as it is: they may be a
@@ -240,7 +250,10 @@ class Runner:
         code = run.process.returncode
         trained = code == 0 and self.store.finished(run.cell)
         left, damage = self._left_of(run.cell) if trained else ([], None)
+        if left == run.words:
+            left, damage = [], f"rose-ds {' '.join(left)} has ended without what it was to leave"
         if left and not self._stop:
+            run.words = left
             run.process, run.log = self._launch(left, run.cell, run.claim, run.slot)
             return True
         if damage is not None:

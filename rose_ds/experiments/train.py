@@ -21,6 +21,7 @@ from rose_ds.experiments.evaluation import Evaluator, TrajectoryCallback, write_
 from rose_ds.experiments.loading import load_data
 from rose_ds.experiments.losses import weighted_loss, weights_of
 from rose_ds.experiments.methods import method_with
+from rose_ds.experiments.metrics import FILE as METRICS
 from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.models import check_length, label_names, label_order, load_model, load_tokenizer
 from rose_ds.experiments.rehearsal import first_step, shorten
@@ -160,7 +161,9 @@ def evaluate(run: RunSettings, args: TrainingArguments) -> Metrics:
     Raises:
         DataError, ModelError: the data or model cannot be loaded or do not fit each other.
     """
-    if (Path(args.output_dir) / "config.json").is_file():
+    output = Path(args.output_dir)
+    of_models = [path for part in ("*.safetensors", "*.bin", METRICS) for path in output.glob(part)]
+    if (output / "config.json").is_file() and of_models:
         raise ValueError(f"--output_dir {args.output_dir} is a model's own folder, whose record of its training stays")
     _refuse_unmeasured(args)
     labels = label_names(run.model) if run.own_files else None

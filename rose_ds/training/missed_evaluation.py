@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -29,10 +28,9 @@ class MissedEvaluation(TrainerCallback):
         )
         if not checkpoints.gather(_is_due(args, state) and not made)[0]:
             return
-        if self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None):
-            best = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if best.is_dir():  # it was saved before it was known to be the best
-                state.best_model_checkpoint = str(best)
+        found = self.trainer._evaluate(None, self.trainer.ignored_keys)
+        if self.trainer._determine_best_metric(found, None):  # it was saved before that was known
+            state.best_model_checkpoint = str(self.trainer.resumed_folder)
 
 
 def _is_due(args: Any, state: TrainerState) -> bool:

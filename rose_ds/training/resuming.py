@@ -55,6 +55,8 @@ class ResumableTrainer(SameRunTrainer):
         """Since the last log, a micro-batch each: the fraction of rows whose two dropout passes gave two answers."""
         self.resumed_folder: Path | None = None
         """The checkpoint that the run under way goes on from."""
+        self.ignored_keys: list[str] | None = None
+        """Of a model's outputs, in evaluations along training."""
         self._saved_step: int | None = None
         """Of the last checkpoint that was written."""
         self._just_saved: Path | None = None
@@ -103,6 +105,8 @@ class ResumableTrainer(SameRunTrainer):
         self._counts_restored = False
         self._saved_step = self._just_saved = None
         self.resumed_folder = folder
+        self.ignored_keys = kwargs.get("ignore_keys_for_eval", args[1] if len(args) > 1 else None)
+        self.add_callback(self.pop_callback(MissedEvaluation))  # others begin before it evaluates
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
             if self.args.save_strategy != "no":
@@ -168,8 +172,8 @@ class ResumableTrainer(SameRunTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._resumed is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             self._restore_counts(self._resumed)
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True  # Trainer would take one step more than max_steps
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True  # Trainer would take one step more
             return
         if kwargs["epoch"] == kwargs["epochs_trained"]:
             self._refuse_rounds()

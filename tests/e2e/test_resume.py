@@ -107,8 +107,6 @@ def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) 
     main(["train", *FLAGS, *flags, "--output_dir", str(undisturbed)])
     expected = read_trajectory(undisturbed)
     assert [line["step"] for line in expected] == [2, 4]
-    state = json.loads((undisturbed / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["best_global_step"] == 4  # which a run that was stopped there would not know
     for pause in (3, 1):  # the step after so many
         out = tmp_path / str(pause) / "run"
         out.parent.mkdir()
@@ -117,7 +115,8 @@ def test_terminated_in_a_step_of_an_evaluation(two_layers: str, tmp_path: Path) 
         assert [line["step"] for line in read_trajectory(out)] == [2][: pause // 2]
         code, log, _ = process(out, {}, *flags, "--resume", "auto")
         assert code == 0, log[-4000:]
-        assert read_trajectory(out) == expected and same_weights(out, undisturbed)  # those of the best step
+        assert read_trajectory(out) == expected and same_weights(out, undisturbed)
+        # the best step's, 2 or 4: one of the two would not be known without its evaluation
         metrics = Metrics.read(out)
         assert metrics.step_seconds and metrics.peak_memory_bytes
 

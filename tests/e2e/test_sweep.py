@@ -81,7 +81,7 @@ def test_killed_and_started_again(minilm: str, snippets: str, tmp_path: Path) ->
     metrics = Metrics(**line["metrics"])
     assert metrics.version == VERSION
     ((attack, left),) = metrics.under_attack.items()
-    assert attack.startswith("pruthi, 8 items ") and (8 * left).is_integer()
+    assert attack.startswith("pruthi 2, 8 items ") and (8 * left).is_integer()
     clean = answers["clean"]
     data = load_data(RunSettings(task=snippets, max_eval_samples=32), ("validation",)).validation
     assert data is not None

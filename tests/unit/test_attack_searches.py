@@ -300,7 +300,7 @@ def test_summary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words", "name"),
     [
-        ({"search": "pruthi"}, ["--search", "pruthi"], "pruthi"),
+        ({"search": "pruthi"}, ["--search", "pruthi"], "pruthi 2"),
         (
             {"max_words": 3, "query_budget": 50, "attack_seed": 1},
             ["--search", "deepwordbug", "--max_words", "3", "--query_budget", "50", "--attack_seed", "1"],
@@ -311,8 +311,9 @@ def test_summary(tmp_path: Path) -> None:
 def test_a_planned_attack(settings: dict[str, Any], words: list[str], name: str) -> None:
     """Its words mean the same to ``rose-ds attack``, and it knows its own figures."""
     plan = PlannedAttack(AttackSettings(**settings), 8)
-    assert plan.words() == [*words, "--max_eval_samples", "8"]
-    run, how = Parser("attack", "", RunSettings, AttackSettings).settings(plan.words())
+    assert plan.words(5) == [*words, "--max_eval_samples", "5"]  # of a dev set that has no more
+    assert plan.words(9) == [*words, "--max_eval_samples", "8"]
+    run, how = Parser("attack", "", RunSettings, AttackSettings).settings(plan.words(9))
     assert (how, run.max_eval_samples) == (plan.settings, 8)
     assert plan.settings.label(5, "ab12") == f"{name}, 5 items ab12"
     labels = ["other, 8 items 99", plan.settings.label(5, "ab12")]

@@ -487,6 +487,7 @@ def test_runs_on_other_data_stand_apart(store: Store) -> None:
     for seed in range(3):
         add(store, Cell("mine", "vanilla", seed, {**held_out, **before}), "1111", None)
         add(store, Cell("mine", "vanilla", seed, {**held_out, **after}), "1110", None)
+    add(store, Cell("mine", "smart", 5, {**held_out, **after, "perturb_seed": 0}), "1110", None)  # the default
     chosen = gather([store]).entries["mine", "vanilla"].chosen
     assert "train_file=r.csv 000000000000" in chosen.label and len(named(store, "other_data").rows) == 4
 
@@ -542,13 +543,15 @@ def test_no_table_of_an_earlier_report_stays(store: Store, tmp_path: Path) -> No
     first, second = Cell("sst2", "vanilla", 0, {}), Cell("sst2", "vanilla", 1, {})
     store.add_to_plan([first, second])
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.csv").write_text("a user's own")
     for cell, there in ((first, True), (second, False)):
         add(store, cell, "10", None)
         main(["report", "--store", str(store.root), "--output_dir", str(out)])
         assert (out / "unfinished.csv").exists() == there
     add(store, Cell("sst2", "smart", 0, {"model": "other"}), "10", None)
     main(["report", "--store", str(store.root), "--output_dir", str(out)])
-    assert sorted(path.name for path in out.iterdir()) == ["1-minilm", "2-other"]
+    assert sorted(path.name for path in out.iterdir()) == ["1-minilm", "2-other", "notes.csv"]
 
 
 class Page(HTMLParser):

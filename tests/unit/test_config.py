@@ -199,10 +199,15 @@ def test_the_default_masks_no_embeddings_that_are_named_like_blocks() -> None:
         "bert_layer.pooler.dense.weight": (8, 8),
     }
     for strategy in ("first", "child-tuning"):
-        with pytest.raises(RefusedConfiguration, match='pooler.dense.weight.*set include="@blocks"'):
+        with pytest.raises(RefusedConfiguration, match=r'word_embeddings\.weight.*set include="@blocks".*or exclude='):
             eligible_names(RoseConfig(strategy=strategy), shapes)
+        assert eligible_names(RoseConfig(strategy=strategy, exclude=("embed",)), shapes)[-1].startswith(
+            "bert_layer.pooler"
+        )
     assert eligible_names(RoseConfig(include=("@blocks",)), shapes) == ["bert_layer.encoder.layer.0.dense.weight"]
     assert len(eligible_names(RoseConfig(include=("layer.*weight$",)), shapes)) == 4  # who says so gets it
+    ours = {"layers.0.weight": (8, 8), "output_layer.weight": (2, 8)}  # a head is nobody's embedding
+    assert eligible_names(RoseConfig(), ours) == list(ours)
 
 
 def test_the_default_is_measured_against_a_models_names_with_exclude_too() -> None:

@@ -201,7 +201,8 @@ def test_the_models_own_folder_keeps_its_record(tmp_path: Path) -> None:
     """And so does any other model's."""
     args = SimpleNamespace(output_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / "run" / name).write_text("{}")
     for model in ("run", "other"):
         with pytest.raises(ValueError, match="is a model's own folder, whose record of its training stays"):
             evaluate(RunSettings(model=str(tmp_path / model)), args)  # type: ignore[arg-type]

@@ -122,6 +122,11 @@ def test_the_budget_is_equal_or_said_not_to_be() -> None:
     assert Counter(c.method for c in Sweep(**SMALL, grid=grid, budget="full").cells())["rose-first"] == 9
 
 
+def test_a_preset_knows_a_task_in_any_spelling() -> None:
+    (cell,) = Sweep(methods=["rose-first"], tasks=["SST-2"], settings={"preset": "paper-base"}, seeds=range(1)).cells()
+    assert cell.seed == 0
+
+
 def test_published_ranges() -> None:
     cells = Sweep(**SMALL, grid="published", budget="full").cells()
     assert Counter(c.method for c in cells) == {"vanilla": 10, "rose-first": 90}  # as ROSE's paper
@@ -141,22 +146,13 @@ def test_what_a_key_depends_on() -> None:
     assert len({one.key, *(other.key for other in others)}) == 6
 
 
-@pytest.mark.parametrize(
-    "same",
-    [
-        {"model": "minilm"},
-        {"eval_steps": 100, "save_steps": 100.0, "eval_strategy": "steps"},
-        {"report_to": "tensorboard", "disable_tqdm": False, "save_total_limit": 3},
-    ],
-)
-def test_what_is_spelled_out_or_changes_nothing_is_no_other_cell(same: dict[str, Any]) -> None:
-    one = Cell("sst2", "vanilla", 0, {"max_steps": 100})
-    other = Cell("sst2", "vanilla", 0, {"max_steps": 100, **same})
-    assert one.key == other.key and settings_key(one.portable) == settings_key(other.portable)
-    assert Cell("sst2", "vanilla", 0, {"max_steps": 100, "eval_steps": 50}).key != one.key
+def test_keys_stay_what_they_are() -> None:
+    """Or every store would be trained again."""
+    assert Cell("sst2", "vanilla", 0, {"max_steps": 200}).key == "551e8eac47d9"
+    assert Cell("sst2", "vanilla", 0, {"model": "minilm", "eval_steps": 50}).key == "191269d1e8dd"
 
 
-def test_configs_and_models_are_known_by_their_content(tmp_path: Path) -> None:
+def test_configs_and_models_are_known_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on another machine, where they lie elsewhere; a model's folder by what the model consists of."""
 
     def cell(where: str) -> Cell:
@@ -170,6 +166,13 @@ def test_configs_and_models_are_known_by_their_content(tmp_path: Path) -> None:
         (tmp_path / where / "base" / "config.json").write_text("{}")
         (tmp_path / where / "base" / "model.safetensors").write_bytes(b"weights")
     before = cell("here")
+    (tmp_path / "minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (packaged,) = Sweep(methods=["vanilla"], tasks=["sst2"], settings={"model": "minilm"}).cells()
+    assert not packaged.digests  # not the folder here
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (at_home,) = Sweep(methods=["vanilla"], tasks=["sst2"], settings={"model": "~/here/base"}).cells()
+    assert at_home.digests == {"model": before.digests["model"]}
     assert before.key == cell("there").key and str(tmp_path) not in json.dumps(before.portable)
     (tmp_path / "there" / "base" / "metrics.json").write_text("{}")  # of the run that trained it
     (tmp_path / "there" / "base" / ".DS_Store").write_text("")

@@ -249,6 +249,20 @@ def test_a_cell_to_be_attacked_whose_model_is_gone_is_trained_anew(store: Store)
     assert not store.run_folder(CELL).exists()
 
 
+def test_an_attack_that_leaves_nothing_is_not_made_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends well, and its figures are not what was asked for."""
+
+    def launch(words: Any, extra: Any) -> list[str]:
+        out = words[words.index("--model") + 1] if words[0] == "attack" else words[words.index("--output_dir") + 1]
+        return [sys.executable, "-c", _RUN + "(out / 'model.safetensors').touch()", out, "0"]
+
+    monkeypatch.setitem(LAUNCHERS, "local", Launcher(launch))
+    found = Runner(store, [CELL], attack=PlannedAttack(AttackSettings("pruthi"), 8)).run()
+    assert found == {CELL.key: Status.FAILED}
+    assert "rose-ds attack --model" in store.failure(CELL)["log"][-1]
+    assert (store.folder(CELL) / "starts").read_text() == "xx"
+
+
 def test_a_run_whose_figures_cannot_be_read_has_failed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     script = _RUN.replace('"version": 3', '"version": 3, "glue_accuracy": float("nan")')
     monkeypatch.setitem(LAUNCHERS, "local", fake_launcher(script))
@@ -417,7 +431,7 @@ def test_an_attack_is_of_the_runs_own_data(store: Store) -> None:
     """In the folder of whoever attacks: its training may have been another machine's."""
     runner = Runner(store, [CELL], attack=PlannedAttack(AttackSettings("pruthi"), 8))
     cell = Cell("sst2", "vanilla", 0, {**CELL.settings, "data": "glue"})
-    words = ["--search", "pruthi", "--max_eval_samples", "8"]
+    words = ["--search", "pruthi", "--max_eval_samples", "2"]  # as many as the run has answered
     assert runner._left(cell)[:3] == ["train", "--task", "sst2"]
     store.folder(cell).mkdir()
     finish(store, cell)

@@ -12,6 +12,7 @@ import numpy as np
 from rose_ds.experiments.cell_key import settings_key
 from rose_ds.experiments.cells import Cell
 from rose_ds.experiments.metrics import Metrics
+from rose_ds.experiments.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def data_of(settings: Mapping[str, Any]) -> str:
     names = [*_OF_MEASURING, *_OF_READING]
     if "validation_file" not in settings:  # a part of it is the dev set
         names.append("train_file")
-    return settings_key({name: settings.get(name) for name in names})
+    return settings_key({name: settings.get(name, getattr(RunSettings, name, None)) for name in names})
 
 
 def commonest_data(candidates: Sequence[Candidate]) -> str | None:

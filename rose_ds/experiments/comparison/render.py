@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,27 +31,42 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         ValueError: ``folder`` cannot be written, or answers do not fit each other.
     """
-    every = tables(comparison)
-    made = [table for table in every if table.rows]
+    made = [table for table in tables(comparison) if table.rows]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        clear(folder, every)
+        clear(folder)
         for table in made:
             with (folder / f"{table.key}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([table.header, *table.rows])
         chart = draw(comparison, folder / "report.png")
         (folder / "report.md").write_text("\n".join(map(markdown, made)), encoding="utf-8")
-        (folder / "report.html").write_text(page(made, chart), encoding="utf-8")
+        written = [folder / "report.md", folder / "report.html", *([chart] if chart else [])]
+        written += [folder / f"{table.key}.csv" for table in made]
+        whole = page(made, chart, [path.name for path in written])
+        (folder / "report.html").write_text(whole, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
-    written = [folder / "report.md", folder / "report.html", *([chart] if chart else [])]
-    return written + [folder / f"{table.key}.csv" for table in made]
+    return written
 
 
-def clear(folder: Path, every: Sequence[Table]) -> None:
-    """Delete what an earlier report has left of tables that may not be there any more."""
-    for name in ("report.md", "report.html", "report.png", *(f"{table.key}.csv" for table in every)):
-        (folder / name).unlink(missing_ok=True)
+def clear(folder: Path) -> None:
+    """Delete an earlier report, some of whose tables may not be there any more. Its page names its files: nothing else
+    in the folder is touched.
+
+    Raises:
+        ValueError: it cannot be deleted.
+    """
+    page = folder / "report.html"
+    try:
+        if page.is_file() and (named := _FILES.search(page.read_text(encoding="utf-8", errors="replace"))):
+            for name in named[1].split():
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot delete the earlier report in {folder}: {error.strerror}") from error
+
+
+#: Where a page names what was written with it.
+_FILES = re.compile(r'<meta name="rose-ds-files" content="([\w. -]+)">')
 
 
 def markdown(table: Table) -> str:
@@ -62,8 +78,8 @@ def markdown(table: Table) -> str:
     return f"## {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
 
 
-def page(made: Sequence[Table], chart: Path | None) -> str:
-    """All tables and the chart, in one file."""
+def page(made: Sequence[Table], chart: Path | None, files: Sequence[str] = ()) -> str:
+    """All tables and the chart, in one file; ``files`` are those that were written with it."""
     parts = [f"<h1>Robustness of fine-tuning methods</h1>\n{_image(chart)}"]
     for table in made:
         words = [
@@ -75,6 +91,7 @@ def page(made: Sequence[Table], chart: Path | None) -> str:
             f"{_row('th', table.header, words)}\n{rows}\n</table></div>"
         )
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f'<meta name="rose-ds-files" content="{html.escape(" ".join(files))}">'
     return (
         f"<!doctype html><html lang=en><head>{head}<title>rose-ds report</title><style>{_STYLE}</style></head><body>\n"
         + ("\n".join(parts) + "\n</body></html>\n")
