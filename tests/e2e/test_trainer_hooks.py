@@ -564,6 +564,35 @@ def test_what_sigterm_saves_stays(tmp_path: Path) -> None:
     assert on.state.global_step == 6 and on.state.best_model_checkpoint.endswith("checkpoint-2")
 
 
+class Watching(TrainerCallback):
+    """Writes down what it is told, and has enough after the first evaluation."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.seen.append("begin")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seen.append(f"evaluate {state.global_step}")
+        control.should_training_stop = True
+
+
+def test_an_evaluation_that_sigterm_has_cost_decides_as_it_would_have(tmp_path: Path) -> None:
+    """After every callback has begun; where it stops the run no further step is taken, and its checkpoint is the best."""
+    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    stopped = trainer(tmp_path, more=more, rose=SECOND, eval_dataset=rows(8), callbacks=[SignalIn(2)])
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    watching, on = Watching(), trainer(tmp_path, more=more, rose=SECOND, eval_dataset=rows(8))
+    on.add_callback(watching)
+    on.train(resume_from_checkpoint=True)
+    assert watching.seen == ["begin", "evaluate 2"] and on.state.global_step == 2
+    assert on.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
 class Rounds(IterableDataset):
     """A stream of two batches; it is over after one."""
 
