@@ -6,11 +6,13 @@
 #       --task sst2 --model roberta-large --output_dir /shared/runs/sst2
 # NODE_RANK is the host's line in the hostfile, counted from 0; all else is the same on every host.
 # MASTER_ADDR (default: the hostfile's first host) and MASTER_PORT are where rank 0 listens.
-# COMMAND=doctor checks the hosts in place of training.
+# COMMAND=doctor checks the hosts in place of training. PROGRAM and COMMAND: a script of your own (docs/cluster.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
+read -r -a program <<<"${PROGRAM:--m rose_ds}"
+[[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
 exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "${NODE_RANK:?the line of this host in the hostfile, from 0}" \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \
-    --no_local_rank --module rose_ds "${COMMAND:-train}" "$@"
+    --no_local_rank "${program[@]}" "${COMMAND:-train}" "$@"

@@ -273,6 +273,18 @@ STARTED: dict[str, tuple[str, dict[str, str], str]] = {
         "deepspeed --hostfile HOSTS --launcher pdsh --force_multi --master_addr node1i --master_port 29500 "
         "--no_local_rank --module rose_ds train",
     ),
+    "a loop of one's own without ssh": (
+        "cluster/deepspeed_node.sh",
+        {"NODE_RANK": "0", "PROGRAM": "loop.py", "COMMAND": "first"},
+        "deepspeed --hostfile HOSTS --no_ssh --node_rank 0 --master_addr node1 --master_port 29500 --no_local_rank "
+        "loop.py first",
+    ),
+    "a script of one's own by pdsh": (
+        "cluster/deepspeed_pdsh.sh",
+        {"PROGRAM": "-m rose_ds.run --rose include=layer.*weight", "COMMAND": "run_glue.py"},
+        "deepspeed --hostfile HOSTS --launcher pdsh --force_multi --master_addr node1 --master_port 29500 "
+        "--no_local_rank --module rose_ds.run --rose include=layer.*weight run_glue.py",
+    ),
     "slurm, torchrun": (
         "slurm/torchrun_task.sh",
         {**_SLURM_TASK, "MASTER_PORT": "24711"},
@@ -295,7 +307,8 @@ def test_what_a_script_starts(which: str, tmp_path: Path) -> None:
     script, variables, command = STARTED[which]
     words = argv_of(tmp_path, script, **variables)
     start, flags = words[: -len(_WORDS)], words[-len(_WORDS) :]
-    assert start == command.replace("HOSTS", str(tmp_path / "hosts")).split(" ")
-    if which == "deepspeed":
+    if "pdsh" in script:
+        start = [shlex.split(word)[0] for word in start]
         flags = [word if " " in word else shlex.split(word)[0] for word in flags]
+    assert start == command.replace("HOSTS", str(tmp_path / "hosts")).split(" ")
     assert flags == _WORDS
