@@ -5,12 +5,13 @@
 # NODES hosts with RANKS processes in all; NODE_RANK is 0 on the host MASTER_ADDR, then 1, 2, ...; the rest is the same.
 # CONFIG is an accelerate config; whatever it says of machines and processes, the variables decide. The one that is taken
 # without it, ds_configs/fsdp2_nodes.yaml, names BERT's blocks: for another model give a copy with that model's.
-# COMMAND=doctor checks the hosts in place of training.
+# COMMAND=doctor checks the hosts in place of training. PROGRAM and COMMAND: a script of your own (docs/cluster.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-read -r -a program <<<"${PROGRAM:--m rose_ds}"
+[ -n "${PROGRAM:-}" ] || COMMAND=${COMMAND:-train}
+read -r -a program <<<"${PROGRAM:--m rose_ds} ${COMMAND:-}"
 exec accelerate launch --config_file "${CONFIG:-ds_configs/fsdp2_nodes.yaml}" \
     --num_machines "${NODES:?number of hosts}" --num_processes "${RANKS:?ranks of all hosts together}" \
     --machine_rank "${NODE_RANK:?0 on MASTER_ADDR, then 1, 2, ...}" \
     --main_process_ip "${MASTER_ADDR:?the host of machine rank 0}" --main_process_port "${MASTER_PORT:-29500}" \
-    "${program[@]}" "${COMMAND:-train}" "$@"
+    "${program[@]}" "$@"

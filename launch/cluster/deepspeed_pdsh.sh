@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 command -v pdsh >/dev/null || { echo "pdsh is not installed: apt install pdsh, or use launch/cluster/deepspeed_node.sh" >&2; exit 1; }
-read -r -a program <<<"${PROGRAM:--m rose_ds}"
+[ -n "${PROGRAM:-}" ] || COMMAND=${COMMAND:-train}
+read -r -a program <<<"${PROGRAM:--m rose_ds} ${COMMAND:-}"
 [[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
 # DeepSpeed quotes words with a space for the hosts' shells, and no others ("layer.*weight", JSON)
 for i in "${!program[@]}"; do
@@ -25,4 +26,4 @@ done
 first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
 exec deepspeed --hostfile "$hostfile" --launcher pdsh --force_multi \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \
-    --no_local_rank "${program[@]}" "${COMMAND:-train}" "$@"
+    --no_local_rank "${program[@]}" "$@"

@@ -6,12 +6,13 @@
 # RESTARTS (default 0) starts the ranks anew after a failure; give --resume auto with it. NODES=1:2 goes on with fewer
 # hosts, as long as that of RENDEZVOUS is there; give --global_batch_size with it.
 # RDZV_CONF is torchrun's --rdzv_conf, e.g. read_timeout=600: so many seconds may the link to RENDEZVOUS be cut, in place
-# of 60. COMMAND=doctor checks the hosts in place of training.
+# of 60. COMMAND=doctor checks the hosts in place of training. PROGRAM and COMMAND: a script of your own (docs/cluster.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # ranks that start anew would read the addresses of those before them from the launchers' store: rank 0 makes its own
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-read -r -a program <<<"${PROGRAM:--m rose_ds}"
+[ -n "${PROGRAM:-}" ] || COMMAND=${COMMAND:-train}
+read -r -a program <<<"${PROGRAM:--m rose_ds} ${COMMAND:-}"
 exec torchrun --nnodes "${NODES:?number of hosts, or MIN:MAX}" --nproc_per_node "${RANKS_PER_NODE:?GPUs of a host}" \
     --rdzv_backend c10d --rdzv_endpoint "${RENDEZVOUS:?HOST:PORT of one of the hosts}" --rdzv_id "${JOB:-rose_ds}" \
-    --rdzv_conf "${RDZV_CONF:-}" --max_restarts "${RESTARTS:-0}" "${program[@]}" "${COMMAND:-train}" "$@"
+    --rdzv_conf "${RDZV_CONF:-}" --max_restarts "${RESTARTS:-0}" "${program[@]}" "$@"

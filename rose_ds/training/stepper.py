@@ -321,7 +321,7 @@ class Stepper:
             self.masking.find_once(fisher)
 
     def save_state(self, folder: str | Path) -> None:
-        """Write what the method keeps over a run (a mask found once, averaged weights) beside a checkpoint's files.
+        """Write what the method keeps over a run (a mask found once, averaged weights or risks) beside a checkpoint.
 
         A collective; a DeepSpeedEngine's save_checkpoint() and RoseTrainer do it themselves.
         """

@@ -579,7 +579,7 @@ class Watching(TrainerCallback):
 
 
 def test_an_evaluation_that_sigterm_has_cost_decides_as_it_would_have(tmp_path: Path) -> None:
-    """After every callback has begun; where it stops the run no further step is taken, and its checkpoint is the best."""
+    """After every callback has begun; where it stops the run no step follows, and its checkpoint is the best."""
     more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     more |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     stopped = trainer(tmp_path, more=more, rose=SECOND, eval_dataset=rows(8), callbacks=[SignalIn(2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +188,12 @@ def test_a_strategys_own_defaults() -> None:
 def test_settings_that_do_not_fit_together(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         RoseConfig(**settings)
+
+
+def test_the_docs_list_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    section = text.split("## Settings")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(RoseConfig.field_names())
 
 
 def test_the_default_masks_no_embeddings_that_are_named_like_blocks() -> None:

@@ -275,9 +275,9 @@ STARTED: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "a loop of one's own without ssh": (
         "cluster/deepspeed_node.sh",
-        {"NODE_RANK": "0", "PROGRAM": "loop.py", "COMMAND": "first"},
+        {"NODE_RANK": "0", "PROGRAM": "loop.py"},
         "deepspeed --hostfile HOSTS --no_ssh --node_rank 0 --master_addr node1 --master_port 29500 --no_local_rank "
-        "loop.py first",
+        "loop.py",
     ),
     "a script of one's own by pdsh": (
         "cluster/deepspeed_pdsh.sh",
