@@ -45,11 +45,11 @@ masters and moments, ROSE-Second, 16 tokens a rank, two steps.
 | 14 | 574,638,848 | 5.54 | 20.7 | 11 to 12 |
 | 25 | 1,003,611,392 | 8.99 | 19.2 | 18 to 21 |
 
-Thresholds were the same bits on both ranks, and the second step kept 0.6000 to 0.6001 of the elements. A rank has
-0.5 GiB before there is a model. For each further parameter both ranks together hold 16 bytes before the first
-step (weights, gradients, masters, moments) and 17 to 18 at the highest point of a step; `benchmarks/results/billion.json` has every
-rank's peaks. The largest needs 20 GiB of free memory. Masters in bf16 would take less, and are refused: they round
-ROSE's small updates away.
+Thresholds were the same bits on both ranks, and the second step kept 0.6000 to 0.6001 of the elements. A rank has 0.5
+GiB before there is a model. For each further parameter both ranks together hold 16 bytes before the first step
+(weights, gradients, masters, moments) and 17 to 18 at the highest point of a step; `benchmarks/results/billion.json`
+has every rank's peaks. The largest needs 20 GiB of free memory. Masters in bf16 would take less, and are refused:
+they round ROSE's small updates away.
 
 ## What else was found
 
