@@ -45,12 +45,12 @@ def eligible_names(config: RoseConfig, shapes: Mapping[str, Sequence[int]]) -> l
         raise RefusedConfiguration(f"{error}; or {advice}" if advice else str(error)) from None
     if config.include in _DEFAULTS and blocks:
         outside = [name for name in names if len(shapes[name]) > 1 and not re.search(r"\.\d+\.", name)]
-        embeddings = [name for name in outside if "embed" in name.lower()]
+        embeddings = [name for name in outside if len(shapes[name]) == 2 and re.search("emb|wte|wpe", name.lower())]
         if embeddings:
             raise RefusedConfiguration(
                 f"the default include={list(config.include)} would mask this model's embeddings ({embeddings[0]}), "
                 "since their names have it too; rows that a batch does not touch would fill what is kept: set "
-                f'{advice}, or exclude=("embed",)'
+                f"{advice}, or exclude= to their names"
             )
     if config.include == DEFAULT_INCLUDE and blocks:
         inside = [n for n in config.eligible(shapes, include=blocks) if len(shapes[n]) > 1]

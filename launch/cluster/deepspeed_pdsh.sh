@@ -11,8 +11,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 command -v pdsh >/dev/null || { echo "pdsh is not installed: apt install pdsh, or use launch/cluster/deepspeed_node.sh" >&2; exit 1; }
-[ -n "${PROGRAM:-}" ] || COMMAND=${COMMAND:-train}
-read -r -a program <<<"${PROGRAM:--m rose_ds} ${COMMAND:-}"
+PROGRAM=${PROGRAM:--m rose_ds}
+[ "$PROGRAM" != "-m rose_ds" ] || COMMAND=${COMMAND:-train}
+read -r -a program <<<"$PROGRAM ${COMMAND:-}"
 [[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
 # DeepSpeed quotes words with a space for the hosts' shells, and no others ("layer.*weight", JSON)
 for i in "${!program[@]}"; do

@@ -26,7 +26,7 @@ export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRU
 run_on_all_nodes() {
     local step code container resume=() stopped=
     read -r -a container <<<"${CONTAINER:-}"
-    [ -n "${PROGRAM:-}" ] || [ "${COMMAND:-train}" != train ] || resume=(--resume auto)
+    [ "${PROGRAM:--m rose_ds} ${COMMAND:-train}" != "-m rose_ds train" ] || resume=(--resume auto)
     # what --signal=B: sends to this shell, and to it alone; scancel without --batch signals the tasks, and not this shell
     trap 'stopped="the time limit is near"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
     trap : TERM # of a cancelled job, whose tasks get it too: this shell stays until they have ended

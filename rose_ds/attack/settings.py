@@ -9,8 +9,9 @@ from typing import ClassVar
 from rose_ds.attack.searches import SEARCHES
 from rose_ds.experiments.resumable import digest
 
-#: Of searches that have changed: accuracies under one stand beside none under the other.
-VERSIONS = {"pruthi": 2}
+#: Of the searches: accuracies under one stand beside none under another. 1 had no name; its pruthi added one letter in
+#: each place, and its deepwordbug misspelled words that the model does not read.
+VERSION = 2
 
 
 @dataclass
@@ -45,17 +46,13 @@ class AttackSettings:
 
     def key(self, rows: str) -> str:
         """Of files: the search with a digest of its limits and of the rows."""
-        parts = [rows, *asdict(self).values()]
-        if self.search in VERSIONS:
-            parts.append(VERSIONS[self.search])
-        return f"{self.search}-{digest([parts])}"
+        return f"{self.search}-{digest([[rows, *asdict(self).values(), VERSION]])}"
 
     @property
     def name(self) -> str:
         """The search and what limits it, as labels begin."""
         told = {"max_words": self.max_words, "query_budget": self.query_budget, "seed": self.attack_seed or None}
-        limits = "".join(f", {name} {value}" for name, value in told.items() if value is not None)
-        return self.search + (f" {VERSIONS[self.search]}" if self.search in VERSIONS else "") + limits
+        return f"{self.search} {VERSION}" + "".join(f", {name} {v}" for name, v in told.items() if v is not None)
 
     def label(self, items: int, rows: str) -> str:
         """What accuracies are comparable under, the key in ``Metrics.under_attack``: the name, and the rows, by their

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +22,27 @@ _MAYBE_FILES = ("model", "deepspeed", "fsdp_config", "accelerator_config")
 _OF_MODELS = ("config.json", "*.safetensors", "*.bin", "*.model", "vocab*", "merges.txt", "*token*.json")
 
 
-def known_by_content(settings: Settings) -> list[str]:
-    """Those of the settings that name files or folders, of which ``digest_of`` the content counts."""
-    there = [flag for flag in _MAYBE_FILES if isinstance(settings.get(flag), str) and _is_there(flag, settings[flag])]
-    return [flag for flag in _FILES if flag in settings] + there
+def known_by_content(settings: Settings) -> dict[str, str]:
+    """Those of the settings that name files or folders, of which ``digest_of`` the content counts; where each lies.
 
-
-def _is_there(flag: str, value: str) -> bool:
-    packaged = flag == "model" and value == RunSettings.model  # whatever else has this name here
-    return not packaged and not value.startswith("{") and Path(value).expanduser().exists()
+    Raises:
+        ValueError: a file or folder is meant, and is not there.
+    """
+    found = {flag: str(settings[flag]) for flag in _FILES if flag in settings}
+    for flag in _MAYBE_FILES:
+        value = settings.get(flag)
+        if not isinstance(value, str) or value.startswith("{"):
+            continue
+        place = value
+        if flag == "model":
+            if value == RunSettings.model:  # whatever else has this name here
+                continue
+            place = os.path.expanduser(value)  # noqa: PTH111  Path's raises for an unknown user
+        if os.path.exists(place):  # noqa: PTH110  Path's raises where the name is too long
+            found[flag] = place
+        elif flag != "model" or value[:1] in (".", "/", "~"):
+            raise ValueError(f"{flag}={value!r} is not there, and a cell is known by its content")
+    return found
 
 
 def digest_of(path: str) -> str:
@@ -37,7 +50,7 @@ def digest_of(path: str) -> str:
     without those of a model's folder that are no part of the model.
     """
     try:
-        whole = Path(path).expanduser()
+        whole = Path(path)
         if (whole / "config.json").is_file():
             files = sorted({file for part in _OF_MODELS for file in whole.glob(part)})
         elif whole.is_dir():

@@ -188,7 +188,7 @@ class Sweep:
                     settings = {**general, **(own.get("settings") or {}), **varied}
                     settings = {key: settings[key] for key in sorted(settings) if settings[key] is not None}
                     _check_values(name, task, settings)
-                    digests = {flag: digest(str(settings[flag])) for flag in known_by_content(settings)}
+                    digests = {flag: digest(place) for flag, place in known_by_content(settings).items()}
                     cells += [Cell(task, name, seed, settings, varied, digests) for seed in self.seeds]
         return cells
 

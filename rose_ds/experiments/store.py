@@ -246,10 +246,10 @@ class Store:
             run = self.run_folder(cell)
             try:
                 Metrics.read(run), read_trajectory(run), _answers(run / PREDICTIONS)
-            except NewerVersion:
-                pass  # nothing is wrong with them
+            except (NewerVersion, OSError):
+                pass  # nothing is wrong with them, as far as anybody knows
             except ValueError as error:
-                if not isinstance(error.__cause__, OSError):  # of which nobody knows what is wrong with them
+                if not isinstance(error.__cause__, OSError):
                     (run / FILE).replace(run / f"{FILE}.damaged")
         self.unmark(cell)
 
@@ -286,6 +286,8 @@ def _attacks(run: Path) -> Iterator[dict[str, Any]]:
         items = sorted({record["idx"]: record for record in records_of(logs)}.items())
         found = json.loads(summary.read_text(encoding="utf-8"))
         how = AttackSettings(**{f.name: found[f.name] for f in fields(AttackSettings)})
+        if summary.stem != how.key(found["rows"]):  # by an earlier version of the search
+            continue
         yield {
             "set": how.label(found["items"], found["rows"]),
             "idx": [idx for idx, _ in items],

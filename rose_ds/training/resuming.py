@@ -106,7 +106,9 @@ class ResumableTrainer(SameRunTrainer):
         self._saved_step = self._just_saved = None
         self.resumed_folder = folder
         self.ignored_keys = kwargs.get("ignore_keys_for_eval", args[1] if len(args) > 1 else None)
-        self.add_callback(self.pop_callback(MissedEvaluation))  # others begin before it evaluates
+        missed = self.pop_callback(MissedEvaluation)
+        if missed is not None:  # a script may have taken it out
+            self.add_callback(missed)  # others begin before it evaluates
         # a run that saves nothing has nothing to finish
         with ExitStack() as around:
             if self.args.save_strategy != "no":

@@ -304,7 +304,7 @@ def test_summary(tmp_path: Path) -> None:
         (
             {"max_words": 3, "query_budget": 50, "attack_seed": 1},
             ["--search", "deepwordbug", "--max_words", "3", "--query_budget", "50", "--attack_seed", "1"],
-            "deepwordbug, max_words 3, query_budget 50, seed 1",
+            "deepwordbug 2, max_words 3, query_budget 50, seed 1",
         ),
     ],
 )

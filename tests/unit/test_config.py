@@ -206,13 +206,15 @@ def test_the_default_masks_no_embeddings_that_are_named_like_blocks() -> None:
         "bert_layer.pooler.dense.weight": (8, 8),
     }
     for strategy in ("first", "child-tuning"):
-        with pytest.raises(RefusedConfiguration, match=r'word_embeddings\.weight.*set include="@blocks".*or exclude='):
+        with pytest.raises(RefusedConfiguration, match=r'word_embeddings\.weight.*include="@blocks".*or exclude= to'):
             eligible_names(RoseConfig(strategy=strategy), shapes)
         assert eligible_names(RoseConfig(strategy=strategy, exclude=("embed",)), shapes)[-1].startswith(
             "bert_layer.pooler"
         )
     assert eligible_names(RoseConfig(include=("@blocks",)), shapes) == ["bert_layer.encoder.layer.0.dense.weight"]
     assert len(eligible_names(RoseConfig(include=("layer.*weight$",)), shapes)) == 4  # who says so gets it
+    with pytest.raises(RefusedConfiguration, match=r"bert_layer\.wte\.weight"):
+        eligible_names(RoseConfig(), {"bert_layer.wte.weight": (100, 8), "bert_layer.h.layer.0.weight": (8, 8)})
     ours = {"layers.0.weight": (8, 8), "output_layer.weight": (2, 8)}  # a head is nobody's embedding
     assert eligible_names(RoseConfig(), ours) == list(ours)
 

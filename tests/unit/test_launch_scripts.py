@@ -281,9 +281,9 @@ STARTED: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "a script of one's own by pdsh": (
         "cluster/deepspeed_pdsh.sh",
-        {"PROGRAM": "-m rose_ds.run --rose include=layer.*weight", "COMMAND": "run_glue.py"},
+        {"PROGRAM": r"-m rose_ds.run --rose include=layer\d+", "COMMAND": "run_glue.py"},
         "deepspeed --hostfile HOSTS --launcher pdsh --force_multi --master_addr node1 --master_port 29500 "
-        "--no_local_rank --module rose_ds.run --rose include=layer.*weight run_glue.py",
+        r"--no_local_rank --module rose_ds.run --rose include=layer\d+ run_glue.py",
     ),
     "slurm, torchrun": (
         "slurm/torchrun_task.sh",

@@ -173,6 +173,11 @@ def test_configs_and_models_are_known_by_their_content(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     (at_home,) = Sweep(methods=["vanilla"], tasks=["sst2"], settings={"model": "~/here/base"}).cells()
     assert at_home.digests == {"model": before.digests["model"]}
+    for gone in ({"model": "~/gone"}, {"model": "~nobody-here/x"}, {"deepspeed": "gone.json"}):
+        with pytest.raises(ValueError, match="is not there, and a cell is known by its content"):
+            Sweep(methods=["vanilla"], tasks=["sst2"], settings=gone).cells()
+    for other in ({"model": "x" * 300}, {"accelerator_config": '{"split_batches": true}'}):
+        assert not Sweep(methods=["vanilla"], tasks=["sst2"], settings=other).cells()[0].digests
     assert before.key == cell("there").key and str(tmp_path) not in json.dumps(before.portable)
     (tmp_path / "there" / "base" / "metrics.json").write_text("{}")  # of the run that trained it
     (tmp_path / "there" / "base" / ".DS_Store").write_text("")
