@@ -70,7 +70,7 @@ def test_accuracy_under_attack(model: Path, snippets: str, capsys: pytest.Captur
     main(["report", str(model), "--output_dir", str(tmp_path)])
     assert f"{found['accuracy_under_attack']:.2%}" in capsys.readouterr().out
     assert Metrics.read(model).under_attack == {
-        f"deepwordbug, max_words 3, 12 items {found['rows']}": found["accuracy_under_attack"]
+        f"deepwordbug 2, max_words 3, 12 items {found['rows']}": found["accuracy_under_attack"]
     }
     with pytest.raises(SystemExit):
         main([*command, "--adversarial_file", "hard.csv"])
