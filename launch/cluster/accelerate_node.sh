@@ -8,9 +8,7 @@
 # COMMAND=doctor checks the hosts in place of training. PROGRAM and COMMAND: a script of your own (docs/cluster.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PROGRAM=${PROGRAM:--m rose_ds}
-[ "$PROGRAM" != "-m rose_ds" ] || COMMAND=${COMMAND:-train}
-read -r -a program <<<"$PROGRAM ${COMMAND:-}"
+source launch/program.sh
 exec accelerate launch --config_file "${CONFIG:-ds_configs/fsdp2_nodes.yaml}" \
     --num_machines "${NODES:?number of hosts}" --num_processes "${RANKS:?ranks of all hosts together}" \
     --machine_rank "${NODE_RANK:?0 on MASTER_ADDR, then 1, 2, ...}" \

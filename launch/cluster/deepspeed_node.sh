@@ -11,9 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
-PROGRAM=${PROGRAM:--m rose_ds}
-[ "$PROGRAM" != "-m rose_ds" ] || COMMAND=${COMMAND:-train}
-read -r -a program <<<"$PROGRAM ${COMMAND:-}"
+source launch/program.sh
 [[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
 exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "${NODE_RANK:?the line of this host in the hostfile, from 0}" \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \

@@ -11,9 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 command -v pdsh >/dev/null || { echo "pdsh is not installed: apt install pdsh, or use launch/cluster/deepspeed_node.sh" >&2; exit 1; }
-PROGRAM=${PROGRAM:--m rose_ds}
-[ "$PROGRAM" != "-m rose_ds" ] || COMMAND=${COMMAND:-train}
-read -r -a program <<<"$PROGRAM ${COMMAND:-}"
+source launch/program.sh
 [[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
 # DeepSpeed quotes words with a space for the hosts' shells, and no others ("layer.*weight", JSON)
 for i in "${!program[@]}"; do

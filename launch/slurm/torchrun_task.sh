@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # The one task of a node: torchrun with the ranks of this node. Started by srun.
 set -euo pipefail
-PROGRAM=${PROGRAM:--m rose_ds}
-[ "$PROGRAM" != "-m rose_ds" ] || COMMAND=${COMMAND:-train}
-read -r -a program <<<"$PROGRAM ${COMMAND:-}"
+source launch/program.sh
 exec torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$RANKS_PER_NODE" --node_rank "$SLURM_NODEID" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${program[@]}" "$@"

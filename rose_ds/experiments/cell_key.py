@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def settings_key(settings: Settings) -> str:
 
 def canonical(settings: Settings) -> dict[str, Any]:
     """Portable settings with files by their content alone, whatever they are called."""
-    known = {name: _whole(value) for name, value in settings.items()}
+    known = {name: with_leaves(value, _whole) for name, value in settings.items()}
     for name in (*_FILES, *_MAYBE_FILES):
         if isinstance(known.get(name), str) and _DIGESTED.search(known[name]):
             known[name] = known[name][-12:]
@@ -84,10 +84,15 @@ def canonical(settings: Settings) -> dict[str, Any]:
 _DIGESTED = re.compile(r" [0-9a-f]{12}$")
 
 
+def with_leaves(value: Any, of: Callable[[Any], Any]) -> Any:
+    """A setting as it is, with ``of`` what stands in its mappings and lists, however deep."""
+    if isinstance(value, Mapping):
+        return {key: with_leaves(v, of) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_leaves(v, of) for v in value]
+    return of(value)
+
+
 def _whole(value: Any) -> Any:
     """100.0 and 100 are one setting."""
-    if isinstance(value, Mapping):
-        return {key: _whole(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_whole(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

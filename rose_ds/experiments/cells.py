@@ -18,7 +18,7 @@ import yaml
 
 from rose_ds.config import LOOKED_AT_BY, RoseConfig
 from rose_ds.data.tasks import get_task
-from rose_ds.experiments.cell_key import canonical, digest_of, known_by_content
+from rose_ds.experiments.cell_key import canonical, digest_of, known_by_content, with_leaves
 from rose_ds.experiments.methods import Method, method_named
 from rose_ds.experiments.presets import published
 from rose_ds.experiments.settings import MethodSettings, RunSettings, constant_flag
@@ -144,7 +144,7 @@ class Sweep:
         if isinstance(self.grid, str) and self.grid != "published":
             raise ValueError(f'grid={self.grid!r} must be flags with values, or "published"')
         for name in ("methods", "tasks", "settings", "grid"):
-            object.__setattr__(self, name, _numbers(getattr(self, name)))
+            object.__setattr__(self, name, with_leaves(getattr(self, name), _number))
         for where, values in self._groups():
             if not isinstance(values, Mapping):
                 raise ValueError(f"{where}: expected settings by name, found {values!r}"[:300])
@@ -249,10 +249,9 @@ def _check_values(method: str, task: str, settings: Settings) -> None:
     MethodSettings(method=method, **{k: v for k, v in settings.items() if k in names})
     names = {f.name for f in fields(RunSettings)}
     run = RunSettings(task=task, **{k: v for k, v in settings.items() if k in names})
-    if not run.own_files:
-        get_task(task)
+    name = task if run.own_files else get_task(task).name
     if "preset" in settings:
-        published(settings["preset"], method_named(method), task if run.own_files else get_task(task).name)
+        published(settings["preset"], method_named(method), name)
 
 
 def _words(settings: Settings) -> list[str]:
@@ -276,10 +275,6 @@ def _word(name: str, value: Any) -> str:
 _EXPONENT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+|[+-]?[0-9]*\.[0-9]+")
 
 
-def _numbers(value: Any) -> Any:
+def _number(value: Any) -> Any:
     """YAML takes 2e-4 for a text, for want of a point. Other texts stay: a column may be called 1."""
-    if isinstance(value, Mapping):
-        return {key: _numbers(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

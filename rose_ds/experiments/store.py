@@ -190,7 +190,8 @@ class Store:
         known = cell.portable
         for name in metrics.config.keys() & {"data", *cell.digests}:  # nobody's folders
             metrics.config[name] = known.get(name) or Path(metrics.config[name] or "").name or None
-        metrics.model = known["model"] if "model" in cell.digests else metrics.model
+        if "model" in cell.digests:
+            metrics.model = known["model"]
         line = {
             "cell": cell.key,
             **_portable(cell),

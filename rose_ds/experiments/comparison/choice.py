@@ -69,6 +69,11 @@ class Candidate:
         return float(np.mean(values)) if values and len(values) == len(found) else None
 
     @property
+    def data(self) -> str:
+        """See ``data_of``."""
+        return data_of(self.runs[0].settings)
+
+    @property
     def label(self) -> str:
         """The setting, for a person."""
         return ", ".join(f"{name}={value}" for name, value in self.varied.items()) or "defaults"
@@ -126,13 +131,13 @@ def commonest_data(candidates: Sequence[Candidate]) -> str | None:
     """That of most runs, the first of equals; None where there are none."""
     count: Counter[str] = Counter()
     for candidate in candidates:
-        count[data_of(candidate.runs[0].settings)] += len(candidate.runs)
+        count[candidate.data] += len(candidate.runs)
     return count.most_common(1)[0][0] if count else None
 
 
 def entry_of(candidates: Sequence[Candidate], planned: Sequence[Cell]) -> Entry:
     """With the choice made. All candidates are of the same data."""
-    data = data_of(candidates[0].runs[0].settings)
+    data = candidates[0].data
     tried = {settings_key(cell.portable) for cell in planned if data_of(cell.portable) == data}
     tried |= {settings_key(run.settings) for candidate in candidates for run in candidate.runs}
     alike = [c for c in candidates if not c.given_up] or candidates

@@ -17,7 +17,6 @@ from rose_ds.experiments.comparison.choice import (
     Run,
     candidates_of,
     commonest_data,
-    data_of,
     entry_of,
 )
 from rose_ds.experiments.comparison.statistics import Difference, compare
@@ -171,9 +170,8 @@ def gather(stores: Sequence[Store], baseline: str | None = None, model: str | No
         }
         data = commonest_data([candidate for candidates in found.values() for candidate in candidates])
         for method, candidates in found.items():
-            apart += [candidate for candidate in candidates if data_of(candidate.runs[0].settings) != data]
-            alike = [candidate for candidate in candidates if data_of(candidate.runs[0].settings) == data]
-            if alike:
+            apart += [candidate for candidate in candidates if candidate.data != data]
+            if alike := [candidate for candidate in candidates if candidate.data == data]:
                 entries[task, method] = entry_of(alike, planned[method])
     unfinished = []
     for cell in plan:
