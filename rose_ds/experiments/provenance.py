@@ -18,16 +18,24 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "nu
 
 
 def commit(package: Path | None = None) -> str | None:
-    """Commit of the checkout that rose_ds runs from, with "-dirty" where tracked files differ; None outside of one."""
-    root = (package or Path(rose_ds.__file__).parent).resolve().parent
+    """Commit of the checkout that rose_ds runs from; None outside of one.
+
+    "-dirty" where tracked files of the package itself differ: a sweep changes its own store, which may lie beside it.
+    """
+    package = (package or Path(rose_ds.__file__).parent).resolve()
+    root = package.parent
     if not (root / ".git").exists():  # an installed package may lie inside another project's checkout
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, or a folder that git does not trust
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", package.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a folder that git does not trust
         return None
-    return found.stdout.strip() or None
 
 
 def packages() -> dict[str, str]:

@@ -121,6 +121,7 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path) -> None
     package = tmp_path / "checkout" / "rose_ds"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
+    (store := package.parent / "results.jsonl").write_text("")
     assert provenance.commit(package) is None  # not a checkout
     git(package.parent, "init", "-q")
     assert provenance.commit(package) is None  # nothing committed
@@ -130,6 +131,7 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path) -> None
     head = git(package.parent, "rev-parse", "HEAD")
     assert provenance.commit(package) == head
     (package / "untracked").write_text("")
+    store.write_text("{}\n")  # the sweep under way writes it itself
     assert provenance.commit(package) == head
     (package / "__init__.py").write_text("changed = 1")
     assert provenance.commit(package) == f"{head}-dirty"
