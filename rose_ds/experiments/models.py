@@ -60,9 +60,13 @@ def check_length(model: str, tokenizer: Any, max_length: int) -> None:
             f"the tokenizer of {model} has no padding token, and batches are padded: set one that the text does not "
             "use (often tokenizer.pad_token = tokenizer.eos_token, and config.pad_token_id with it) and save both"
         )
-    positions = getattr(_load(AutoConfig, model), "max_position_embeddings", None) or 0
-    # RoBERTa keeps two positions for itself: the tokenizer's; XLNet says -1, as it has no limit
-    limit = min(int(tokenizer.model_max_length), positions if positions > 0 else max_length)
+    limit = int(tokenizer.model_max_length)
+    config = _load(AutoConfig, model)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if 0 < positions <= limit:  # XLNet says -1, as it has no limit
+        padding = (getattr(config, "pad_token_id", None) or 0) + 1
+        near = max_length > positions - padding
+        limit = positions - (padding if near and _counts_from_padding(config) else 0)
     if max_length > limit:
         raise ModelError(f"--max_length {max_length} is more than the {limit} tokens that {model} takes")
 
@@ -136,9 +140,7 @@ def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: not found, or not reachable.
     """
-    config = _load(AutoConfig, model)
-    with torch.device("meta"):
-        network = AutoModelForSequenceClassification.from_config(config)
+    network = _without_weights(_load(AutoConfig, model))
     return {name: tuple(param.shape) for name, param in network.named_parameters()}
 
 
@@ -167,6 +169,20 @@ def label_names(model: str) -> tuple[str, ...]:
     """
     names: dict[int, str] = _load(AutoConfig, model).id2label
     return tuple(names[i] for i in sorted(names))
+
+
+def _without_weights(config: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        network: torch.nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return network
+
+
+def _counts_from_padding(config: Any) -> bool:
+    """Whether a text's first position is the one behind the padding's number, as RoBERTa's and its like's is."""
+    return any(
+        isinstance(module, torch.nn.Embedding) and "position" in name and module.padding_idx is not None
+        for name, module in _without_weights(config).named_modules()
+    )
 
 
 def _load(auto: Any, model: str, **kwargs: Any) -> Any:

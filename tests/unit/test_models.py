@@ -20,6 +20,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     XLNetConfig,
 )
 
@@ -181,6 +183,21 @@ def test_a_decoder_learns_its_padding_from_its_tokenizer(tmp_path: Path) -> None
     ids = torch.tensor([[2, 3, 0, 0], [3, 2, 2, 0]])
     both = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
     torch.testing.assert_close(both[0], model(input_ids=ids[:1, :2]).logits[0])
+
+
+def test_roberta_counts_text_from_behind_its_padding(tmp_path: Path) -> None:
+    """Where the tokenizer knows no limit, the model is asked: one token more and its embeddings have no row for it."""
+    config = RobertaConfig(**SIZES, num_labels=2)
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = SimpleNamespace(pad_token_id=config.pad_token_id, model_max_length=10**30)
+    check_length(str(tmp_path), tokenizer, 14)
+    model(input_ids=torch.full((1, 14), 3))
+    with pytest.raises(ModelError, match="more than the 14 tokens"):
+        check_length(str(tmp_path), tokenizer, 15)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=torch.full((1, 15), 3))
+    check_length(str(tmp_path), SimpleNamespace(pad_token_id=1, model_max_length=12), 12)
 
 
 def test_a_model_without_a_limit_takes_any_length(tmp_path: Path) -> None:
