@@ -29,6 +29,7 @@ from rose_ds.experiments.claims import Claim, is_claimed, lock
 from rose_ds.experiments.evaluation import PREDICTIONS, TRAJECTORY, read_trajectory, sound_lines
 from rose_ds.experiments.metrics import FILE, Metrics, NewerVersion, write_whole
 from rose_ds.experiments.resumable import records_of
+from rose_ds.training.sole_use import is_used
 
 PLAN = "plan.jsonl"
 RESULTS = "results.jsonl"
@@ -146,7 +147,7 @@ class Store:
             return Status.GIVEN_UP
         if not folder.is_dir():
             return Status.NOT_STARTED
-        if is_claimed(folder):
+        if is_claimed(folder) or is_used(self.run_folder(cell)):
             return Status.RUNNING
         if (folder / "failed.json").is_file():
             return Status.FAILED
@@ -160,14 +161,16 @@ class Store:
     # --- what happens to a cell ---
 
     def claim(self, cell: Cell) -> Claim | None:
-        """Claim a cell; None where another process has it, or it is done, given up or failed."""
+        """Claim a cell; None where another process has it or its run, or it is done, given up or failed."""
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         claim = lock(folder)
         if claim is None:
             return None
         done = cell.key in self.results() or cell.key in self.given_up()
-        if done or (folder / "failed.json").is_file():  # while this process looked elsewhere
+        failed = (folder / "failed.json").is_file()
+        # settled while this process looked elsewhere; or ranks go on whose sweep and launcher were killed
+        if done or failed or is_used(self.run_folder(cell)):
             claim.release()
             return None
         os.ftruncate(claim.descriptor, 0)

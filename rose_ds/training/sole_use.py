@@ -77,6 +77,24 @@ def sole_use_of(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def is_used(folder: Path) -> bool:
+    """Whether a job has the folder now, on any host that sees its locks."""
+    try:
+        descriptor = os.open(folder / FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 

@@ -23,6 +23,7 @@ from rose_ds.experiments.metrics import Metrics
 from rose_ds.experiments.progress import remaining_seconds
 from rose_ds.experiments.store import RESULTS, Status, Store
 from rose_ds.experiments.sweep import Runner, counts
+from rose_ds.training.sole_use import sole_use_of
 
 pytestmark = pytest.mark.fast
 
@@ -93,6 +94,20 @@ def test_a_claim_outlives_a_killed_sweep_and_dies_with_its_run(store: Store) -> 
         time.sleep(0.01)
     assert claim is not None
     claim.release()
+
+
+def test_a_run_whose_sweep_and_launcher_were_killed_keeps_its_cell(store: Store) -> None:
+    """The deepspeed launcher's ranks have no claim of their own, and go on; their job has the run's folder."""
+    claim = store.claim(CELL)
+    assert claim is not None
+    claim.release()
+    with sole_use_of(store.run_folder(CELL)):
+        assert store.claim(CELL) is None
+        assert store.status(CELL, {}) is Status.RUNNING
+    again = store.claim(CELL)
+    assert again is not None
+    again.release()
+    assert store.status(CELL, {}) is Status.NOT_STARTED  # no sweep has launched it
 
 
 def test_statuses(store: Store) -> None:
