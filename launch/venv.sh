@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository's root with pinned requirements and rose_ds itself; does nothing where it is up to date.
 # Sourced with the extra to install:  source launch/venv.sh demo
-# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the torch requirement.
+# PYTHON chooses the interpreter (3.11 or 3.12, which the pinned packages need), TORCH the torch requirement.
 set -euo pipefail
 extra=$1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "no Python 3.10 to 3.12 found: install one, or set PYTHON=/path/to/python" >&2
+    echo "no Python 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python" >&2
     return 1
 }
 

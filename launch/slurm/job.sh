@@ -21,8 +21,9 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > RANKS_PER_NODE ? SRUN
 export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK OMP_NUM_THREADS
 
 # Runs a command with the arguments given here as one task on each node, in CONTAINER if that is set
-# (CONTAINER="apptainer exec --nv rose.sif"); training with --resume auto. Before the time limit, and when the job is
-# preempted, the ranks save a checkpoint together; then the job goes back into the queue. A cancelled job does not.
+# (CONTAINER="apptainer exec --nv --bind /shared rose.sif"); training with --resume auto. Before the time limit, and when the job is
+# preempted, the ranks save a checkpoint together; then the job goes back into the queue. A cancelled job does not, nor at
+# its time limit one whose flags leave it nothing to go on from: it would begin anew each time.
 run_on_all_nodes() {
     local step code container resume=() stopped=
     read -r -a container <<<"${CONTAINER:-}"
@@ -44,6 +45,10 @@ run_on_all_nodes() {
         stopped=preempted
     fi
     if [ "$code" -ne 0 ] && [ -n "$stopped" ]; then
+        if [ "$stopped" != preempted ] && [[ " $* " =~ \ --save_(strategy[=\ ]no|only_model[=\ ](true|True|1))\  ]]; then
+            echo "stopped ($stopped); not put back into the queue: ${BASH_REMATCH[0]# }leaves nothing to go on from"
+            return "$code"
+        fi
         echo "stopped ($stopped); back into the queue, to go on from the newest checkpoint"
         scontrol requeue "$SLURM_JOB_ID"
     fi

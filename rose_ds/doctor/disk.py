@@ -41,7 +41,10 @@ def check_disk(output_dir: Path, checkpoint: int | None, model: int) -> list[Fin
         return [Finding("disk", "failed", f"{folder} cannot be written: {str(error.strerror).lower()}", mend)]
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free at {folder}"
-    mend = "free some, choose another --output_dir, or save less (--save_total_limit 1, --save_strategy no)"
+    mend = (
+        "free some, choose another --output_dir, or save less: --save_total_limit 1, or --save_strategy no, with which "
+        "a run that is stopped begins anew"
+    )
     if checkpoint is None:
         return [Finding("disk", "ok", text) if free > _LITTLE else Finding("disk", "warning", text, mend)]
     # a checkpoint is deleted only when a newer one is whole

@@ -201,6 +201,30 @@ def test_which_slurm_jobs_go_back_into_the_queue(
     assert sent is signal.SIGUSR1 or not (tmp_path / "scancel").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "preempted", "requeued"),
+    [
+        ("--save_strategy no --task sst2", "None", False),
+        ("--task sst2 --save_only_model=true", "None", False),
+        ("--save_strategy no", "2026-11-29T10:00:00", True),  # it may have its whole time yet
+        ("--save_strategy steps --save_only_model false", "None", True),
+    ],
+)
+def test_a_job_that_saves_nothing_is_not_begun_anew_for_ever(
+    job: Job, tmp_path: Path, flags: str, preempted: str, requeued: bool
+) -> None:
+    process = job(*flags.split())
+    if preempted == "None":
+        process.send_signal(signal.SIGUSR1)
+        _until(tmp_path / "scancel")
+    (tmp_path / "preempted").write_text(preempted)
+    (tmp_path / "ended").write_text("143")
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol").exists() is requeued
+    assert process.stdout is not None
+    assert ("leaves nothing to go on from" in process.stdout.read()) is not requeued
+
+
 def test_the_image_copies_what_is_there() -> None:
     text = (LAUNCH / "Dockerfile").read_text()
     sources = [source for line in re.findall(r"^COPY (.+)$", text, re.M) for source in line.split()[:-1]]
