@@ -9,8 +9,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/program.sh
+share_cores $((${RANKS:?ranks of all hosts together} / ${NODES:?number of hosts}))
 exec accelerate launch --config_file "${CONFIG:-ds_configs/fsdp2_nodes.yaml}" \
-    --num_machines "${NODES:?number of hosts}" --num_processes "${RANKS:?ranks of all hosts together}" \
+    --num_machines "$NODES" --num_processes "$RANKS" \
     --machine_rank "${NODE_RANK:?0 on MASTER_ADDR, then 1, 2, ...}" \
     --main_process_ip "${MASTER_ADDR:?the host of machine rank 0}" --main_process_port "${MASTER_PORT:-29500}" \
     "${program[@]}" "$@"

@@ -12,7 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}
 first=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
 source launch/program.sh
+slots=$(awk -v line="${NODE_RANK:?the line of this host in the hostfile, from 0}" \
+    '!/^#/ && NF && n++ == line { sub(/.*slots=/, ""); print $1 + 0 }' "$hostfile")
+share_cores "${slots:-0}"
 [[ ${program[0]} != -m ]] || program[0]=--module # as the deepspeed command calls it
-exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "${NODE_RANK:?the line of this host in the hostfile, from 0}" \
+exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" \
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \
     --no_local_rank "${program[@]}" "$@"

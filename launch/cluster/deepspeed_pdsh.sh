@@ -6,7 +6,8 @@
 # MASTER_ADDR (default: the hostfile's first host) and MASTER_PORT are where rank 0 listens.
 # COMMAND=doctor checks the hosts in place of training. PROGRAM and COMMAND: a script of your own (docs/cluster.md).
 # Variables that every rank needs go into ~/.deepspeed_env or .deepspeed_env here, NAME=value on each line, since ssh
-# carries no environment over (DeepSpeed passes on PYTHON* and NCCL* by itself).
+# carries no environment over (DeepSpeed passes on PYTHON* and NCCL* by itself): for steps on CPUs OMP_NUM_THREADS, a
+# rank's share of a host's cores, as each would take them all; where DeepSpeed builds extensions, PATH with ninja's folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 hostfile=${HOSTFILE:-launch/cluster/hostfile}

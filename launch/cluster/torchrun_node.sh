@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # ranks that start anew would read the addresses of those before them from the launchers' store: rank 0 makes its own
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 source launch/program.sh
-exec torchrun --nnodes "${NODES:?number of hosts, or MIN:MAX}" --nproc_per_node "${RANKS_PER_NODE:?GPUs of a host}" \
+share_cores "${RANKS_PER_NODE:?GPUs of a host}"
+exec torchrun --nnodes "${NODES:?number of hosts, or MIN:MAX}" --nproc_per_node "$RANKS_PER_NODE" \
     --rdzv_backend c10d --rdzv_endpoint "${RENDEZVOUS:?HOST:PORT of one of the hosts}" --rdzv_id "${JOB:-rose_ds}" \
     --rdzv_conf "${RDZV_CONF:-}" --max_restarts "${RESTARTS:-0}" "${program[@]}" "$@"

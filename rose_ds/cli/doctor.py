@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from rose_ds.cli import first_rank
 from rose_ds.cli.arguments import Parser
-from rose_ds.doctor.examine import Questions, examine
 from rose_ds.doctor.finding import any_failed, record
+from rose_ds.doctor.questions import Questions
 
 _DESCRIPTION = """Check an environment before a long run: one line for each check, and what to mend.
 
@@ -28,7 +30,10 @@ Exit code 0: nothing failed, warnings or not. 1: something failed. It trains not
 def run(arguments: Sequence[str]) -> None:
     """Check, print, and exit with 1 if a check failed."""
     (asked,) = Parser("doctor", _DESCRIPTION, Questions).settings(arguments)
-    findings, world = examine(asked, os.environ)
+    with _libraries_on_stderr() if asked.json else nullcontext():
+        from rose_ds.doctor.examine import examine  # which imports all there is
+
+        findings, world = examine(asked, os.environ)
     alone = any(finding.check == "ranks" and finding.status == "failed" for finding in findings)
     if first_rank() or alone:  # where ranks are missing, each that is there says what it saw
         if asked.json:
@@ -38,6 +43,20 @@ def run(arguments: Sequence[str]) -> None:
             _sum_up([finding.status for finding in findings])
     if any_failed(findings):
         raise SystemExit(1)
+
+
+@contextmanager
+def _libraries_on_stderr() -> Iterator[None]:
+    """What they print must not stand before the JSON: DeepSpeed warns on standard output that there is no GPU."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _sum_up(statuses: list[str]) -> None:

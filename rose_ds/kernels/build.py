@@ -84,6 +84,13 @@ def report(message: str) -> None:
     logger.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR, message)
 
 
+def find_ninja() -> None:
+    """Put a virtual environment's ninja on PATH where that has none: ssh, and so DeepSpeed's pdsh, passes no PATH on."""
+    beside = str(Path(sys.executable).parent)
+    if shutil.which("ninja") is None and shutil.which("ninja", path=beside) is not None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
+
+
 def _import(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -104,6 +111,7 @@ def _build(path: Path) -> Any:
     compiler = os.environ.get("CXX", "c++")  # may be of several words: ccache g++
     if shutil.which(next(iter(shlex.split(compiler)), "")) is None:
         raise RuntimeError(f"no C++ compiler: {compiler}")
+    find_ninja()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / "alone")
     try:

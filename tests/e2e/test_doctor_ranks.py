@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import ROOT, deepspeed, run, torchrun
 from spawn import free_port
 
@@ -60,6 +61,15 @@ def test_a_fault_of_one_rank_fails_the_job(tmp_path: Path) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"ok"')]
     failed = [check for check in json.loads(lines[0])["checks"] if check["status"] == "failed"]
     assert [(check["check"], check["ranks"], check["mend"]) for check in failed] == [("extensions", [1], f"rm {lock}")]
+
+
+def test_json_alone_is_on_standard_output(tmp_path: Path) -> None:
+    """DeepSpeed says there that it found no GPU, unless DS_ACCELERATOR has said so before."""
+    env = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "rose_ds", "doctor", "--json", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert {"versions", "disk"} <= {check["check"] for check in json.loads(done.stdout)["checks"]}
+    assert torch.cuda.is_available() or "Setting accelerator to CPU" in done.stderr
 
 
 def start(rank: int, world: int, port: int, seconds: float) -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ from rose_ds.config import RoseConfig
 from rose_ds.doctor import disk, environment, examine, memory, ranks
 from rose_ds.doctor.config import check_config
 from rose_ds.doctor.finding import Finding, merged, record
+from rose_ds.doctor.questions import Questions
 from rose_ds.experiments.methods import method_named
 from rose_ds.kernels import build
 
@@ -263,7 +264,7 @@ def test_the_flag_of_a_run_without_deepspeed_and_with(tmp_path: Path) -> None:
     path.write_text('{"bf16": {"enabled": "auto"}}')
 
     def found(**asked: Any) -> dict[str, str]:
-        return {f.check: f.text for f in examine._local(examine.Questions(model="minilm", **asked), {}, None)}
+        return {f.check: f.text for f in examine._local(Questions(model="minilm", **asked), {}, None)}
 
     config = str(path)
     assert "bf16" in found(deepspeed=config, bf16=True)["config"]

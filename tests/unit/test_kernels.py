@@ -493,6 +493,21 @@ def test_what_is_built_needs_nothing(compiled: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
+def test_a_virtual_environments_ninja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Is found where a launcher through ssh passed no PATH on, and takes no other's place."""
+    for where in ("venv", "system"):
+        (tmp_path / where).mkdir()
+        (tmp_path / where / "ninja").write_text("#!/bin/sh\n")
+        (tmp_path / where / "ninja").chmod(0o755)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    for path, found in [("empty", "venv"), ("system", "system"), ("venv", "venv")]:
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        build.find_ninja()
+        assert shutil.which("ninja") == str(tmp_path / found / "ninja")
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_build_is_there_whole_or_not_at_all(fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What killed builders left is in nobody's way."""

@@ -251,14 +251,19 @@ def argv_of(tmp_path: Path, script: str, **variables: str) -> list[str]:
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("torchrun", "accelerate", "deepspeed", "pdsh"):
-        (programs / name).write_text('#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >"$ARGV"\n')
+        (programs / name).write_text('#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" "$OMP_NUM_THREADS" >"$ARGV"\n')
         (programs / name).chmod(0o755)
+    (programs / "nproc").write_text("#!/bin/bash\necho 32\n")
+    (programs / "nproc").chmod(0o755)
     (tmp_path / "hosts").write_text("# two of them\n\nnode1 slots=8\nnode2 slots=8\n")
     env = {"PATH": f"{programs}:/usr/bin:/bin", "ARGV": str(tmp_path / "argv"), "HOSTFILE": str(tmp_path / "hosts")}
     command = ["bash", str(LAUNCH / script), *_WORDS]
     done = subprocess.run(command, cwd=ROOT, env={**env, **variables}, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    return (tmp_path / "argv").read_text().split("\0")[:-1]
+    *words, threads, _ = (tmp_path / "argv").read_text().split("\0")
+    # of eight ranks; Slurm's job.sh and .deepspeed_env see to theirs
+    assert threads == ("" if "torchrun_task" in script or "pdsh" in script else "4")
+    return words
 
 
 _SLURM_TASK = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "RANKS_PER_NODE": "8", "MASTER_ADDR": "node1"}
