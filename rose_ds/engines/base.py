@@ -57,6 +57,8 @@ class Engine(ABC):
     """Whether a loop can drop a step's gradients by itself (zero_grad)."""
     retains_graphs = True
     """Whether a pass can be pulled back twice; otherwise it is run again for the second time."""
+    pulls_reentrant = False
+    """Whether weights inside one of torch's reentrant checkpoints get their gradients in every pull of a pass."""
     single_graph = False
     """Whether there is one graph at a time: any backward pass ends it, and while it waits other passes run without."""
     recovers = False
@@ -74,6 +76,8 @@ class Engine(ABC):
         self.module, self.optimizer, self.accumulation_steps = module, optimizer, accumulation_steps
         self.equal_passes, self.passes_differ = 0, False
         """Micro-batches in a row whose two dropout passes gave the same logits; and whether some ever gave others."""
+        self.graphs_looked_at = False
+        """For checkpoints under which ``pull_apart`` would miss weights."""
         self.loss_overwrites: bool | None = None
         """Whether loss(logits) changes fp32 logits unseen (kernels that write gradients over them); None: not known."""
         self.graph_of: ForwardPass | None = None
@@ -182,8 +186,8 @@ class Engine(ABC):
         self.eligible = eligible_names(config, shapes) if config.strategy != "none" else []
         self._trainable = self._what_is_trainable()
 
-    def _what_is_trainable(self) -> tuple[list[bool], list[int]]:
-        flags = [param.requires_grad for _, param in self.named_parameters()]
+    def _what_is_trainable(self) -> tuple[list[tuple[int, bool]], list[int]]:
+        flags = [(id(param), param.requires_grad) for _, param in self.named_parameters()]
         return flags, [len(group["params"]) for group in self.optimizer.param_groups]
 
     def check_sums(self) -> None:  # noqa: B027  most engines reduce both alike
@@ -194,7 +198,7 @@ class Engine(ABC):
         """
 
     def follow_trainable(self, *, movable: bool) -> None:
-        """Before a micro-batch: where requires_grad or the optimizer's groups have changed, so do the slices.
+        """Before a micro-batch: where parameters, requires_grad or the optimizer's groups changed, so do the slices.
 
         Raises:
             RefusedConfiguration: on an engine whose library laid gradients and states out once and for all, and where
@@ -204,7 +208,8 @@ class Engine(ABC):
             return
         if not self.recovers or not movable or self._risk_grads is not None:
             raise RefusedConfiguration(
-                f"requires_grad or the optimizer's groups changed after prepare() (gradual unfreezing?), which the "
+                "parameters, requires_grad or the optimizer's groups changed after prepare() (gradual unfreezing?), "
+                "which the "
                 f"{self.name} engine cannot follow{' in the middle of a step, or with this method' * self.recovers}: "
                 "freeze and unfreeze before the model is wrapped and prepare() is called, and train each phase in a run"
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rose_ds.engines.checkpointing import refuse_hidden_weights
 from rose_ds.engines.dropout import drops_layers
 from rose_ds.engines.passes import Forward, ForwardPass, Loss, Pull, Sample, still_statistics
 from rose_ds.engines.shift import EmbeddingShift
@@ -84,6 +85,14 @@ class PassBatch:
         self._require_dropout(passes[0].logits, passes[1])
         self._rank(value, passes, share)
 
+    def pull_apart(self, value: Tensor, passes: Sequence[ForwardPass]) -> None:
+        """The gradient of ``value`` at the weights goes to where what is ranked is kept, and nowhere else."""
+        if not self.engine.graphs_looked_at:
+            refuse_hidden_weights(self.engine, [out for p in passes for out in p.outputs or ()])
+            self.engine.graphs_looked_at = True
+        with still_statistics(self.engine.module):  # what is checkpointed runs again in here
+            self.engine.pull_apart(self.pulls_of(value, passes))
+
     def one_sided_risk(self, a: Any = None) -> None:
         assert self.compare is not None
         compare = self.compare
@@ -109,7 +118,7 @@ class PassBatch:
     def _rank(self, value: Tensor, passes: Sequence[ForwardPass], share: float) -> None:
         self.divergence = value.detach()
         self.engine.share = share
-        self.engine.pull_apart(self.pulls_of(value, passes))
+        self.pull_apart(value, passes)
         if not self.engine.retains_graphs:
             for p in passes:
                 p.outputs = None
@@ -151,10 +160,11 @@ class PassBatch:
         deep = self.engine.passes_differ or drops_layers(module)
         patience = _IN_DEPTH if deep else _EQUAL_BY_CHANCE if rounded else 1
         if not module.training or self.engine.equal_passes >= patience:
+            way_out = 'choose strategy="second"' if self.wants_risk else "choose another objective"
             raise RuntimeError(
                 "two forward passes gave identical logits, so there is no first-order risk: call model.train() and use "
-                'dropout > 0, or choose strategy="second" (LoRA with no other dropout than its own starts so, as its '
-                "second matrix is 0: mask_warmup_steps=1 masks from the second step on)"
+                f"dropout > 0, or {way_out} (LoRA with no other dropout than its own starts so, as its second matrix "
+                "is 0: mask_warmup_steps=1 masks from the second step on)"
             )
 
 

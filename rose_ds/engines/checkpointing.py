@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from rose_ds.engines.base import unwrapped_name
+from rose_ds.engines.base import Engine, unwrapped_name
 from rose_ds.engines.dropout import find_dropout
 from rose_ds.errors import RefusedConfiguration
 
@@ -46,6 +49,57 @@ def refuse_checkpointing(module: nn.Module, *, twice: bool) -> None:
                     'activation_checkpointing_kwargs={"use_reentrant": False}, gradient_checkpointing_kwargs before '
                     "transformers 5.22)"
                 )
+
+
+def refuse_hidden_weights(engine: Engine, outputs: Sequence[Tensor]) -> None:
+    """Checkpoints that a model makes inside its forward pass, and which show in the graphs of its outputs alone.
+
+    Raises:
+        RefusedConfiguration: weights inside one would miss a gradient that is found apart from the task's, or the graph
+            can be pulled back once only.
+    """
+    if not engine.retains_graphs:  # each pull has a graph of its own, and reaches what the task's gradient does
+        return
+    for node in _graph(outputs):
+        if type(node).__name__ != "CheckpointFunctionBackward":
+            continue
+        function = type(node)._forward_cls  # type: ignore[attr-defined]
+        if function is CheckpointFunction and engine.pulls_reentrant:
+            continue
+        raise RefusedConfiguration(
+            f"the model's forward pass checkpoints activations by {function.__module__}, reentrant, which hides "
+            f"weights from a second gradient of the same micro-batch on the {engine.name} engine: call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) there, or train with ZeRO-3"
+        )
+
+
+def _graph(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the outputs' graphs."""
+    waiting = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+@contextmanager
+def explaining_selective_checkpoints() -> Iterator[None]:
+    """torch's do not say who asked for a second gradient, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Trying to backward an extra time" not in str(error):
+            raise
+        raise RefusedConfiguration(
+            "the model checkpoints selectively (context_fn=create_selective_checkpoint_contexts(...)), and what such a "
+            "checkpoint keeps can be looked at once: a micro-batch of this method finds several gradients of a pass. "
+            "Checkpoint with use_reentrant=False and without context_fn; or train with objective task and "
+            'strategy="second"'
+        ) from error
 
 
 def refuse_overwriting(module: nn.Module) -> None:

@@ -105,6 +105,8 @@ class ForwardPass:
         """fp32, with the outputs' values."""
         self.outputs: list[Tensor] | None = None
         """Attached: the logits and, once asked for, the loss. None once pulled back."""
+        self._loss_rng: RngState | None = None
+        """Before loss(logits) was called: it may draw random numbers too."""
         self._changed = False
         """The loss changed the logits in place, and the leaf with them."""
         if batch.shifter is not None:
@@ -144,7 +146,12 @@ class ForwardPass:
         # what is not fp32 has a leaf of its own; and a loss does in later steps what it did in the first
         watched = engine.loss_overwrites is None and logits.dtype == torch.float32
         before = Output.of(logits) if watched else None
-        value = self.batch.loss_of(logits)
+        if self._loss_rng is None:
+            self._loss_rng = RngState.now()
+            value = self.batch.loss_of(logits)
+        else:
+            with replay(self._loss_rng):
+                value = self.batch.loss_of(logits)
         if before is not None and logits._version == version:  # or it is seen, in each step anew
             engine.loss_overwrites = before.was_overwritten()
         self._changed |= logits._version != version or (engine.loss_overwrites or False)

@@ -85,7 +85,7 @@ def report(message: str) -> None:
 
 
 def find_ninja() -> None:
-    """Put a virtual environment's ninja on PATH where that has none: ssh, and so DeepSpeed's pdsh, passes no PATH on."""
+    """Put a virtual environment's ninja on PATH where there is none: ssh, so DeepSpeed's pdsh, passes no PATH on."""
     beside = str(Path(sys.executable).parent)
     if shutil.which("ninja") is None and shutil.which("ninja", path=beside) is not None:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])

@@ -37,7 +37,7 @@ def mean_squared_gradient(
                 batch = PassBatch(engine, forward, loss)
                 batch.moved_statistics = True  # nothing is trained
                 a = batch.run()
-                engine.pull_apart(batch.pulls_of(batch.loss(a) * engine.accumulation_steps, (a,)))
+                batch.pull_apart(batch.loss(a) * engine.accumulation_steps, (a,))
         except BaseException as error:
             engine.abandon(error)
             raise

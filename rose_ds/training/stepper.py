@@ -14,7 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from rose_ds.engines.average import WeightAverage
 from rose_ds.engines.base import Engine
 from rose_ds.engines.batch import PassBatch
-from rose_ds.engines.checkpointing import refuse_checkpointing, refuse_overwriting
+from rose_ds.engines.checkpointing import (
+    explaining_selective_checkpoints,
+    refuse_checkpointing,
+    refuse_overwriting,
+)
 from rose_ds.engines.passes import Forward, Loss, Sample
 from rose_ds.engines.registry import engine_for
 from rose_ds.engines.shift import EmbeddingShift
@@ -199,7 +203,8 @@ class Stepper:
                 sample=sample,
             )
             try:
-                value = self.objective(batch)
+                with explaining_selective_checkpoints():
+                    value = self.objective(batch)
             except BaseException as error:
                 self._abandon_step(error)
                 raise

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from rose_ds.core.layout import Block
-from rose_ds.engines.base import unwrapped_name
+from rose_ds.engines.base import Decision, Outcome, unwrapped_name
 from rose_ds.engines.torch.sharded import Managed, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_max
@@ -33,6 +33,7 @@ class Fsdp1Engine(ShardedEngine):
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         self.forget_graph()
+        self._reshard()
         with super().micro_batch():
             yield
         # FSDP gives no gradient to a parameter of which nothing lies here. Without one it would have no state either,
@@ -63,6 +64,26 @@ class Fsdp1Engine(ShardedEngine):
         with self._added_to_earlier_grads():  # a backward pass that reaches no parameter drops the gradients that wait
             yield
         self.graph_of = None
+        for part in FullyShardedDataParallel.fsdp_modules(self.module):
+            # a backward pass that reaches no parameter leaves FSDP's views registered in their place, where nothing is
+            # sharded: it takes them to be gone (torch/distributed/fsdp/_runtime_utils.py, _catch_all_reshard)
+            if part._handle is not None and part._handle._use_orig_params and not part._handle.uses_sharded_strategy:
+                _reshard(part, part._handle, False)
+
+    def step(self, decide: Decision) -> Outcome | None:
+        outcome = super().step(decide)
+        self._reshard()
+        return outcome
+
+    def _reshard(self) -> None:
+        """A forward pass that no backward pass followed leaves its copy of weights, which the step does not reach, to
+        the next one."""
+        for part in FullyShardedDataParallel.fsdp_modules(self.module):
+            handle = part._handle
+            if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_local_shard"):
+                continue
+            if not handle.needs_unshard():
+                _reshard(part, handle, True)
 
     def forget_graph(self) -> None:
         super().forget_graph()  # nor does that of a step that failed half-way

@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from rose_ds.core.layout import Block
-from rose_ds.engines.base import unwrapped_name
+from rose_ds.engines.base import Decision, Outcome, unwrapped_name
 from rose_ds.engines.torch.sharded import Managed, ProcessGroups, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import local
@@ -26,10 +26,12 @@ class Fsdp2Engine(ShardedEngine):
     """Any number of passes and pulls; each pull reduces into the sharded parameters' ``grad``."""
 
     name = "fsdp2"
+    pulls_reentrant = True
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         self._take_orders()  # of evaluations
+        self._reshard()
         with super().micro_batch():
             yield
 
@@ -65,10 +67,20 @@ class Fsdp2Engine(ShardedEngine):
         meshes: list[Any] = [m.param.device_mesh for m in self.managed]  # type: ignore[attr-defined]
         return len({rank for mesh in dict.fromkeys(meshes) for rank in mesh.mesh.flatten().tolist()})
 
-    def settle(self) -> None:
+    def step(self, decide: Decision) -> Outcome | None:
+        outcome = super().step(decide)
+        self._reshard()
+        return outcome
+
+    def _reshard(self) -> None:
+        """A forward pass that no backward pass followed leaves its copy of the root's weights, which the step does not
+        reach, to the next one. Costs nothing where there is none."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
+
+    def settle(self) -> None:
+        self._reshard()
         if torch.accelerator.is_available() and any(local(m.param).device.type == "cpu" for m in self.managed):
             torch.accelerator.synchronize()  # offloaded shards are pinned, and may still be on their way
 

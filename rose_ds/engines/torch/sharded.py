@@ -77,7 +77,7 @@ class ShardedEngine(TorchEngine):
 
     # --- shared ---
 
-    def _what_is_trainable(self) -> tuple[list[bool], list[int]]:
+    def _what_is_trainable(self) -> tuple[list[tuple[int, bool]], list[int]]:
         for m in self.managed:  # what stands for the whole parameter may be another tensor
             if m.whole.requires_grad != m.param.requires_grad:
                 m.whole.requires_grad_(m.param.requires_grad)

@@ -39,6 +39,7 @@ class ZeroEngine(Engine):
         self.adapter = _adapter_class(ds)(ds, optimizer)
         self._beta1_of = self.adapter.beta1_of()
         self.retains_graphs = self.adapter.shares_graph
+        self.pulls_reentrant = self.name != "zero2"
         self.replicated = isinstance(self.adapter, ReplicatedAdapter)
         self.tells_gradient_so_far = self.adapter.reduces_each_micro_batch
         self._has_leaf_modules = any(hasattr(param, "ds_z3_leaf_module") for param in ds.module.parameters())
