@@ -289,7 +289,7 @@ def test_what_changes_or_fails_half_way(engine: str, changed: Any) -> None:
     """Refused, and not gone on with: gradients and states are laid out once, and may be half reduced."""
     for frozen, failed, after in (rank[engine] for rank in changed):
         assert frozen.startswith(
-            "RefusedConfiguration: requires_grad or the optimizer's groups changed after prepare()"
+            "RefusedConfiguration: parameters, requires_grad or the optimizer's groups changed after prepare()"
         )
         assert failed == "MemoryError: no memory for the loss"
         name = engine.split("-")[0]
