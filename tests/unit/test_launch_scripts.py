@@ -341,3 +341,39 @@ def test_what_a_script_starts(which: str, tmp_path: Path) -> None:
         flags = [word if " " in word else shlex.split(word)[0] for word in flags]
     assert start == command.replace("HOSTS", str(tmp_path / "hosts")).split(" ")
     assert flags == _WORDS
+
+
+def test_the_quickstart_trains_three_and_compares_them(tmp_path: Path) -> None:
+    """With programs that write down how they were called; the tree around it is a copy."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "launch" / "quickstart.sh").write_text((LAUNCH / "quickstart.sh").read_text())
+    (tmp_path / "launch" / "venv.sh").write_text("")  # what it installs is what these tests run in
+    programs = {
+        "python": f'PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"',
+        "deepspeed": """
+printf '%s\\0' "$@" >>calls
+echo >>calls
+while [ "$1" != --output_dir ]; do shift; done
+touch "$2/metrics.json"
+""",
+        "rose-ds": 'echo "$@" >report',
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}
+    command = ["bash", str(tmp_path / "launch" / "quickstart.sh")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().splitlines()]
+    found = []
+    for words in calls:
+        at = words.index("launch/train.py")
+        assert words[:2] == ["--num_gpus", "2"] and (ROOT / words[at]).is_file()
+        given = Parser("train", "", RunSettings, MethodSettings, RunArguments).given(words[at + 1 :])
+        assert (ROOT / given["deepspeed"]).is_file()
+        found.append((given["method"], given.get("first_order"), given["output_dir"]))
+    runs = [f"runs/quickstart/{name}" for name in ("vanilla", "rose-ensemble", "rose-ensemble-fast")]
+    assert found == [("vanilla", None, runs[0]), ("rose-ensemble", None, runs[1]), ("rose-ensemble", "fast", runs[2])]
+    assert (tmp_path / "report").read_text().split() == ["report", *runs, "--output_dir", "runs/quickstart"]
