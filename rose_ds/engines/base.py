@@ -139,6 +139,12 @@ class Engine(ABC):
     def step(self, decide: Decision) -> Outcome | None:
         """Count a micro-batch; at the accumulation boundary clip, call ``decide`` once, update, zero the gradients."""
 
+    def stepped(self) -> None:  # noqa: B027
+        """After an optimizer step, whoever made it: forward passes find the new weights."""
+
+    def forget_micro_batches(self) -> None:  # noqa: B027
+        """No step is going to be made of those since the last one: training is at its end."""
+
     # --- weights and slices ---
 
     @abstractmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,26 @@ class RngState:
         device = _device_module()
         if self.accelerator is not None and device is not None:
             device.set_rng_state(self.accelerator)
+
+
+@dataclass(frozen=True)
+class AllRandom:
+    """State of every generator that code around a model may draw from: torch's, numpy's and Python's."""
+
+    torchs: RngState
+    numpys: Any
+    pythons: Any
+
+    @classmethod
+    def now(cls) -> AllRandom:
+        """The current state."""
+        return cls(RngState.now(), np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        """Put the generators back to this state."""
+        self.torchs.restore()
+        np.random.set_state(self.numpys)
+        random.setstate(self.pythons)
 
 
 def _device_module() -> Any | None:

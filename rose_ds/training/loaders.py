@@ -27,6 +27,19 @@ def with_settings(args: TrainingArguments, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell all that chooses rows which epoch comes, also behind what shares them out among ranks: where a resumed run
+    skips some, Trainer's call and accelerate's reach no further than that.
+    """
+    part: Any = loader
+    while part is not None:
+        for chooser in (part, getattr(part, "sampler", None)):
+            choose = getattr(chooser, "set_epoch", None)
+            if choose is not None:
+                choose(epoch)
+        part = getattr(part, "batch_sampler", None)
+
+
 class _OfEpoch:
     """An order that seed and epoch give, and not the global random state, which differs in a resumed run and may differ
     between ranks. accelerate calls ``set_epoch`` at the start of each epoch.

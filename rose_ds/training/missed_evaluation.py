@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rose_ds.engines.rng import AllRandom
 from rose_ds.training import checkpoints
 
 
@@ -28,7 +29,10 @@ class MissedEvaluation(TrainerCallback):
         )
         if not checkpoints.gather(_is_due(args, state) and not made)[0]:
             return
+        # its data loader draws a number, which the state that was saved lacks
+        self.trainer._load_rng_state(str(self.trainer.resumed_folder))
         found = self.trainer._evaluate(None, self.trainer.ignored_keys)
+        self.trainer.random_state = AllRandom.now()
         if self.trainer._determine_best_metric(found, None):  # it was saved before that was known
             state.best_model_checkpoint = str(self.trainer.resumed_folder)
 

@@ -22,18 +22,22 @@ from transformers import Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from rose_ds.engines.rng import AllRandom
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import RankLost, explaining_lost_ranks
 from rose_ds.hardware import peak_memory_bytes
 from rose_ds.training import checkpoints
 from rose_ds.training.callbacks import StepMeter, StopOnSigterm
-from rose_ds.training.loaders import with_settings
+from rose_ds.training.loaders import set_epoch, with_settings
 from rose_ds.training.missed_evaluation import MissedEvaluation
 from rose_ds.training.same_run import SameRunTrainer
 from rose_ds.training.sole_use import sole_use_of
 from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
+
+#: Below a run's folder: its checkpoints, and those of a search's trials.
+_CHECKPOINTS = ("checkpoint-*", "run-*/checkpoint-*")
 
 
 def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Signature:
@@ -57,6 +61,10 @@ class ResumableTrainer(SameRunTrainer):
         """The checkpoint that the run under way goes on from."""
         self.ignored_keys: list[str] | None = None
         """Of a model's outputs, in evaluations along training."""
+        self.random_state: AllRandom | None = None
+        """Which training goes on with, where an evaluation came first."""
+        self._before: set[Path] = set()
+        """Checkpoints that were there when training began."""
         self._saved_step: int | None = None
         """Of the last checkpoint that was written."""
         self._just_saved: Path | None = None
@@ -78,6 +86,10 @@ class ResumableTrainer(SameRunTrainer):
 
     def before_first_epoch(self, model: nn.Module) -> None:
         """Called once training is set up, and a checkpoint is loaded."""
+        raise NotImplementedError
+
+    def after_last_step(self) -> None:
+        """Called when training is at its end, before the best model is loaded."""
         raise NotImplementedError
 
     def save_method_state(self, folder: Path) -> None:
@@ -103,7 +115,8 @@ class ResumableTrainer(SameRunTrainer):
                 raise RefusedConfiguration(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._resumed = None if folder is None else self._check_resumable(folder)
         self._counts_restored = False
-        self._saved_step = self._just_saved = None
+        self._saved_step = self._just_saved = self.random_state = None
+        self._before = {path for form in _CHECKPOINTS for path in Path(self.args.output_dir).glob(form)}
         self.resumed_folder = folder
         self.ignored_keys = kwargs.get("ignore_keys_for_eval", args[1] if len(args) > 1 else None)
         missed = self.pop_callback(MissedEvaluation)
@@ -159,6 +172,10 @@ class ResumableTrainer(SameRunTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's; on another number of ranks, whose random numbers nobody has saved, a seed of this step's own."""
+        if self.random_state is not None:
+            self.random_state.restore()
+            self.random_state = None
+            return
         if self._resumed is None or self._resumed.world_size == self.args.world_size:
             super()._load_rng_state(checkpoint)
             return
@@ -180,10 +197,12 @@ class ResumableTrainer(SameRunTrainer):
         if kwargs["epoch"] == kwargs["epochs_trained"]:
             self._refuse_rounds()
             self.before_first_epoch(kwargs["model"])
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run that SIGTERM stopped is not at its end: no checkpoint goes, and no best model is loaded."""
+        self.after_last_step()
         stopped = {"load_best_model_at_end": False, "save_total_limit": None} if self._stop.stopping else {}
         with with_settings(self.args, **stopped):
             return super()._finalize_training(*args, **kwargs)
@@ -234,8 +253,12 @@ class ResumableTrainer(SameRunTrainer):
         limit, push = self.args.save_total_limit, self.args.push_to_hub
         with with_settings(self.args, save_total_limit=None, push_to_hub=False):
             try:
-                if self.args.should_save and folder.exists():
-                    shutil.rmtree(folder)  # torn, or of a run that went on from an earlier step: no file of it may stay
+                # torn, or of a run that went on from an earlier step: no file of it may stay. But callbacks may have
+                # begun one for this step, with what they found in its evaluation.
+                stale = folder in self._before or (folder / checkpoints.FILE).is_file()
+                if self.args.should_save and stale and folder.exists():
+                    shutil.rmtree(folder)
+                self._before.discard(folder)
                 checkpoints.gather(None)
                 with explaining_lost_ranks(lambda: f"saving {folder}"):
                     super()._save_checkpoint(model, trial)

@@ -81,6 +81,7 @@ class SameRunTrainer(SteadyLoaders):
 
     def _check_resumable(self, folder: Path) -> checkpoints.Record:
         record = checkpoints.read(folder)
+        self._refuse_dispatched()
         if self.args.auto_find_batch_size:  # Trainer goes on with the batch size that had been found
             found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
             self._train_batch_size: int = found or self.args.train_batch_size
@@ -114,6 +115,16 @@ class SameRunTrainer(SteadyLoaders):
         free = {name: getattr(args, name) for name in _FREE}
         free["lr_scheduler_type"] = schedule_of(args)
         return fixed, free
+
+    def _refuse_dispatched(self) -> None:
+        """accelerate reads a batch for each rank to make one that is dispatched, and skips as if it read one."""
+        how, args = self.args.accelerator_config, self.args
+        skips = has_length(self.train_dataset) and not args.ignore_data_skip
+        if how.dispatch_batches and not how.split_batches and args.world_size > 1 and skips:
+            raise RefusedConfiguration(
+                "accelerator_config dispatch_batches=True on several ranks would go on with other rows than the "
+                "checkpoint's run: leave it out, which gives each rank the rows that were dispatched to it"
+            )
 
     def _refuse_rounds(self) -> None:
         """Trainer skips as many batches of one round as were trained on in all."""

@@ -368,6 +368,7 @@ class Stepper:
 
     def _finish(self, grad_norm: float | None, skipped: bool) -> StepReport:
         """After an optimizer step: the average moves, and a report is made."""
+        self.engine.stepped()
         self._forget_step()
         decay = self.objective.average_decay(self.optimizer.steps_taken())
         if decay is not None and self.state.average is not None and not skipped:

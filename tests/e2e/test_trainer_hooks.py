@@ -744,3 +744,56 @@ def test_a_checkpoint_is_pushed_whole_and_no_network_ends_no_training(
     made.args.push_to_hub = True
     train(made)
     assert whole == [True, True] and "was not pushed (no network)" in caplog.text
+
+
+class WritesPredictions(TrainerCallback):
+    """Puts what an evaluation found where the step's checkpoint is going to be."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "predictions.txt").write_text("of this run")
+
+
+def test_what_callbacks_put_into_a_checkpoints_folder_before_it_is_there(tmp_path: Path) -> None:
+    """Stays; files of an earlier run do not."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "torn.pt").write_text("")
+    more = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    made = trainer(tmp_path, more=more, rose=SECOND, eval_dataset=rows(8), callbacks=[WritesPredictions()])
+    made.train()
+    assert (tmp_path / "checkpoint-2" / "predictions.txt").read_text() == "of this run"
+    assert not (tmp_path / "checkpoint-4" / "torn.pt").exists()
+
+
+class StopsInStep(TrainerCallback):
+    """SIGTERM, as a scheduler sends it, in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_stopped_in_a_step_of_an_evaluation_is_the_run_it_was(step: int, steady: bool, tmp_path: Path) -> None:
+    """An evaluation draws random numbers; one that is made up for draws them where it would have."""
+    more = {"save_strategy": "steps", "save_steps": 50, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
+
+    def make(name: str, *callbacks: Any) -> Any:
+        made = trainer(tmp_path / name, more=more, rose=RoseConfig(), eval_dataset=rows(8), callbacks=list(callbacks))
+        made.steady_evaluations = steady
+        return made
+
+    whole = train(make("whole"))
+    stopped = make("stopped", StopsInStep(step))
+    with pytest.raises(SystemExit):
+        train(stopped)
+    again = make("stopped")
+    torch.manual_seed(1)  # of which accelerate makes the order of rows
+    torch.rand(3)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, whole[1][name]) for name, p in again.model.named_parameters())

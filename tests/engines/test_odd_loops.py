@@ -80,6 +80,8 @@ class Loop:
     noisy_loss: bool = False
     evaluates: bool = False
     """Between backward() and step(), and again after it."""
+    leaves_step: bool = False
+    """It calls optimizer.step() itself."""
     model: type[Tiny] = Tiny
 
 
@@ -129,12 +131,17 @@ def follow(loop: Loop, rank: int = 0, world: int = 1) -> Trace | str:
                 stepper.backward(lambda ids=ids[mine]: call(ids), loss)
             except RefusedConfiguration as error:
                 return str(error)
+            if loop.leaves_step:
+                stepper.leave_step_to_optimizer(last=True)
             if loop.evaluates:
                 evaluate()
-            report = stepper.step()
+            if loop.leaves_step:
+                stepper.optimizer.step()
+                stepper.optimizer.zero_grad()
+            report = stepper.last_report if loop.leaves_step else stepper.step()
             if loop.evaluates:
                 evaluate()
-        norms.append(report.grad_norm)
+        norms += [] if report.grad_norm is None else [report.grad_norm]
         taus += [] if report.tau_first is None else [report.tau_first]
     return Trace(stepper.gather_parameters(), norms, taus, evaluations, float(torch.rand(())))
 
@@ -153,6 +160,7 @@ def follow_all(rank: int, world: int, loops: list[Loop]) -> dict[str, Trace | st
 
 def name(loop: Loop) -> str:
     odd = "noisy" if loop.noisy_loss else "evaluates" if loop.evaluates else loop.model.__name__
+    odd += "-leaves-step" * loop.leaves_step
     return f"{loop.engine}-{loop.case.objective.name}-{loop.case.strategy}-{odd}"
 
 
@@ -162,6 +170,7 @@ EXACT = [
     *(Loop(FIRST, engine, noisy_loss=True) for engine in SHARDED),
     *(Loop(NORM, engine, evaluates=True) for engine in ["ddp", "zero1", "zero2", *SHARDED]),
     *(Loop(replace(FIRST, objective=RDrop()), engine, evaluates=True) for engine in SHARDED),
+    *(Loop(FIRST, engine, evaluates=True, leaves_step=True) for engine in ["ddp", "fsdp1", "fsdp1-grad", "fsdp2"]),
     *(Loop(replace(NORM, objective=Smart()), engine) for engine in ["fsdp1-whole", "fsdp1", "fsdp2"]),
     *(Loop(FIRST, engine, model=Reentrant) for engine in ["fsdp1", "fsdp2", "zero1", "zero3"]),
     Loop(FIRST, "zero3", model=ByDeepSpeed),

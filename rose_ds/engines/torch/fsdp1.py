@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from rose_ds.core.layout import Block
-from rose_ds.engines.base import Decision, Outcome, unwrapped_name
+from rose_ds.engines.base import unwrapped_name
 from rose_ds.engines.torch.sharded import Managed, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.exchange import all_max
@@ -70,10 +70,8 @@ class Fsdp1Engine(ShardedEngine):
             if part._handle is not None and part._handle._use_orig_params and not part._handle.uses_sharded_strategy:
                 _reshard(part, part._handle, False)
 
-    def step(self, decide: Decision) -> Outcome | None:
-        outcome = super().step(decide)
+    def stepped(self) -> None:
         self._reshard()
-        return outcome
 
     def _reshard(self) -> None:
         """A forward pass that no backward pass followed leaves its copy of weights, which the step does not reach, to

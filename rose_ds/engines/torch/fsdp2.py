@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from rose_ds.core.layout import Block
-from rose_ds.engines.base import Decision, Outcome, unwrapped_name
+from rose_ds.engines.base import unwrapped_name
 from rose_ds.engines.torch.sharded import Managed, ProcessGroups, ShardedEngine, refuse_fp16_reduction
 from rose_ds.errors import RefusedConfiguration
 from rose_ds.optimizer import local
@@ -67,10 +67,8 @@ class Fsdp2Engine(ShardedEngine):
         meshes: list[Any] = [m.param.device_mesh for m in self.managed]  # type: ignore[attr-defined]
         return len({rank for mesh in dict.fromkeys(meshes) for rank in mesh.mesh.flatten().tolist()})
 
-    def step(self, decide: Decision) -> Outcome | None:
-        outcome = super().step(decide)
+    def stepped(self) -> None:
         self._reshard()
-        return outcome
 
     def _reshard(self) -> None:
         """A forward pass that no backward pass followed leaves its copy of the root's weights, which the step does not

@@ -196,6 +196,9 @@ class ZeroEngine(Engine):
         # DeepSpeed returns before the decision when the gradient is not finite
         return Outcome(norm, skipped=not decided or self.optimizer.skips)
 
+    def forget_micro_batches(self) -> None:
+        self.accumulating = False
+
     # --- weights and slices ---
 
     def find_slices(self, names: Sequence[str]) -> tuple[list[Slice], list[Exchange], list[Exchange]]:
