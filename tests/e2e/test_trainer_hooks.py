@@ -44,7 +44,7 @@ CHILD = RoseConfig(strategy="child-tuning")
 
 def equal_passes(logits: torch.Tensor, engine: Any) -> int:
     """Micro-batches of two equal passes until that is an error."""
-    batch: Any = SimpleNamespace(engine=engine)
+    batch: Any = SimpleNamespace(engine=engine, wants_risk=True)
     for count in range(1, 300):
         try:
             PassBatch._require_dropout(batch, logits, SimpleNamespace(outputs=(logits,), logits=logits))  # type: ignore[arg-type]
