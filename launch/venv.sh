@@ -6,11 +6,13 @@ set -euo pipefail
 extra=$1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.11 python3.12 python3; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        if supported "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -36,7 +38,7 @@ wanted=$(cat "$root/pyproject.toml" "$root/launch/requirements.txt" - <<<"${TORC
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     python=$(find_python)
     echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
-    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+    supported "$root/.venv/bin/python" || "$python" -m venv --clear "$root/.venv"
     # TORCH may be another build than the one that is there
     if [ -n "${TORCH:-}" ] || ! "$root/.venv/bin/python" -c 'import torch' 2>/dev/null; then install_torch; fi
     constraints=$root/.venv/constraints.txt

@@ -20,6 +20,13 @@ SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > RANKS_PER_NODE ? SRUN_CPUS_PER_TASK / RANKS_PER_NODE : 1))}
 export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK OMP_NUM_THREADS
 
+# Whether flags of training, in any of their spellings, leave no checkpoint.
+saves_nothing() {
+    local words=" ${*,,} "
+    words=${words//_/-}
+    [[ $words =~ \ --save-strategy[=\ ]no\  || $words =~ \ --save-only-model([=\ ](true|t|yes|y|1))?\ (--|$) ]]
+}
+
 # Runs a command with the arguments given here as one task on each node, in CONTAINER if that is set
 # (CONTAINER="apptainer exec --nv --bind /shared rose.sif"); training with --resume auto. Before the time limit, and when the job is
 # preempted, the ranks save a checkpoint together; then the job goes back into the queue. A cancelled job does not, nor at
@@ -45,8 +52,8 @@ run_on_all_nodes() {
         stopped=preempted
     fi
     if [ "$code" -ne 0 ] && [ -n "$stopped" ]; then
-        if [ "$stopped" != preempted ] && [[ " $* " =~ \ --save_(strategy[=\ ]no|only_model[=\ ](true|True|1))\  ]]; then
-            echo "stopped ($stopped); not put back into the queue: ${BASH_REMATCH[0]# }leaves nothing to go on from"
+        if [ "$stopped" != preempted ] && saves_nothing "$@"; then
+            echo "stopped ($stopped); not put back into the queue: --save_strategy no or --save_only_model leaves nothing to go on from"
             return "$code"
         fi
         echo "stopped ($stopped); back into the queue, to go on from the newest checkpoint"

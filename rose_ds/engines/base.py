@@ -219,6 +219,13 @@ class Engine(ABC):
                 f"{self.name} engine cannot follow{' in the middle of a step, or with this method' * self.recovers}: "
                 "freeze and unfreeze before the model is wrapped and prepare() is called, and train each phase in a run"
             )
+        known = {i for i, _ in self._trainable[0]} | {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        new = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in known]
+        if new:
+            raise RefusedConfiguration(
+                f"{new[0]!r} came after prepare() (replaced, or added?), and the optimizer does not hold it, so it "
+                "would not train: make it before RoseAdamW, or give it to optimizer.add_param_group()"
+            )
         self._find_eligible()
         self._locate()
 

@@ -195,6 +195,7 @@ class ForwardPass:
             self._check_same()
             if len(self.leaves) == 2:
                 self._add_loss()
+                self._check_same_loss()
         assert self.outputs is not None
         return self.outputs
 
@@ -210,6 +211,17 @@ class ForwardPass:
             raise RuntimeError(
                 "a replayed forward pass gave other logits: forward() must depend only on the model, its inputs and "
                 "torch's random numbers (no counters, numpy or python random numbers inside)"
+            )
+
+    def _check_same_loss(self) -> None:
+        assert self.outputs is not None
+        again, first = self.outputs[1].detach().float(), self.leaves[1].detach()
+        tolerance = max(1e-2, 16 * torch.finfo(self.outputs[0].dtype).eps)  # of logits that may differ a little too
+        if not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise RuntimeError(
+                f"loss(logits) gave {float(first):.6g} for a pass and {float(again):.6g} when that was replayed: it must "
+                "depend only on the logits, its labels and torch's random numbers (no counters, numpy or python random "
+                "numbers inside)"
             )
 
 

@@ -7,10 +7,9 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
-#: Below a run's folder: its checkpoints, and those of a search's trials.
-_CHECKPOINTS = ("checkpoint-*", "run-*/checkpoint-*")
+#: Below a run's folder: files of its checkpoints, and of those of a search's trials.
+_FILES = ("checkpoint-*/**/*", "*/checkpoint-*/**/*")
 
 
 def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Signature:
@@ -63,8 +62,8 @@ class ResumableTrainer(SameRunTrainer):
         """Of a model's outputs, in evaluations along training."""
         self.random_state: AllRandom | None = None
         """Which training goes on with, where an evaluation came first."""
-        self._before: set[Path] = set()
-        """Checkpoints that were there when training began."""
+        self._before: dict[Path, int] = {}
+        """Files of checkpoints that were there when training began, and when they were written."""
         self._saved_step: int | None = None
         """Of the last checkpoint that was written."""
         self._just_saved: Path | None = None
@@ -116,7 +115,8 @@ class ResumableTrainer(SameRunTrainer):
         self._resumed = None if folder is None else self._check_resumable(folder)
         self._counts_restored = False
         self._saved_step = self._just_saved = self.random_state = None
-        self._before = {path for form in _CHECKPOINTS for path in Path(self.args.output_dir).glob(form)}
+        found = (path for form in _FILES for path in Path(self.args.output_dir).glob(form) if path.is_file())
+        self._before = {path: path.stat().st_mtime_ns for path in found} if self.args.should_save else {}
         self.resumed_folder = folder
         self.ignored_keys = kwargs.get("ignore_keys_for_eval", args[1] if len(args) > 1 else None)
         missed = self.pop_callback(MissedEvaluation)
@@ -197,7 +197,8 @@ class ResumableTrainer(SameRunTrainer):
         if kwargs["epoch"] == kwargs["epochs_trained"]:
             self._refuse_rounds()
             self.before_first_epoch(kwargs["model"])
-        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+            if self._resumed is not None:
+                set_epoch(kwargs["train_dataloader"], kwargs["epoch"])  # of which Trainer is going to skip a part
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,12 +254,7 @@ class ResumableTrainer(SameRunTrainer):
         limit, push = self.args.save_total_limit, self.args.push_to_hub
         with with_settings(self.args, save_total_limit=None, push_to_hub=False):
             try:
-                # torn, or of a run that went on from an earlier step: no file of it may stay. But callbacks may have
-                # begun one for this step, with what they found in its evaluation.
-                stale = folder in self._before or (folder / checkpoints.FILE).is_file()
-                if self.args.should_save and stale and folder.exists():
-                    shutil.rmtree(folder)
-                self._before.discard(folder)
+                self._remove_stale(folder)
                 checkpoints.gather(None)
                 with explaining_lost_ranks(lambda: f"saving {folder}"):
                     super()._save_checkpoint(model, trial)
@@ -280,6 +276,19 @@ class ResumableTrainer(SameRunTrainer):
                 self._push_from_checkpoint(str(folder))
             except OSError as error:
                 logger.warning("%s is whole, but was not pushed (%s); the next one will be", folder, error)
+
+    def _remove_stale(self, folder: Path) -> None:
+        """What was there is torn, or of a run that went on from an earlier step: no file of it may stay. But callbacks
+        may have begun the folder, with what they found in the step's evaluation.
+        """
+        if not self.args.should_save:
+            return
+        (folder / checkpoints.FILE).unlink(missing_ok=True)  # not whole until it is written anew
+        for path in [path for path in self._before if folder in path.parents]:
+            written = self._before.pop(path)
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime_ns == written:
+                    path.unlink()
 
     def _write_record(self, folder: Path) -> None:
         fixed, free = self._settings()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -119,7 +120,8 @@ class SameRunTrainer(SteadyLoaders):
     def _refuse_dispatched(self) -> None:
         """accelerate reads a batch for each rank to make one that is dispatched, and skips as if it read one."""
         how, args = self.args.accelerator_config, self.args
-        skips = has_length(self.train_dataset) and not args.ignore_data_skip
+        by_batch = has_length(self.train_dataset) and not isinstance(self.train_dataset, IterableDataset)
+        skips = by_batch and not args.ignore_data_skip
         if how.dispatch_batches and not how.split_batches and args.world_size > 1 and skips:
             raise RefusedConfiguration(
                 "accelerator_config dispatch_batches=True on several ranks would go on with other rows than the "

@@ -756,14 +756,19 @@ class WritesPredictions(TrainerCallback):
 
 
 def test_what_callbacks_put_into_a_checkpoints_folder_before_it_is_there(tmp_path: Path) -> None:
-    """Stays; files of an earlier run do not."""
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "torn.pt").write_text("")
+    """Stays, also where a step is trained again; files of the earlier run do not."""
     more = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
-    made = trainer(tmp_path, more=more, rose=SECOND, eval_dataset=rows(8), callbacks=[WritesPredictions()])
-    made.train()
+    settings = {"more": more, "rose": SECOND, "eval_dataset": rows(8), "callbacks": [WritesPredictions()]}
+    trainer(tmp_path, **settings).train()
     assert (tmp_path / "checkpoint-2" / "predictions.txt").read_text() == "of this run"
-    assert not (tmp_path / "checkpoint-4" / "torn.pt").exists()
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir()
+    (tmp_path / "checkpoint-4" / "global_step4" / "torn.pt").write_text("")
+    (tmp_path / "checkpoint-4" / "predictions.txt").write_text("of the run before")
+    made = trainer(tmp_path, **settings)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-4" / "predictions.txt").read_text() == "of this run"
+    assert not (tmp_path / "checkpoint-4" / "global_step4" / "torn.pt").exists()
+    assert made.newest_checkpoint() == tmp_path / "checkpoint-4"
 
 
 class StopsInStep(TrainerCallback):

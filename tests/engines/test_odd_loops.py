@@ -4,6 +4,7 @@ inside forward(). Every engine does what one process does, or refuses.
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from dataclasses import dataclass, replace
 from typing import Any
@@ -272,5 +273,33 @@ def test_parameters_that_were_replaced() -> None:
     stepper = prepare(model, RoseAdamW(model.named_parameters(), **FIRST.rose))
     model.layer[0].up.weight = nn.Parameter(torch.zeros_like(model.layer[0].up.weight))
     ids, labels = micro_batch(FIRST, 1, 0)
-    with rows(len(ids), slice(0, len(ids))), pytest.raises(RefusedConfiguration, match="missing from the optimizer"):
+    with (
+        rows(len(ids), slice(0, len(ids))),
+        pytest.raises(RefusedConfiguration, match="up.weight' came after"),
+    ):
         stepper.backward(lambda: model(ids), lambda z: F.cross_entropy(z, labels))
+    stepper.optimizer.add_param_group({"params": [("layer.0.up.weight", model.layer[0].up.weight)]})
+    with rows(len(ids), slice(0, len(ids))):
+        stepper.backward(lambda: model(ids), lambda z: F.cross_entropy(z, labels))
+
+
+def counted_loss(rank: int, world: int, engine: str) -> str:
+    """What becomes of a loss that is another one whenever it is asked for, where passes run again."""
+    counter = itertools.count(1)
+    model = make_model(FIRST)
+    if engine == "zero3":
+        call, stepper = zero_jobs.start(zero_jobs.Job(FIRST, 3), world, model)
+    else:
+        call = WRAPPERS[engine](model)
+        stepper = prepare(call, RoseAdamW(parameter_groups(FIRST, call, named=True), **FIRST.rose))
+    ids, labels = micro_batch(FIRST, 1, 0)
+    with rows(len(ids), slice(0, len(ids))):
+        return torch_jobs.message_of(
+            lambda: stepper.backward(lambda: call(ids), lambda z: F.cross_entropy(z, labels) * next(counter))
+        )
+
+
+@pytest.mark.parametrize("engine", ["fsdp1", "zero3"])
+def test_a_loss_that_is_not_the_same_again(engine: str, extensions: Any) -> None:
+    for message in run_ranks(counted_loss, 2, engine):
+        assert "when that was replayed: it must depend only on the logits" in message

@@ -206,6 +206,10 @@ def test_which_slurm_jobs_go_back_into_the_queue(
     [
         ("--save_strategy no --task sst2", "None", False),
         ("--task sst2 --save_only_model=true", "None", False),
+        ("--save-only-model --task sst2", "None", False),
+        ("--task sst2 --save-strategy NO", "None", False),
+        ("--task sst2 --save_only_model", "None", False),
+        ("--save_only_model false --task sst2", "None", True),
         ("--save_strategy no", "2026-11-29T10:00:00", True),  # it may have its whole time yet
         ("--save_strategy steps --save_only_model false", "None", True),
     ],
