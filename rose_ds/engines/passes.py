@@ -219,9 +219,9 @@ class ForwardPass:
         tolerance = max(1e-2, 16 * torch.finfo(self.outputs[0].dtype).eps)  # of logits that may differ a little too
         if not torch.allclose(again, first, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise RuntimeError(
-                f"loss(logits) gave {float(first):.6g} for a pass and {float(again):.6g} when that was replayed: it must "
-                "depend only on the logits, its labels and torch's random numbers (no counters, numpy or python random "
-                "numbers inside)"
+                f"loss(logits) gave {float(first):.6g} for a pass and {float(again):.6g} when that was replayed: it "
+                "must depend only on the logits, its labels and torch's random numbers (no counters, numpy or python "
+                "random numbers inside)"
             )
 
 

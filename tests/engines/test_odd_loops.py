@@ -302,4 +302,4 @@ def counted_loss(rank: int, world: int, engine: str) -> str:
 @pytest.mark.parametrize("engine", ["fsdp1", "zero3"])
 def test_a_loss_that_is_not_the_same_again(engine: str, extensions: Any) -> None:
     for message in run_ranks(counted_loss, 2, engine):
-        assert "when that was replayed: it must depend only on the logits" in message
+        assert "when that was replayed: it must depend only on" in message
