@@ -38,7 +38,12 @@ wanted=$(cat "$root/pyproject.toml" "$root/launch/requirements.txt" - <<<"${TORC
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     python=$(find_python)
     echo "installing rose_ds[$extra] into .venv ($("$python" --version)); the first time takes a few minutes"
-    supported "$root/.venv/bin/python" || "$python" -m venv --clear "$root/.venv"
+    if [ -e "$root/.venv" ] && ! supported "$root/.venv/bin/python"; then
+        aside="$root/.venv.old-$(date +%s)"
+        echo "$root/.venv has no Python 3.11 or 3.12, or one that does not start here: it goes to $aside" >&2
+        mv "$root/.venv" "$aside"
+    fi
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     # TORCH may be another build than the one that is there
     if [ -n "${TORCH:-}" ] || ! "$root/.venv/bin/python" -c 'import torch' 2>/dev/null; then install_torch; fi
     constraints=$root/.venv/constraints.txt

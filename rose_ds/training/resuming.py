@@ -35,8 +35,8 @@ from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
-#: Below a run's folder: files of its checkpoints, and of those of a search's trials.
-_FILES = ("checkpoint-*/**/*", "*/checkpoint-*/**/*")
+#: Below a run's folder: its checkpoints, and those of a search's trials.
+_CHECKPOINTS = ("checkpoint-*", "*/checkpoint-*")
 
 
 def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Signature:
@@ -62,8 +62,8 @@ class ResumableTrainer(SameRunTrainer):
         """Of a model's outputs, in evaluations along training."""
         self.random_state: AllRandom | None = None
         """Which training goes on with, where an evaluation came first."""
-        self._before: dict[Path, int] = {}
-        """Files of checkpoints that were there when training began, and when they were written."""
+        self._before: dict[Path, dict[Path, int]] = {}
+        """Files of checkpoints' folders that were there when training began, and when they were written."""
         self._saved_step: int | None = None
         """Of the last checkpoint that was written."""
         self._just_saved: Path | None = None
@@ -115,8 +115,6 @@ class ResumableTrainer(SameRunTrainer):
         self._resumed = None if folder is None else self._check_resumable(folder)
         self._counts_restored = False
         self._saved_step = self._just_saved = self.random_state = None
-        found = (path for form in _FILES for path in Path(self.args.output_dir).glob(form) if path.is_file())
-        self._before = {path: path.stat().st_mtime_ns for path in found} if self.args.should_save else {}
         self.resumed_folder = folder
         self.ignored_keys = kwargs.get("ignore_keys_for_eval", args[1] if len(args) > 1 else None)
         missed = self.pop_callback(MissedEvaluation)
@@ -127,6 +125,7 @@ class ResumableTrainer(SameRunTrainer):
             if self.args.save_strategy != "no":
                 if not args and kwargs.get("trial") is None:  # a search's trials have folders of their own
                     around.enter_context(sole_use_of(Path(self.args.output_dir)))
+                self._before = _files_in_checkpoints(Path(self.args.output_dir)) if self.args.should_save else {}
                 around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._resumed is not None and not self._counts_restored:  # the checkpoint was that of the last step
@@ -284,10 +283,9 @@ class ResumableTrainer(SameRunTrainer):
         if not self.args.should_save:
             return
         (folder / checkpoints.FILE).unlink(missing_ok=True)  # not whole until it is written anew
-        for path in [path for path in self._before if folder in path.parents]:
-            written = self._before.pop(path)
+        for path, written in self._before.pop(folder, {}).items():
             with suppress(FileNotFoundError):
-                if path.stat().st_mtime_ns == written:
+                if path.stat().st_ctime_ns == written:
                     path.unlink()
 
     def _write_record(self, folder: Path) -> None:
@@ -320,3 +318,17 @@ class ResumableTrainer(SameRunTrainer):
         if self.args.should_save and not self.args.save_only_model:
             record.write(folder)
         checkpoints.gather(None)  # no rank goes on, or ends after SIGTERM, before the record is there
+
+
+def _files_in_checkpoints(run_dir: Path) -> dict[Path, dict[Path, int]]:
+    """By folder; what other jobs take away meanwhile is left out."""
+    found: dict[Path, dict[Path, int]] = {}
+    for form in _CHECKPOINTS:
+        with suppress(OSError):
+            for folder in run_dir.glob(form):
+                files = found[folder] = {}
+                for where, _, names in os.walk(folder):
+                    for path in (Path(where, name) for name in names):
+                        with suppress(OSError):
+                            files[path] = path.stat().st_ctime_ns  # of a copy with another file's time too
+    return found
