@@ -7,11 +7,11 @@ PROGRAM=${PROGRAM:--m rose_ds}
 # shellcheck disable=SC2034  # it is theirs
 read -r -a program <<<"$PROGRAM ${COMMAND:-}"
 
-# share_cores RANKS: this host's cores among so many ranks, where nobody has said otherwise. Left alone torchrun and
-# accelerate give a rank one thread, for offloaded steps too, and deepspeed gives each all cores.
+# share_cores RANKS [CORES]: so many cores, by default all of this host, among so many ranks, where nobody has said
+# otherwise. Left alone torchrun and accelerate give a rank one thread, for offloaded steps too, and deepspeed gives each
+# all cores.
 share_cores() {
-    local cores
-    cores=$(nproc)
+    local cores=${2:-$(nproc)}
     [[ $1 != *[!0-9]* && $1 -gt 0 ]] || return 0 # torchrun takes words for a number: gpu
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
 }

@@ -16,9 +16,9 @@ RANKS_PER_NODE=${ROSE_RANKS_PER_NODE:-${gpus##*:}}
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 # srun does not take sbatch's --cpus-per-task over (Slurm 22.05 and later): all ranks would share one core
 SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
-# torchrun and accelerate would give each rank one thread, and deepspeed each all cores: offloaded steps need their share
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > RANKS_PER_NODE ? SRUN_CPUS_PER_TASK / RANKS_PER_NODE : 1))}
-export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK OMP_NUM_THREADS
+export MASTER_ADDR MASTER_PORT RANKS_PER_NODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT SRUN_CPUS_PER_TASK
+source launch/program.sh
+share_cores "$RANKS_PER_NODE" "$SRUN_CPUS_PER_TASK"
 
 # Whether flags of training, in any of their spellings, leave no checkpoint.
 saves_nothing() {
@@ -28,13 +28,13 @@ saves_nothing() {
 }
 
 # Runs a command with the arguments given here as one task on each node, in CONTAINER if that is set
-# (CONTAINER="apptainer exec --nv --bind /shared rose.sif"); training with --resume auto. Before the time limit, and when the job is
-# preempted, the ranks save a checkpoint together; then the job goes back into the queue. A cancelled job does not, nor at
-# its time limit one whose flags leave it nothing to go on from: it would begin anew each time.
+# (CONTAINER="apptainer exec --nv --bind /shared rose.sif"); training with --resume auto. Before the time limit, and when
+# the job is preempted, the ranks save a checkpoint together; then the job goes back into the queue. A cancelled job does
+# not, nor at its time limit one whose flags leave it nothing to go on from: it would begin anew each time.
 run_on_all_nodes() {
     local step code container resume=() stopped=
     read -r -a container <<<"${CONTAINER:-}"
-    [ "${PROGRAM:--m rose_ds} ${COMMAND:-train}" != "-m rose_ds train" ] || resume=(--resume auto)
+    [ "${program[*]}" != "-m rose_ds train" ] || resume=(--resume auto)
     # what --signal=B: sends to this shell, and to it alone; scancel without --batch signals the tasks, and not this shell
     trap 'stopped="the time limit is near"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
     trap : TERM # of a cancelled job, whose tasks get it too: this shell stays until they have ended

@@ -213,10 +213,10 @@ class Engine(ABC):
         if self._what_is_trainable() == self._trainable:
             return
         if not self.recovers or not movable or self._risk_grads is not None:
+            when = " in the middle of a step, or with this method" * self.recovers
             raise RefusedConfiguration(
                 "parameters, requires_grad or the optimizer's groups changed after prepare() (gradual unfreezing?), "
-                "which the "
-                f"{self.name} engine cannot follow{' in the middle of a step, or with this method' * self.recovers}: "
+                f"which the {self.name} engine cannot follow{when}: "
                 "freeze and unfreeze before the model is wrapped and prepare() is called, and train each phase in a run"
             )
         known = {i for i, _ in self._trainable[0]} | {id(p) for g in self.optimizer.param_groups for p in g["params"]}

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def files_in(folder: Path) -> dict[str, int]:
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith((FILE, f".{FILE}")):
             found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return found
+
+
+def files_below(run_dir: Path) -> dict[Path, dict[Path, int]]:
+    """Files of a run's checkpoints and of those of a search's trials, by folder, and when each was written; what other
+    jobs take away meanwhile is left out.
+    """
+    found: dict[Path, dict[Path, int]] = {}
+    for form in ("checkpoint-*", "*/checkpoint-*"):
+        with suppress(OSError):
+            for folder in run_dir.glob(form):
+                files = found[folder] = {}
+                for where, _, names in os.walk(folder):
+                    for path in (Path(where, name) for name in names):
+                        with suppress(OSError):
+                            files[path] = path.stat().st_ctime_ns  # of a copy with another file's time too
     return found
 
 

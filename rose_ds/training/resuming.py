@@ -35,9 +35,6 @@ from rose_ds.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
-#: Below a run's folder: its checkpoints, and those of a search's trials.
-_CHECKPOINTS = ("checkpoint-*", "*/checkpoint-*")
-
 
 def with_trainers_arguments(init: Callable[..., None], *own: str) -> inspect.Signature:
     """Trainer's arguments by name, since scripts look which of them a version of transformers has, and ``own`` of those
@@ -87,10 +84,6 @@ class ResumableTrainer(SameRunTrainer):
         """Called once training is set up, and a checkpoint is loaded."""
         raise NotImplementedError
 
-    def after_last_step(self) -> None:
-        """Called when training is at its end, before the best model is loaded."""
-        raise NotImplementedError
-
     def save_method_state(self, folder: Path) -> None:
         """Write what the method keeps over a run into a checkpoint's folder."""
         raise NotImplementedError
@@ -125,7 +118,7 @@ class ResumableTrainer(SameRunTrainer):
             if self.args.save_strategy != "no":
                 if not args and kwargs.get("trial") is None:  # a search's trials have folders of their own
                     around.enter_context(sole_use_of(Path(self.args.output_dir)))
-                self._before = _files_in_checkpoints(Path(self.args.output_dir)) if self.args.should_save else {}
+                self._before = checkpoints.files_below(Path(self.args.output_dir)) if self.args.should_save else {}
                 around.enter_context(self._stop.listening())
             result = super().train(None if folder is None else str(folder), *args, **kwargs)
         if self._resumed is not None and not self._counts_restored:  # the checkpoint was that of the last step
@@ -202,7 +195,6 @@ class ResumableTrainer(SameRunTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run that SIGTERM stopped is not at its end: no checkpoint goes, and no best model is loaded."""
-        self.after_last_step()
         stopped = {"load_best_model_at_end": False, "save_total_limit": None} if self._stop.stopping else {}
         with with_settings(self.args, **stopped):
             return super()._finalize_training(*args, **kwargs)
@@ -318,17 +310,3 @@ class ResumableTrainer(SameRunTrainer):
         if self.args.should_save and not self.args.save_only_model:
             record.write(folder)
         checkpoints.gather(None)  # no rank goes on, or ends after SIGTERM, before the record is there
-
-
-def _files_in_checkpoints(run_dir: Path) -> dict[Path, dict[Path, int]]:
-    """By folder; what other jobs take away meanwhile is left out."""
-    found: dict[Path, dict[Path, int]] = {}
-    for form in _CHECKPOINTS:
-        with suppress(OSError):
-            for folder in run_dir.glob(form):
-                files = found[folder] = {}
-                for where, _, names in os.walk(folder):
-                    for path in (Path(where, name) for name in names):
-                        with suppress(OSError):
-                            files[path] = path.stat().st_ctime_ns  # of a copy with another file's time too
-    return found

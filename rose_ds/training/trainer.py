@@ -219,10 +219,11 @@ class RoseTrainer(MicroBatchTrainer):
             clear_device_cache()
         return micro["loss"] / accumulation
 
-    def after_last_step(self) -> None:
-        """An epoch of a stream may end within an accumulation, and an early stop with it."""
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; an epoch of a stream may end within an accumulation, and an early stop with it."""
         if self.stepper is not None:
             self.stepper.engine.forget_micro_batches()
+        return super()._finalize_training(*args, **kwargs)
 
     def before_first_epoch(self, model: nn.Module) -> None:
         """What a method does before training: Child-Tuning_D's pass over the training data."""

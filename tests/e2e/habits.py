@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from rose_ds import RoseConfig
@@ -29,6 +30,33 @@ def bert(cls: Any = BertForSequenceClassification, **config: Any) -> Any:
 def rows(count: int = 64, length: int = 12) -> list[dict[str, Any]]:
     ids = torch.randint(5, 100, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": int(r[0]) % 2} for r in ids]
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    """Rows that can be told apart by their tokens."""
+    return [{"input_ids": torch.full((4,), i), "labels": i % 2} for i in range(count)]
+
+
+class Rounds(IterableDataset):  # type: ignore[type-arg]
+    """A stream that is over after so many rows."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Any:
+        return iter(rows(self.count))
+
+
+class Seeing(RoseTrainer):
+    """Notes the numbered rows that it trains on, by micro-batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[list[int]] = []
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        self.seen.append(inputs["input_ids"][:, 0].tolist())
+        return super().training_step(model, inputs, *args)
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:

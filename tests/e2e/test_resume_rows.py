@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from habits import bert, rows, trainer
+from habits import Rounds, Seeing, bert, numbered, rows, trainer
 from spawn import run_ranks
-from torch import Tensor
-from torch.utils.data import IterableDataset
 from torch_jobs import message_of
 from transformers import EarlyStoppingCallback
 
-from rose_ds import RoseConfig, RoseTrainer
+from rose_ds import RoseConfig
 
 SECOND = RoseConfig(strategy="second", keep_second=0.5)
 #: what orders the rows: Trainer's sampler, accelerate's settings
@@ -27,24 +24,11 @@ ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Seeing(RoseTrainer):
-    """Notes the rows that it trains on."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: list[list[int]] = []
-
-    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
-        self.seen.append(inputs["input_ids"][:, 0].tolist())
-        return super().training_step(model, inputs, *args)
-
-
 def seeing(folder: Path, order: str, **settings: Any) -> Seeing:
     sampling, accelerator = ORDERS.get(order, ("random", {"dispatch_batches": True}))
-    data = [{"input_ids": torch.full((4,), i), "labels": i % 2} for i in range(32)]
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 3, "ddp_backend": "gloo"}
     more |= {"train_sampling_strategy": sampling, "accelerator_config": accelerator, **settings}
-    made: Seeing = trainer(folder, bert(num_hidden_layers=1), data=data, more=more, rose=SECOND, cls=Seeing)
+    made: Seeing = trainer(folder, bert(num_hidden_layers=1), data=numbered(32), more=more, rose=SECOND, cls=Seeing)
     return made
 
 
@@ -97,20 +81,14 @@ def test_dispatched_rows_are_refused_and_the_way_out_has_them(tmp_path: Path) ->
         assert same
 
 
-class Rounds(IterableDataset):  # type: ignore[type-arg]
-    """A stream whose rounds end within an accumulation."""
-
-    def __iter__(self) -> Any:
-        return iter(rows(12))
-
-
 def stopped_early(rank: int, world: int, folder: str) -> tuple[int, str]:
+    """On a stream whose rounds end within an accumulation."""
     deepspeed = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     deepspeed |= {"zero_optimization": {"stage": 2}}
     more = {"max_steps": 30, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     more |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "epoch", "learning_rate": 0.0}
     more |= {"load_best_model_at_end": False, "metric_for_best_model": "loss", "deepspeed": deepspeed}
-    made = trainer(Path(folder), data=Rounds(), more=more, rose=SECOND, eval_dataset=rows(8))
+    made = trainer(Path(folder), data=Rounds(12), more=more, rose=SECOND, eval_dataset=rows(8))
     made.args.load_best_model_at_end = True  # which wants evaluations where checkpoints are: a callback may make them
     made.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
     made.train()

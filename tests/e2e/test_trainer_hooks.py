@@ -19,12 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from habits import arguments, assert_same, bert, rows, train, trainer
+from habits import Rounds, Seeing, arguments, assert_same, bert, numbered, rows, train, trainer
 from spawn import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import IterableDataset
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from rose_ds import RefusedConfiguration, RoseAdamW, RoseConfig, prepare
@@ -405,35 +404,22 @@ def test_a_resume_that_would_be_a_shorter_run(tmp_path: Path) -> None:
             again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
-class Seeing(RoseTrainer):
-    """Notes the rows that it trains on."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: list[int] = []
-
-    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
-        self.seen += inputs["input_ids"][:, 0].tolist()
-        return super().training_step(model, inputs, *args)
-
-
 @pytest.mark.parametrize("seedable", [True, False])
 def test_a_resumed_run_goes_through_the_rows_of_the_whole_one(seedable: bool, tmp_path: Path) -> None:
     """From within an epoch and from its end; without accelerate's seedable sampler too, whose order was of the random
     state.
     """
-    data = [{"input_ids": torch.full((4,), i), "labels": i % 2} for i in range(40)]
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 3}
     more |= {"per_device_train_batch_size": 8, "accelerator_config": {"use_seedable_sampler": seedable}}
-    whole = trainer(tmp_path, data=data, more=more, rose=SECOND, cls=Seeing)
+    whole = trainer(tmp_path, data=numbered(40), more=more, rose=SECOND, cls=Seeing)
     whole.train()
-    epochs = [whole.seen[i : i + 40] for i in (0, 40, 80)]
+    epochs = [sum(whole.seen[i : i + 5], []) for i in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs) and epochs[0] != epochs[1]
     for step in (5, 7):
         torch.manual_seed(99)
-        again = trainer(tmp_path, data=data, more=more, rose=SECOND, cls=Seeing)
+        again = trainer(tmp_path, data=numbered(40), more=more, rose=SECOND, cls=Seeing)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert again.seen == whole.seen[8 * step :]
+        assert again.seen == whole.seen[step:]
 
 
 class Short(RoseTrainer):
@@ -593,23 +579,16 @@ def test_an_evaluation_that_sigterm_has_cost_decides_as_it_would_have(tmp_path: 
     assert on.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
 
 
-class Rounds(IterableDataset):
-    """A stream of two batches; it is over after one."""
-
-    def __iter__(self) -> Any:
-        return iter(rows(8))
-
-
 def test_a_stream_that_went_round(tmp_path: Path) -> None:
-    """Nobody knows where it was: not from the beginning, without a word."""
+    """Two batches, and it is over after one. Nobody knows where it was: not from the beginning, without a word."""
     more = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    train(trainer(tmp_path, data=Rounds(), more=more, rose=SECOND))
-    on = trainer(tmp_path, data=Rounds(), more={**more, "max_steps": 8}, rose=SECOND)
+    train(trainer(tmp_path, data=Rounds(8), more=more, rose=SECOND))
+    on = trainer(tmp_path, data=Rounds(8), more={**more, "max_steps": 8}, rose=SECOND)
     with pytest.raises(RefusedConfiguration, match="had begun its round 2"):
         on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     once = tmp_path / "once"  # at the end of a round it is known
-    train(trainer(once, data=Rounds(), more={**more, "max_steps": 2, "save_steps": 2}, rose=SECOND))
-    on = trainer(once, data=Rounds(), more=more, rose=SECOND)
+    train(trainer(once, data=Rounds(8), more={**more, "max_steps": 2, "save_steps": 2}, rose=SECOND))
+    on = trainer(once, data=Rounds(8), more=more, rose=SECOND)
     on.train(resume_from_checkpoint=str(once / "checkpoint-2"))
     assert on.state.global_step == 5
 
@@ -771,17 +750,6 @@ def test_what_callbacks_put_into_a_checkpoints_folder_before_it_is_there(tmp_pat
     assert made.newest_checkpoint() == tmp_path / "checkpoint-4"
 
 
-class StopsInStep(TrainerCallback):
-    """SIGTERM, as a scheduler sends it, in a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_stopped_in_a_step_of_an_evaluation_is_the_run_it_was(step: int, steady: bool, tmp_path: Path) -> None:
@@ -794,7 +762,7 @@ def test_a_run_stopped_in_a_step_of_an_evaluation_is_the_run_it_was(step: int, s
         return made
 
     whole = train(make("whole"))
-    stopped = make("stopped", StopsInStep(step))
+    stopped = make("stopped", SignalIn(step))
     with pytest.raises(SystemExit):
         train(stopped)
     again = make("stopped")

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,20 @@ def run_ranks(
                     child.kill()
                     child.join()
         return _collect(Path(folder), children, late)
+
+
+def run_each(rank: int, jobs: Iterable[Any], run: Callable[[Any], Any]) -> dict[str, Any]:
+    """On a rank, every job's result by its name, up to the first that fails, whose result is a traceback: the ranks
+    cannot go on together.
+    """
+    results: dict[str, Any] = {}
+    for job in jobs:
+        try:
+            results[str(job)] = run(job)
+        except Exception:
+            results[str(job)] = f"rank {rank}, {job}:\n{traceback.format_exc()}"
+            break
+    return results
 
 
 def _wait(children: list[Any], deadline: float) -> list[int]:

@@ -5,7 +5,6 @@ inside forward(). Every engine does what one process does, or refuses.
 from __future__ import annotations
 
 import itertools
-import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch_jobs
 import zero_jobs
-from spawn import run_ranks
+from spawn import run_each, run_ranks
 from tiny import Case, Tiny, make_model, micro_batch, parameter_groups, rows
 from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
@@ -85,6 +84,11 @@ class Loop:
     """It calls optimizer.step() itself."""
     model: type[Tiny] = Tiny
 
+    def __str__(self) -> str:
+        odd = "noisy" if self.noisy_loss else "evaluates" if self.evaluates else self.model.__name__
+        odd += "-leaves-step" * self.leaves_step
+        return f"{self.engine}-{self.case.objective.name}-{self.case.strategy}-{odd}"
+
 
 @dataclass
 class Trace:
@@ -148,21 +152,7 @@ def follow(loop: Loop, rank: int = 0, world: int = 1) -> Trace | str:
 
 
 def follow_all(rank: int, world: int, loops: list[Loop]) -> dict[str, Trace | str]:
-    """Every loop, up to the first that fails: the ranks cannot go on together."""
-    found: dict[str, Trace | str] = {}
-    for loop in loops:
-        try:
-            found[name(loop)] = follow(loop, rank, world)
-        except Exception:
-            found[name(loop)] = f"rank {rank}:\n{traceback.format_exc()}"
-            break
-    return found
-
-
-def name(loop: Loop) -> str:
-    odd = "noisy" if loop.noisy_loss else "evaluates" if loop.evaluates else loop.model.__name__
-    odd += "-leaves-step" * loop.leaves_step
-    return f"{loop.engine}-{loop.case.objective.name}-{loop.case.strategy}-{odd}"
+    return run_each(rank, loops, lambda loop: follow(loop, rank, world))
 
 
 SHARDED = ["fsdp1", "fsdp1-grad", "fsdp2", "zero3"]
@@ -187,12 +177,12 @@ def ranks(extensions: Any) -> list[dict[str, Trace | str]]:
     return run_ranks(follow_all, 2, [*EXACT, *REFUSED])
 
 
-@pytest.mark.parametrize("loop", EXACT, ids=name)
+@pytest.mark.parametrize("loop", EXACT, ids=str)
 def test_two_ranks_do_what_one_process_does(loop: Loop, ranks: Any) -> None:
     twin = follow(replace(loop, engine="plain", model=Tiny))
     assert isinstance(twin, Trace)
     for found in ranks:
-        trace = found.get(name(loop))
+        trace = found.get(str(loop))
         assert isinstance(trace, Trace), trace
         assert trace.norms == pytest.approx(twin.norms, rel=1e-4)
         assert trace.taus == pytest.approx(twin.taus, rel=1e-3)
@@ -203,10 +193,10 @@ def test_two_ranks_do_what_one_process_does(loop: Loop, ranks: Any) -> None:
         assert differ <= (2 if twin.taus else 0), "of the weights whose risk is the threshold some fall on either side"
 
 
-@pytest.mark.parametrize("loop", REFUSED, ids=name)
+@pytest.mark.parametrize("loop", REFUSED, ids=str)
 def test_checkpoints_that_hide_weights(loop: Loop, ranks: Any) -> None:
     for found in ranks:
-        message = found.get(name(loop))
+        message = found.get(str(loop))
         assert isinstance(message, str) and "use_reentrant=False" in message
         assert ("deepspeed" in message) is (loop.model is ByDeepSpeed)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from reference import Run, check_parity, near_tau, reference, train
+from spawn import run_each
 from tiny import Block, Case, Tiny, make_model, parameter_groups
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -199,15 +199,8 @@ def run(job: Job, rank: int, world: int) -> Run:
 
 
 def run_all(rank: int, world: int, jobs: Sequence[Job]) -> dict[str, Run | str]:
-    """Every job, up to the first that fails: its result is a traceback, and the ranks cannot go on together."""
-    results: dict[str, Run | str] = {}
-    for job in jobs:
-        try:
-            results[str(job)] = run(job, rank, world)
-        except Exception:
-            results[str(job)] = f"rank {rank}, {job}:\n{traceback.format_exc()}"
-            break
-    return results
+    """Every job: see ``run_each``."""
+    return run_each(rank, jobs, lambda job: run(job, rank, world))
 
 
 def check(results: list[dict[str, Run | str]], job: Job, log: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import tiny
 import torch
 from reference import Run, train
+from spawn import run_each
 from tiny import HYPER, Case, Tiny, make_model, parameter_groups
 
 
@@ -91,15 +91,8 @@ def run(job: Job, rank: int, world: int) -> Run:
 
 
 def run_all(rank: int, world: int, jobs: list[Job]) -> dict[str, Run | str]:
-    """Every job, up to the first that fails: its result is a traceback, and the ranks cannot go on together."""
-    results: dict[str, Run | str] = {}
-    for job in jobs:
-        try:
-            results[str(job)] = run(job, rank, world)
-        except Exception:
-            results[str(job)] = f"rank {rank}, {job}:\n{traceback.format_exc()}"
-            break
-    return results
+    """Every job: see ``run_each``."""
+    return run_each(rank, jobs, lambda job: run(job, rank, world))
 
 
 def runs_of(results: list[dict[str, Run | str]], job: Job) -> list[Run]:

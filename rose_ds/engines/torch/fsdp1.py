@@ -64,11 +64,11 @@ class Fsdp1Engine(ShardedEngine):
         with self._added_to_earlier_grads():  # a backward pass that reaches no parameter drops the gradients that wait
             yield
         self.graph_of = None
-        for part in FullyShardedDataParallel.fsdp_modules(self.module):
+        for part, handle in _parts(self.module):
             # a backward pass that reaches no parameter leaves FSDP's views registered in their place, where nothing is
             # sharded: it takes them to be gone (torch/distributed/fsdp/_runtime_utils.py, _catch_all_reshard)
-            if part._handle is not None and part._handle._use_orig_params and not part._handle.uses_sharded_strategy:
-                _reshard(part, part._handle, False)
+            if handle._use_orig_params and not handle.uses_sharded_strategy:
+                _reshard(part, handle, False)
 
     def stepped(self) -> None:
         self._reshard()
@@ -76,32 +76,25 @@ class Fsdp1Engine(ShardedEngine):
     def _reshard(self) -> None:
         """A forward pass that no backward pass followed leaves its copy of weights, which the step does not reach, to
         the next one."""
-        for part in FullyShardedDataParallel.fsdp_modules(self.module):
-            handle = part._handle
-            if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_local_shard"):
-                continue
-            if not handle.needs_unshard():
+        for part, handle in _parts(self.module):
+            used = hasattr(handle.flat_param, "_local_shard")  # before its first pass there is nothing to give back
+            if handle.uses_sharded_strategy and used and not handle.needs_unshard():
                 _reshard(part, handle, True)
 
     def forget_graph(self) -> None:
         super().forget_graph()  # nor does that of a step that failed half-way
-        for handle in _handles(self.module):
+        for _, handle in _parts(self.module):
             hook = handle.flat_param.__dict__.pop("_post_backward_hook_state", None)
             if hook is not None:
                 hook[-1].remove()
 
     def settle(self) -> None:
-        for part in FullyShardedDataParallel.fsdp_modules(self.module):
-            handle = part._handle
-            if handle is None:
-                continue
-            if not handle.uses_sharded_strategy:
-                raise RefusedConfiguration(
-                    "FSDP1 that shards nothing (one rank, or NO_SHARD) is not known to run passes with averaged "
-                    "weights exactly: use DistributedDataParallel, fully_shard or more ranks, or Smart(proximal=0)"
-                )
-            if hasattr(handle.flat_param, "_local_shard"):  # before its first pass there is nothing to give back
-                _reshard(part, handle, True)
+        if not all(handle.uses_sharded_strategy for _, handle in _parts(self.module)):
+            raise RefusedConfiguration(
+                "FSDP1 that shards nothing (one rank, or NO_SHARD) is not known to run passes with averaged "
+                "weights exactly: use DistributedDataParallel, fully_shard or more ranks, or Smart(proximal=0)"
+            )
+        self._reshard()
 
     def gather_parameters(self) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(self.module, writeback=False):
@@ -109,7 +102,7 @@ class Fsdp1Engine(ShardedEngine):
 
     def _find_managed(self, module: nn.Module) -> list[Managed]:
         found: dict[tuple[nn.Module, str], tuple[Any, ...]] = {}
-        for handle in _handles(module):
+        for _, handle in _parts(module):
             if handle._offload_params:
                 raise RefusedConfiguration(
                     "FSDP1's CPUOffload(offload_params=True) keeps one gradient buffer for both backward passes: use "
@@ -143,7 +136,8 @@ class Fsdp1Engine(ShardedEngine):
             )
 
 
-def _handles(module: nn.Module) -> Iterator[Any]:
+def _parts(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """What FSDP wraps and holds parameters, with the handle of its flat parameter."""
     for part in FullyShardedDataParallel.fsdp_modules(module):
         if part._handle is not None:
-            yield part._handle
+            yield part, part._handle

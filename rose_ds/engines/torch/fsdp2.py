@@ -31,7 +31,7 @@ class Fsdp2Engine(ShardedEngine):
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         self._take_orders()  # of evaluations
-        self._reshard()
+        _reshard(self.module)
         with super().micro_batch():
             yield
 
@@ -68,17 +68,10 @@ class Fsdp2Engine(ShardedEngine):
         return len({rank for mesh in dict.fromkeys(meshes) for rank in mesh.mesh.flatten().tolist()})
 
     def stepped(self) -> None:
-        self._reshard()
-
-    def _reshard(self) -> None:
-        """A forward pass that no backward pass followed leaves its copy of the root's weights, which the step does not
-        reach, to the next one. Costs nothing where there is none."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        _reshard(self.module)
 
     def settle(self) -> None:
-        self._reshard()
+        _reshard(self.module)
         if torch.accelerator.is_available() and any(local(m.param).device.type == "cpu" for m in self.managed):
             torch.accelerator.synchronize()  # offloaded shards are pinned, and may still be on their way
 
@@ -86,9 +79,7 @@ class Fsdp2Engine(ShardedEngine):
         return {m.name: _whole(m.param).float().clone() for m in self.managed}
 
     def _find_managed(self, module: nn.Module) -> list[Managed]:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # after an evaluation, parameters may be registered unsharded
+        _reshard(module)  # after an evaluation, parameters may be registered unsharded
         for group in _param_groups(module):
             refuse_fp16_reduction(group.mp_policy.reduce_dtype or group.mp_policy.param_dtype)
         managed = {p.sharded_param for group in _param_groups(module) for p in group.fsdp_params}
@@ -154,6 +145,14 @@ def _whole(param: Tensor) -> Tensor:
     shards: Any = param.detach().to(param.device_mesh.device_type)
     whole: Tensor = shards.full_tensor()
     return whole
+
+
+def _reshard(module: nn.Module) -> None:
+    """A forward pass that no backward pass followed leaves its copy of the root's weights, which the step does not
+    reach, to the next one. Costs nothing where there is none."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _states(module: nn.Module) -> Iterator[Any]:
